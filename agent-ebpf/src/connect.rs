@@ -1,0 +1,177 @@
+//! `cgroup/connect4` and `connect6`: steers a pod's TCP connect into the agent.
+//!
+//! The order decides the cost: a destination outside the mesh is one or two map
+//! look-ups and passes. Inside the mesh, a caller that is not known yet meets
+//! `enrol.unknown`, and anything that cannot be carried is refused (`EPERM`):
+//! this hook fails closed once a destination is known to be in the mesh.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::bpf_sock_addr,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
+    helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
+    programs::SockAddrContext,
+};
+use postern_ebpf::{
+    Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW,
+};
+
+use crate::{
+    context::{Caller, caller, is_mapped, joined, mapped, read_words},
+    maps::{DIALS, MESH, ORIGINS, config, count},
+};
+
+const REFUSE: i32 = 0;
+const PASS: i32 = 1;
+
+const IPPROTO_TCP: u32 = 6;
+const IPPROTO_MPTCP: u32 = 262;
+
+const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
+
+#[inline(always)]
+pub fn v4(ctx: &SockAddrContext) -> i32 {
+    // SAFETY: the context's own fields.
+    let destination = mapped(unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() });
+    match decide(ctx, destination) {
+        Decision::Return(code) => code,
+        Decision::Steer(port) => {
+            // SAFETY: both fields are writable in this hook.
+            unsafe {
+                (&raw mut (*ctx.sock_addr).user_ip4).write_volatile(LOOPBACK_V4);
+                set_port(ctx.sock_addr, port);
+            }
+            PASS
+        }
+    }
+}
+
+#[inline(always)]
+pub fn v6(ctx: &SockAddrContext) -> i32 {
+    // SAFETY: the context's own fields.
+    let words = unsafe { read_words((&raw const (*ctx.sock_addr).user_ip6).cast()) };
+    match decide(ctx, joined(words)) {
+        Decision::Return(code) => code,
+        Decision::Steer(port) => {
+            let loopback = if is_mapped(words) {
+                [0, 0, 0xffff_u32.to_be(), LOOPBACK_V4]
+            } else {
+                [0, 0, 0, 1_u32.to_be()]
+            };
+            // SAFETY: the fields are writable in this hook, word by word.
+            unsafe {
+                let field: *mut u32 = (&raw mut (*ctx.sock_addr).user_ip6).cast();
+                field.write_volatile(loopback[0]);
+                field.add(1).write_volatile(loopback[1]);
+                field.add(2).write_volatile(loopback[2]);
+                field.add(3).write_volatile(loopback[3]);
+                set_port(ctx.sock_addr, port);
+            }
+            PASS
+        }
+    }
+}
+
+enum Decision {
+    Return(i32),
+    /// To this port on loopback.
+    Steer(u32),
+}
+
+#[inline(always)]
+fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
+    let pass = Decision::Return(PASS);
+    let refuse = Decision::Return(REFUSE);
+    // SAFETY: the context's own fields.
+    let protocol = unsafe { (&raw const (*ctx.sock_addr).protocol).read_volatile() };
+    if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
+        return pass;
+    }
+    // Without configuration the programs are attached but not in charge yet.
+    let Some(config) = config() else { return pass };
+    if config.agent_tgid == 0 {
+        return pass;
+    }
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    if tgid == config.agent_tgid {
+        return pass;
+    }
+    // SAFETY: a helper of this program type; the context outlives the call.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the context's own fields.
+    let port = u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
+    let Some(place) = in_mesh(destination, u32::from(port)) else {
+        // The socket may have been steered before, by a connect that failed.
+        let _absent = DIALS.remove(cookie);
+        return pass;
+    };
+    // SAFETY: a helper of this program type; the context outlives the call.
+    let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+    let cgroup = match caller(config, netns) {
+        Caller::Known(workload, cgroup) if workload.enrolled == 1 => cgroup,
+        Caller::Known(..) | Caller::Foreign => return pass,
+        Caller::Node => {
+            if place == MESH_LOCAL {
+                // Losing the mark only turns a probe away under STRICT.
+                let _full = ORIGINS.insert(cookie, 1, 0);
+            }
+            return pass;
+        }
+        Caller::Unknown => {
+            if config.unknown == UNKNOWN_ALLOW {
+                return pass;
+            }
+            count(Counter::RefusedUnknown);
+            return refuse;
+        }
+    };
+    if protocol == IPPROTO_MPTCP {
+        // Its subflows are sockets of the kernel that no hook sees.
+        count(Counter::RefusedProtocol);
+        return refuse;
+    }
+    let dial = dial(netns, cgroup, tgid, destination, u32::from(port));
+    if DIALS.insert(cookie, dial, 0).is_err() {
+        count(Counter::RefusedFull);
+        return refuse;
+    }
+    count(Counter::Steered);
+    Decision::Steer(config.outbound_port)
+}
+
+/// Whether the destination is in the mesh, and where.
+#[inline(always)]
+fn in_mesh(address: Address, port: u32) -> Option<u32> {
+    for port in [0, port] {
+        // SAFETY: the map's values are only replaced whole, by the agent.
+        if let Some(place) = unsafe { MESH.get(MeshKey { address, port }) } {
+            return Some(*place);
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn dial(netns: u64, cgroup: u64, tgid: u32, destination: Address, port: u32) -> Dial {
+    Dial {
+        destination,
+        source: [0; 16],
+        netns,
+        cgroup,
+        // SAFETY: a helper without arguments.
+        at: unsafe { bpf_ktime_get_ns() },
+        destination_port: port,
+        source_port: 0,
+        tgid,
+        uid: bpf_get_current_uid_gid() as u32,
+        comm: bpf_get_current_comm().unwrap_or_default(),
+    }
+}
+
+/// # Safety
+/// `addr` is the context of a connect hook.
+#[inline(always)]
+unsafe fn set_port(addr: *mut bpf_sock_addr, port: u32) {
+    // SAFETY: the caller's promise; the port is writable in this hook.
+    unsafe { (&raw mut (*addr).user_port).write_volatile(u32::from((port as u16).to_be())) };
+}

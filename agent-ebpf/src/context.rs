@@ -1,0 +1,114 @@
+//! Who is calling: which workload the current process belongs to.
+
+use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
+use postern_ebpf::{Address, Config, Workload};
+
+use crate::maps::{CGROUPS, WORKLOADS};
+
+pub enum Caller {
+    /// A pod that the agent knows, and its pod-level cgroup's id where it was
+    /// known by that.
+    Known(Workload, u64),
+    /// May be a pod; the agent does not know it yet.
+    Unknown,
+    /// The node's own process: in its network namespace and in no pod.
+    Node,
+    /// Not a pod, and not the node: some other namespace on a host where pods
+    /// are told by their cgroup.
+    Foreign,
+}
+
+/// The workload that the current process belongs to. `netns` is the cookie of
+/// the namespace of the socket or process in question.
+#[inline(always)]
+pub fn caller(config: &Config, netns: u64) -> Caller {
+    let on_node = netns == config.node_netns;
+    if !on_node {
+        // SAFETY: the map's values are only replaced whole, by the agent.
+        if let Some(workload) = unsafe { WORKLOADS.get(netns) } {
+            return Caller::Known(*workload, 0);
+        }
+    }
+    if in_pods(config) {
+        return match by_cgroup(config) {
+            Some((workload, cgroup)) => Caller::Known(workload, cgroup),
+            None => Caller::Unknown,
+        };
+    }
+    if on_node {
+        Caller::Node
+    } else if config.pods_by_netns_only == 1 {
+        Caller::Unknown
+    } else {
+        Caller::Foreign
+    }
+}
+
+#[inline(always)]
+fn in_pods(config: &Config) -> bool {
+    config.pods_cgroup != 0 && ancestor(config.pods_level) == config.pods_cgroup
+}
+
+/// The pod's directory lies one level below the pods' (QoS class Guaranteed) or
+/// two (Burstable, BestEffort).
+#[inline(always)]
+fn by_cgroup(config: &Config) -> Option<(Workload, u64)> {
+    for below in 1..=2 {
+        let id = ancestor(config.pods_level + below);
+        // SAFETY: the map's values are only replaced whole, by the agent.
+        if let Some(workload) = unsafe { CGROUPS.get(id) } {
+            return Some((*workload, id));
+        }
+    }
+    None
+}
+
+#[inline(always)]
+fn ancestor(level: u32) -> u64 {
+    // SAFETY: a helper without pointer arguments.
+    unsafe { bpf_get_current_ancestor_cgroup_id(level as i32) }
+}
+
+/// `::ffff:a.b.c.d` of an IPv4 address in network order.
+#[inline(always)]
+pub fn mapped(v4: u32) -> Address {
+    let b = v4.to_ne_bytes();
+    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, b[0], b[1], b[2], b[3]]
+}
+
+/// The 16 bytes of four words in network order, as contexts hold IPv6 addresses.
+#[inline(always)]
+pub fn joined(words: [u32; 4]) -> Address {
+    let (a, b, c, d) = (
+        words[0].to_ne_bytes(),
+        words[1].to_ne_bytes(),
+        words[2].to_ne_bytes(),
+        words[3].to_ne_bytes(),
+    );
+    [
+        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2],
+        d[3],
+    ]
+}
+
+/// Four context words, read one by one: the verifier refuses wider loads.
+///
+/// # Safety
+/// `words` points into a program context at four readable words.
+#[inline(always)]
+pub unsafe fn read_words(words: *const u32) -> [u32; 4] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            words.read_volatile(),
+            words.add(1).read_volatile(),
+            words.add(2).read_volatile(),
+            words.add(3).read_volatile(),
+        ]
+    }
+}
+
+#[inline(always)]
+pub fn is_mapped(words: [u32; 4]) -> bool {
+    words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be()
+}

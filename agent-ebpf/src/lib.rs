@@ -1,0 +1,254 @@
+//! The ABI between the kernel programs and the agent: keys, values and events,
+//! byte for byte the same on both sides.
+//!
+//! Addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6
+//! (`::ffff:a.b.c.d`, RFC 4291 2.5.5.2); ports are in host order. Every type is
+//! `repr(C)`, without implicit padding, and its size is asserted here.
+
+#![no_std]
+
+/// An address: IPv6, or IPv4 as v4-mapped IPv6, in network order.
+pub type Address = [u8; 16];
+
+/// Changes whenever a type, a map or a meaning in this file changes. It is part
+/// of the pin path, so that agents of different ABIs never share a map.
+pub const ABI: u32 = 1;
+
+/// What the programs need to know about the node; the one entry of `CONFIG`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Config {
+    /// Network namespace cookie of the node (the agent's own).
+    pub node_netns: u64,
+    /// Cgroup id of the directory that holds all pods; 0 when there is none.
+    pub pods_cgroup: u64,
+    /// Depth of that directory below the cgroup v2 root.
+    pub pods_level: u32,
+    /// Thread group id of the agent, whose own sockets are never steered.
+    pub agent_tgid: u32,
+    /// What happens to a process that may be a pod's and is not known yet:
+    /// [`UNKNOWN_REFUSE`] or [`UNKNOWN_ALLOW`].
+    pub unknown: u32,
+    /// 1 when pods cannot be told by their cgroup (the runtime uses cgroup v1
+    /// only), so that every foreign network namespace may be a pod's.
+    pub pods_by_netns_only: u32,
+    /// Port of the agent's outbound listener on loopback, in every pod.
+    pub outbound_port: u32,
+    /// Port that HBONE comes in on.
+    pub hbone_port: u32,
+}
+
+pub const UNKNOWN_REFUSE: u32 = 0;
+pub const UNKNOWN_ALLOW: u32 = 1;
+
+/// What the agent decided about a workload; value of `WORKLOADS` (by network
+/// namespace cookie) and `CGROUPS` (by pod-level cgroup id).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Workload {
+    /// 1: its traffic goes through the agent. 0: known, and left alone.
+    pub enrolled: u32,
+    pub _pad: u32,
+}
+
+/// A destination in the mesh; key of `MESH`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct MeshKey {
+    pub address: Address,
+    /// 0 stands for every port of the address.
+    pub port: u32,
+}
+
+/// Value of `MESH`: any entry is steered; this one is moreover a pod of this node.
+pub const MESH_LOCAL: u32 = 1;
+/// Value of `MESH`: a destination somewhere else.
+pub const MESH_REMOTE: u32 = 0;
+
+/// One TCP connect that was steered to the agent; value of `DIALS`, by socket cookie.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dial {
+    /// The destination that the application asked for.
+    pub destination: Address,
+    /// The source address of the steered connection, once it is known.
+    pub source: Address,
+    pub netns: u64,
+    /// Pod-level cgroup of the process that called `connect`; 0 where the pod was
+    /// known by its network namespace.
+    pub cgroup: u64,
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub at: u64,
+    pub destination_port: u32,
+    pub source_port: u32,
+    pub tgid: u32,
+    pub uid: u32,
+    pub comm: [u8; 16],
+}
+
+/// One end of a TCP connection within a network namespace; key of `FLOWS` (the
+/// steered connection's source, to its socket cookie) and of `CLIENTS` (the
+/// agent's last hop, to the real client).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Endpoint {
+    pub netns: u64,
+    pub address: Address,
+    pub port: u32,
+    pub _pad: u32,
+}
+
+/// The real client of a last-hop connection; value of `CLIENTS`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client {
+    pub address: Address,
+    pub port: u32,
+}
+
+/// A connection that a process of the node itself opened to a local pod; key of
+/// `PROBES`. This is the proof by which a kubelet's probe passes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Probe {
+    pub source: Address,
+    pub destination: Address,
+    pub source_port: u32,
+    pub destination_port: u32,
+}
+
+/// Where an enrolled pod's inbound connections go; key of `LISTENERS`. The pod
+/// is named by the address that was dialled: `sk_lookup` programs cannot ask for
+/// a namespace's cookie (seen on Linux 6.1 and 6.18).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Listener {
+    /// An address in the pod's network namespace.
+    pub address: Address,
+    /// [`LISTENER_PLAINTEXT`] or [`LISTENER_HBONE`].
+    pub kind: u32,
+}
+
+pub const LISTENER_PLAINTEXT: u32 = 0;
+pub const LISTENER_HBONE: u32 = 1;
+
+/// What is counted in the kernel: index into `COUNTERS`.
+#[repr(u32)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Events that found the ring full, by kind of event.
+    LostSocket = 0,
+    LostExec = 1,
+    LostExit = 2,
+    /// Connects sent to the agent.
+    Steered = 3,
+    /// Connects refused because the workload was not known yet.
+    RefusedUnknown = 4,
+    /// Connects refused because a map was full.
+    RefusedFull = 5,
+    /// Inbound connections dropped because no listener of the agent was there.
+    DroppedNoListener = 6,
+    /// Connects refused because the protocol cannot be carried (MPTCP).
+    RefusedProtocol = 7,
+}
+
+pub const COUNTERS: u32 = 8;
+
+/// Begins every event in the ring.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EventHeader {
+    /// One of the `EVENT_` constants; the reader skips what it does not know.
+    pub kind: u32,
+    pub tgid: u32,
+    /// `CLOCK_MONOTONIC`, nanoseconds.
+    pub at: u64,
+    pub netns: u64,
+    pub cgroup: u64,
+    pub comm: [u8; 16],
+}
+
+pub const EVENT_SOCKET: u32 = 1;
+pub const EVENT_EXEC: u32 = 2;
+pub const EVENT_EXIT: u32 = 3;
+
+/// A TCP socket changed its state (`sock:inet_sock_set_state`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketEvent {
+    pub header: EventHeader,
+    pub cookie: u64,
+    pub local: Address,
+    pub remote: Address,
+    pub local_port: u32,
+    pub remote_port: u32,
+    /// `TCP_ESTABLISHED` and so on, `include/net/tcp_states.h`.
+    pub old_state: u32,
+    pub new_state: u32,
+}
+
+pub const PATH_LEN: usize = 256;
+
+/// A process replaced its program (`sched:sched_process_exec`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExecEvent {
+    pub header: EventHeader,
+    pub uid: u32,
+    /// Bytes used in `path`, without the closing zero.
+    pub path_len: u32,
+    pub path: [u8; PATH_LEN],
+}
+
+/// A process ended (`sched:sched_process_exit`).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExitEvent {
+    pub header: EventHeader,
+}
+
+/// Where fields lie in this kernel's structures, read from its BTF by the agent
+/// and set before load. The kernel's own layout differs between versions.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offsets {
+    pub sock_net: u32,
+    pub sock_family: u32,
+    pub sock_daddr: u32,
+    pub sock_rcv_saddr: u32,
+    pub sock_dport: u32,
+    pub sock_num: u32,
+    pub sock_v6_daddr: u32,
+    pub sock_v6_rcv_saddr: u32,
+    pub net_cookie: u32,
+    pub task_nsproxy: u32,
+    pub nsproxy_net: u32,
+    pub binprm_filename: u32,
+}
+
+macro_rules! sizes {
+    ($($ty:ident = $size:literal),* $(,)?) => {
+        $(const _: () = assert!(size_of::<$ty>() == $size);)*
+
+        // SAFETY: repr(C), integers and byte arrays only, and no padding: the
+        // size asserted above is the sum of the fields.
+        #[cfg(feature = "user")]
+        mod pod { $(unsafe impl aya::Pod for super::$ty {})* }
+    };
+}
+
+sizes! {
+    Config = 40,
+    Workload = 8,
+    MeshKey = 20,
+    Dial = 88,
+    Endpoint = 32,
+    Client = 20,
+    Probe = 40,
+    Listener = 20,
+    Offsets = 48,
+    EventHeader = 48,
+    SocketEvent = 104,
+    ExecEvent = 312,
+    ExitEvent = 48,
+}

@@ -1,0 +1,74 @@
+//! All maps. Sizes here are the defaults; the agent sets those of its
+//! configuration before it loads. A map is LRU only where losing an entry is
+//! safe: `ORIGINS` and `PROBES`, where it turns a probe away under STRICT.
+
+use aya_ebpf::{
+    macros::map,
+    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash},
+};
+use postern_ebpf::{
+    COUNTERS as COUNTER_COUNT, Client, Config, Counter, Dial, Endpoint, Listener, MeshKey, Probe,
+    Workload,
+};
+
+/// Allocate entries when they are needed, not all at once.
+const NO_PREALLOC: u32 = aya_ebpf::bindings::BPF_F_NO_PREALLOC;
+
+#[map]
+pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// Known workloads by the cookie of their network namespace.
+#[map]
+pub static WORKLOADS: HashMap<u64, Workload> = HashMap::with_max_entries(4_096, NO_PREALLOC);
+
+/// Known workloads by the id of their pod-level cgroup.
+#[map]
+pub static CGROUPS: HashMap<u64, Workload> = HashMap::with_max_entries(4_096, NO_PREALLOC);
+
+/// Destinations in the mesh.
+#[map]
+pub static MESH: HashMap<MeshKey, u32> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+
+/// Steered connections by socket cookie, until the socket is released.
+#[map]
+pub static DIALS: HashMap<u64, Dial> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+
+/// Steered connections by source, to their socket cookie.
+#[map]
+pub static FLOWS: HashMap<Endpoint, u64> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+
+/// Real clients of the agent's last-hop connections; written by the agent.
+#[map]
+pub static CLIENTS: HashMap<Endpoint, Client> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+
+/// Sockets of the node's own processes on their way to a local pod.
+#[map]
+pub static ORIGINS: LruHashMap<u64, u32> = LruHashMap::with_max_entries(1_024, 0);
+
+/// Connections of the node's own processes to local pods.
+#[map]
+pub static PROBES: LruHashMap<Probe, u32> = LruHashMap::with_max_entries(4_096, 0);
+
+/// The agent's listening sockets.
+#[map]
+pub static LISTENERS: SockHash<Listener> = SockHash::with_max_entries(8_192, 0);
+
+/// Kernel events of enrolled pods.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+
+#[map]
+pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
+
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    CONFIG.get(0)
+}
+
+#[inline(always)]
+pub fn count(counter: Counter) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter as u32) {
+        // SAFETY: a per-CPU slot, and programs are not preempted by themselves.
+        unsafe { *value += 1 };
+    }
+}

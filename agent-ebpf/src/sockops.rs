@@ -1,0 +1,98 @@
+//! `sockops` learns a steered connection's source once it is chosen, so that the
+//! agent can find it after `accept`; `cgroup/sock_release` forgets the socket.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::BPF_SOCK_OPS_TCP_CONNECT_CB,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    programs::{SockContext, SockOpsContext},
+};
+use postern_ebpf::{Address, Counter, Endpoint, Probe};
+
+use crate::{
+    context::{joined, mapped, read_words},
+    maps::{DIALS, FLOWS, ORIGINS, PROBES, count},
+};
+
+const AF_INET: u32 = 2;
+
+/// What sockops programs return has no meaning for this callback.
+const IGNORED: u32 = 1;
+/// `sock_release` cannot refuse.
+const PASS: i32 = 1;
+
+#[inline(always)]
+pub fn connecting(ctx: &SockOpsContext) -> u32 {
+    if ctx.op() != BPF_SOCK_OPS_TCP_CONNECT_CB {
+        return IGNORED;
+    }
+    // SAFETY: a helper of this program type; the context outlives the call.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    if let Some(dial) = DIALS.get_ptr_mut(cookie) {
+        // SAFETY: a helper of this program type; the context outlives the call.
+        let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
+        let flow = Endpoint { netns, address: local(ctx), port: ctx.local_port(), _pad: 0 };
+        // SAFETY: the socket is in `connect`; nobody else touches its entry.
+        unsafe {
+            (*dial).source = flow.address;
+            (*dial).source_port = flow.port;
+        }
+        // Without the entry the agent refuses the connection: fails closed.
+        if FLOWS.insert(flow, cookie, 0).is_err() {
+            count(Counter::RefusedFull);
+        }
+    // SAFETY: a plain number.
+    } else if unsafe { ORIGINS.get(cookie) }.is_some() {
+        let _absent = ORIGINS.remove(cookie);
+        let probe = Probe {
+            source: local(ctx),
+            destination: remote(ctx),
+            source_port: ctx.local_port(),
+            destination_port: u32::from_be(ctx.remote_port()),
+        };
+        // Losing it only turns a probe away under STRICT.
+        let _full = PROBES.insert(probe, 1, 0);
+    }
+    IGNORED
+}
+
+#[inline(always)]
+pub fn released(ctx: &SockContext) -> i32 {
+    // SAFETY: a helper of this program type; the context outlives the call.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the entry is copied out before it is removed.
+    let Some(dial) = (unsafe { DIALS.get(cookie) }) else { return PASS };
+    let flow = Endpoint {
+        netns: dial.netns,
+        address: dial.source,
+        port: dial.source_port,
+        _pad: 0,
+    };
+    // Its port may already belong to a newer connection of the same pod.
+    // SAFETY: a plain number.
+    if unsafe { FLOWS.get(flow) } == Some(&cookie) {
+        let _absent = FLOWS.remove(flow);
+    }
+    let _absent = DIALS.remove(cookie);
+    PASS
+}
+
+#[inline(always)]
+fn local(ctx: &SockOpsContext) -> Address {
+    if ctx.family() == AF_INET {
+        mapped(ctx.local_ip4())
+    } else {
+        // SAFETY: the context's own fields.
+        joined(unsafe { read_words((&raw const (*ctx.ops).local_ip6).cast()) })
+    }
+}
+
+#[inline(always)]
+fn remote(ctx: &SockOpsContext) -> Address {
+    if ctx.family() == AF_INET {
+        mapped(ctx.remote_ip4())
+    } else {
+        // SAFETY: the context's own fields.
+        joined(unsafe { read_words((&raw const (*ctx.ops).remote_ip6).cast()) })
+    }
+}

@@ -1,0 +1,312 @@
+//! Builds the parts and joins them; the only one who knows all of them.
+
+mod observe;
+mod reload;
+
+use std::{
+    os::unix::fs::DirBuilderExt as _,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, Result, bail};
+use arc_swap::ArcSwap;
+use notify::{RecursiveMode, Watcher as _};
+use postern_ebpf::{Counter, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::mpsc,
+};
+
+use crate::{
+    audit::{Audit, Record},
+    config::{Config, Unknown},
+    identity::{Authority, Bundle},
+    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts},
+    lifecycle::{Watcher, drain},
+    proxy::{
+        Connections, Enroller, HBONE_PORT, Identities, LocalPods, OUTBOUND_PORT, Proxy, Tunnels,
+    },
+    telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
+};
+
+/// The agent is wrongly configured: exit code 2, and nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Misconfigured(pub String);
+
+/// Where the hooks go: the configured directory, or the root of the v2 mount.
+pub fn hook_cgroup(config: &Config) -> Result<(PathBuf, Vec<CgroupMount>)> {
+    let mounts = cgroup_mounts().context("/proc/self/mounts")?;
+    let cgroup = match (&config.kernel.cgroup, mounts.first()) {
+        (Some(path), _) => path.clone(),
+        (None, Some(mount)) if mount.v2 => mount.path.clone(),
+        _ => bail!("no cgroup v2 is mounted; mount one and name it in kernel.cgroup"),
+    };
+    Ok((cgroup, mounts))
+}
+
+/// Runs the agent until SIGTERM or SIGINT, then drains.
+pub async fn run(config: Config, log: LogHandle) -> Result<()> {
+    let misconfigured = |e: &dyn std::fmt::Display| Misconfigured(e.to_string());
+    let node = config.node_name();
+    // Keys live in this process's memory: no core file, no ptrace by others.
+    nix::sys::prctl::set_dumpable(false).context("PR_SET_DUMPABLE")?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&config.state)
+        .with_context(|| format!("{}", config.state.display()))?;
+
+    // Whatever can be wrong with files is found before the kernel is touched.
+    let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
+    let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
+    let authority = Authority::open(&config, &node).map_err(|e| misconfigured(&e))?;
+    let bundle = Bundle::new(&authority, config.identity.bundle.as_deref())
+        .map_err(|e| misconfigured(&e))?;
+    let endpoints = Endpoints::bind(&config.listen).await.map_err(|e| misconfigured(&e))?;
+    let (audit, writer) = Audit::open(&node, config.audit.file.as_deref(), config.audit.queue.0)
+        .with_context(|| format!("audit.file {:?}", config.audit.file))?;
+
+    let (cgroup, mounts) = hook_cgroup(&config)?;
+    let (kernel, events) = Kernel::load(&config.kernel, &cgroup, &config.state)?;
+    let mut trust_domains = vec![config.trust_domain.clone()];
+    trust_domains.extend(config.trust_domain_aliases.clone());
+    let proxy = Arc::new(Proxy {
+        transport: config.transport.clone(),
+        trust_domains,
+        kernel: kernel.clone(),
+        table: ArcSwap::from_pointee(table),
+        policies: ArcSwap::from_pointee(policies),
+        pods: ArcSwap::from_pointee(LocalPods::default()),
+        connections: Connections::default(),
+        tunnels: Tunnels::default(),
+        audit: audit.clone(),
+        metrics: Metrics::default(),
+    });
+    let identities = Arc::new(Identities::new(authority, Arc::new(bundle)));
+    let (trigger, watcher) = drain();
+    let below = config.kernel.cgroup.as_deref();
+    let enroller =
+        Enroller::new(proxy.clone(), identities.clone(), mounts, below, watcher.clone())
+            .context("the agent's own network namespace")?;
+    let state = Arc::new(State {
+        config: config.clone(),
+        proxy: proxy.clone(),
+        identities: identities.clone(),
+        workloads: Mutex::default(),
+        problems: Mutex::new(vec!["starting".into()]),
+    });
+    serve(endpoints, state.clone(), log, &watcher);
+    if let Some(why) = &kernel.blind {
+        tracing::warn!(why, "no kernel events: the audit log has connections only");
+    } else if config.audit.events {
+        tokio::spawn(observe::kernel_events(proxy.clone(), events, watcher.clone()));
+    }
+    let (wake, woken) = mpsc::channel(1);
+    tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
+    tokio::spawn(renew(state.clone(), watcher.clone()));
+    tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
+    drop((watcher, state, identities));
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!(connections = proxy.connections.len(), "draining");
+    let limit = config.drain.timeout.0;
+    if !trigger.drain(limit).await {
+        tracing::warn!(left = proxy.connections.len(), "time to drain is up");
+    }
+    audit.record(Record::Agent { event: "stopped", detail: String::new() });
+    drop((audit, proxy));
+    // Connections that were cut hold the log, too; they end with the runtime.
+    let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
+    Ok(())
+}
+
+/// Gives the audit writer a moment to write what is queued.
+fn flush(writer: &std::thread::JoinHandle<()>) {
+    for _ in 0..20 {
+        if writer.is_finished() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// What the servers show of the agent.
+pub(crate) struct State {
+    config: Config,
+    proxy: Arc<Proxy>,
+    identities: Arc<Identities>,
+    workloads: Mutex<Vec<LocalWorkload>>,
+    problems: Mutex<Vec<String>>,
+}
+
+impl State {
+    /// Replaces what is wrong in one respect; `None`: nothing any more.
+    fn problem(&self, about: &str, what: Option<String>) {
+        let mut problems = self.problems.lock().expect("no panic while it is held");
+        problems.retain(|p| !p.starts_with(about));
+        problems.extend(what.map(|what| format!("{about}: {what}")));
+    }
+}
+
+impl StatusSource for State {
+    fn status(&self) -> Status {
+        let problems = self.problems.lock().expect("no panic while it is held").clone();
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            node: self.proxy.audit.node().into(),
+            ready: !problems.iter().any(|p| p == "starting"),
+            problems,
+            workloads: self.workloads.lock().expect("no panic while it is held").clone(),
+            known_workloads: self.proxy.table.load().workloads.len(),
+            policies: self.proxy.policies.load().len(),
+            connections: self.proxy.connections.len(),
+            roots: self.identities.bundle.roots(),
+        }
+    }
+
+    fn metrics(&self) -> String {
+        let Proxy { kernel, metrics, audit, .. } = &*self.proxy;
+        for (name, entries) in kernel.fill() {
+            metrics.set_map_entries(name, entries);
+        }
+        let counters = kernel.counters();
+        for (name, counter) in [
+            ("lost_socket_events", Counter::LostSocket),
+            ("lost_exec_events", Counter::LostExec),
+            ("lost_exit_events", Counter::LostExit),
+            ("steered", Counter::Steered),
+            ("refused_unknown_workload", Counter::RefusedUnknown),
+            ("refused_map_full", Counter::RefusedFull),
+            ("refused_protocol", Counter::RefusedProtocol),
+            ("dropped_without_listener", Counter::DroppedNoListener),
+        ] {
+            metrics.set_kernel(name, counters[counter as usize]);
+        }
+        metrics.audit_written.set(audit.written() as i64);
+        metrics.audit_lost.set(audit.lost() as i64);
+        metrics.text()
+    }
+
+    fn config(&self) -> Config {
+        self.config.clone()
+    }
+}
+
+/// Renews certificates when they are due.
+async fn renew(state: Arc<State>, mut stop: Watcher) {
+    loop {
+        let (next, failed) = state.identities.renew(SystemTime::now());
+        for (id, error) in &failed {
+            state.proxy.metrics.certificate_errors.inc();
+            tracing::error!(%id, %error, "cannot renew a certificate; it is used until it expires");
+        }
+        let worst = failed.first().map(|(id, error)| format!("{id}: {error}"));
+        state.problem("certificates", worst);
+        tokio::select! {
+            () = tokio::time::sleep(next) => {}
+            () = stop.triggered() => return,
+        }
+    }
+}
+
+/// Keeps enrolment true: after every change of the table or the cgroup tree, and
+/// often while a pod is expected.
+async fn enrol(
+    state: Arc<State>,
+    mut enroller: Enroller,
+    wake: mpsc::Sender<()>,
+    mut woken: mpsc::Receiver<()>,
+    mut stop: Watcher,
+) {
+    const SOON: Duration = Duration::from_millis(20);
+    const SOMETIME: Duration = Duration::from_secs(2);
+    let mut watching: Vec<PodsRoot> = Vec::new();
+    let mut _watcher = None;
+    let mut first = true;
+    loop {
+        let pods = enroller.find_pods().roots.clone();
+        if pods != watching {
+            match watch_cgroups(&pods, wake.clone()) {
+                Ok(watcher) => _watcher = Some(watcher),
+                Err(error) => tracing::warn!(%error, "cannot watch cgroups; looking every 2 s"),
+            }
+            watching = pods;
+        }
+        let wait = match round(&state, &mut enroller, &watching) {
+            Ok(true) => SOON,
+            Ok(false) => SOMETIME,
+            Err(error) => {
+                tracing::error!(%error, "cannot tell the kernel about workloads");
+                state.problem("kernel", Some(error.to_string()));
+                SOMETIME
+            }
+        };
+        if first {
+            first = false;
+            enroller.forget_strangers();
+            state.problem("starting", None);
+            state.proxy.audit.record(Record::Agent {
+                event: "started",
+                detail: format!("version {}", env!("CARGO_PKG_VERSION")),
+            });
+            tracing::info!(node = state.proxy.audit.node(), "ready");
+        }
+        tokio::select! {
+            _ = woken.recv() => {}
+            () = tokio::time::sleep(wait) => {}
+            () = stop.triggered() => return,
+        }
+    }
+}
+
+/// One round. The kernel learns of pods before it learns that they are in the mesh,
+/// and of both before it is put in charge. Returns whether a pod is expected.
+fn round(state: &State, enroller: &mut Enroller, roots: &[PodsRoot]) -> Result<bool> {
+    let proxy = &state.proxy;
+    let table = proxy.table.load_full();
+    let outcome = enroller.reconcile(&table)?;
+    let local = proxy.pods.load().addresses().copied().collect();
+    proxy.kernel.set_mesh(&table.mesh(), &local)?;
+    *state.workloads.lock().expect("no panic while it is held") = outcome.workloads;
+    let v2 = roots.iter().find(|root| root.v2);
+    let wanted = postern_ebpf::Config {
+        node_netns: enroller.node_netns(),
+        pods_cgroup: v2.map(|root| cgroup_id(&root.path)).transpose()?.unwrap_or(0),
+        pods_level: v2.map_or(0, |root| root.level),
+        agent_tgid: std::process::id(),
+        unknown: match state.config.enrol.unknown {
+            Unknown::Refuse => UNKNOWN_REFUSE,
+            Unknown::Allow => UNKNOWN_ALLOW,
+        },
+        pods_by_netns_only: u32::from(v2.is_none() && !roots.is_empty()),
+        outbound_port: OUTBOUND_PORT.into(),
+        hbone_port: HBONE_PORT.into(),
+    };
+    if proxy.kernel.configured() != wanted {
+        proxy.kernel.configure(wanted)?;
+    }
+    state.problem("kernel", None);
+    Ok(outcome.waiting)
+}
+
+fn watch_cgroups(
+    roots: &[PodsRoot],
+    wake: mpsc::Sender<()>,
+) -> notify::Result<notify::RecommendedWatcher> {
+    let mut watcher = notify::recommended_watcher(move |_event| {
+        // A full channel means that a round is due already.
+        let _due = wake.try_send(());
+    })?;
+    for root in roots {
+        watcher.watch(&root.path, RecursiveMode::Recursive)?;
+    }
+    Ok(watcher)
+}

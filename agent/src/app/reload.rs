@@ -1,0 +1,130 @@
+//! Reads the directories, and reads them again when they change. A change that
+//! does not parse leaves the last good state standing.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use notify::{RecursiveMode, Watcher as _};
+use tokio::sync::mpsc;
+
+use super::State;
+use crate::{
+    audit::Record,
+    config::Config,
+    lifecycle::Watcher,
+    objects::{LoadError, load_directory},
+    policy::{Mesh, PolicyError, PolicySet},
+    workload::{Table, WorkloadObject},
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReloadError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+}
+
+pub fn table(config: &Config) -> Result<Table, ReloadError> {
+    let objects: Vec<WorkloadObject> = load_directory(&config.workloads.directory)?
+        .into_iter()
+        .map(|located| located.object)
+        .collect();
+    Ok(Table::build(&objects, config.enrol.default))
+}
+
+pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
+    let mesh = Mesh {
+        root_namespace: &config.policies.root_namespace,
+        trust_domain: &config.trust_domain,
+        aliases: &config.trust_domain_aliases,
+    };
+    Ok(PolicySet::compile(load_directory(&config.policies.directory)?, &mesh)?)
+}
+
+/// Several files change together; they are read when no more come for this long.
+const SETTLE: Duration = Duration::from_millis(50);
+/// In case a change was not told: some network file systems tell none.
+const ANYWAY: Duration = Duration::from_secs(30);
+
+pub async fn watch(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
+    let (changed, mut changes) = mpsc::channel(1);
+    let _watcher = match watcher(&state.config, changed) {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            tracing::warn!(%error, "cannot watch directories; reading every 30 s");
+            None
+        }
+    };
+    loop {
+        tokio::select! {
+            Some(()) = changes.recv() => {
+                tokio::time::sleep(SETTLE).await;
+                let _more_of_the_same = changes.try_recv();
+            }
+            () = tokio::time::sleep(ANYWAY) => {}
+            () = stop.triggered() => return,
+        }
+        let again = state.clone();
+        // Reading files and compiling is not the runtime's business.
+        if tokio::task::spawn_blocking(move || reload(&again)).await.is_ok() {
+            let _due = wake.try_send(());
+        }
+    }
+}
+
+fn reload(state: &State) {
+    let proxy = &state.proxy;
+    match table(&state.config) {
+        Ok(table) => {
+            proxy.table.store(Arc::new(table));
+            state.problem("workloads", None);
+        }
+        Err(error) => refused(state, "workloads", &error.to_string()),
+    }
+    match policies(&state.config) {
+        Ok(policies) => {
+            let policies = Arc::new(policies);
+            proxy.policies.store(policies.clone());
+            state.problem("policies", None);
+            // After the new set is published: what is accepted from now on is judged
+            // by it, and what was accepted before is judged here.
+            let ended = proxy.connections.recheck(&policies);
+            if ended > 0 {
+                tracing::info!(ended, "connections ended by a change of policy");
+            }
+        }
+        Err(error) => refused(state, "policies", &error.to_string()),
+    }
+    let identities = &state.identities;
+    let more = state.config.identity.bundle.as_deref();
+    match identities.bundle.reload(identities.authority(), more) {
+        Ok(()) => state.problem("bundle", None),
+        Err(error) => refused(state, "bundle", &error.to_string()),
+    }
+}
+
+fn refused(state: &State, what: &'static str, error: &str) {
+    tracing::error!(what, error, "refused; the last good state stands");
+    state.proxy.metrics.reload_error(what);
+    state.problem(what, Some(error.to_owned()));
+    let detail = format!("{what}: {error}");
+    state.proxy.audit.record(Record::Agent { event: "refused", detail });
+}
+
+fn watcher(
+    config: &Config,
+    changed: mpsc::Sender<()>,
+) -> notify::Result<notify::RecommendedWatcher> {
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Our own reading is no change.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            let _due = changed.try_send(());
+        }
+    })?;
+    let bundle = config.identity.bundle.as_deref().and_then(Path::parent);
+    let watched = [config.workloads.directory.as_path(), config.policies.directory.as_path()];
+    for directory in watched.into_iter().chain(bundle) {
+        watcher.watch(directory, RecursiveMode::NonRecursive)?;
+    }
+    Ok(watcher)
+}

@@ -1,0 +1,470 @@
+//! The agent's configuration: one YAML file, parsed once into types that cannot
+//! be wrong. `config/agent.yaml` lists every key with its default.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    identity::TrustDomain,
+    objects::{LoadError, parse_document},
+};
+
+/// The whole configuration. Keys that are left out have the defaults shown in
+/// `config/agent.yaml`; unknown keys are refused.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// Name of this node, as pods name it in `spec.nodeName`. Empty: the host's name.
+    pub node: String,
+    /// SPIFFE trust domain of this mesh (SPIFFE-ID 2.1).
+    pub trust_domain: TrustDomain,
+    /// Further trust domains whose peers are accepted. They must be signed by a
+    /// root of the bundle.
+    pub trust_domain_aliases: Vec<TrustDomain>,
+    /// Directory for what must outlive the agent, mode 0700.
+    pub state: PathBuf,
+    pub enrol: Enrol,
+    pub workloads: Workloads,
+    pub policies: Policies,
+    pub identity: Identity,
+    pub transport: Transport,
+    pub listen: Listen,
+    pub kernel: Kernel,
+    pub audit: Audit,
+    pub log: Log,
+    pub drain: Drain,
+}
+
+/// Which pods are in the mesh.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Enrol {
+    /// For pods whose label `postern.dev/mesh` and whose namespace's label say nothing.
+    pub default: Mesh,
+    /// What a connect into the mesh meets when its workload is not known yet.
+    pub unknown: Unknown,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Mesh {
+    Enabled,
+    Disabled,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Unknown {
+    /// Fail closed: `connect` fails with EPERM.
+    Refuse,
+    /// Fail open: the connection goes out as the application made it.
+    Allow,
+}
+
+/// Where Pod, Service, EndpointSlice and Namespace objects come from.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Workloads {
+    /// Directory of manifests (`*.yaml`, `*.yml`, `*.json`), watched.
+    pub directory: PathBuf,
+}
+
+/// Where PeerAuthentication and AuthorizationPolicy objects come from.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Policies {
+    /// Directory of manifests, watched.
+    pub directory: PathBuf,
+    /// Namespace whose policies reach the whole mesh (Istio `rootNamespace`).
+    pub root_namespace: String,
+}
+
+/// The embedded issuer.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Identity {
+    /// Root certificate (PEM). Both empty: a root is made in the state directory.
+    pub root_certificate: Option<PathBuf>,
+    /// Its private key (PEM, PKCS #8), mode 0600.
+    pub root_key: Option<PathBuf>,
+    /// Further trusted roots (PEM, any number), watched: how a root is rotated.
+    pub bundle: Option<PathBuf>,
+    /// Lifetime of this node's intermediate certificate.
+    pub node_lifetime: Span,
+    /// Lifetime of a workload's certificate; it is renewed at half of that.
+    pub leaf_lifetime: Span,
+}
+
+/// Connections between nodes.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Transport {
+    /// For TCP connect, TLS handshake and the answer to CONNECT, each.
+    pub connect_timeout: Span,
+    /// A tunnel without streams is closed after this time.
+    pub idle_timeout: Span,
+    /// How often an open tunnel is pinged.
+    pub keepalive_interval: Span,
+    /// A tunnel whose ping is not answered in this time is closed.
+    pub keepalive_timeout: Span,
+    /// Streams on one tunnel before another is opened.
+    pub streams_per_tunnel: u32,
+    /// HTTP/2 window of a stream, bytes.
+    pub stream_window: u32,
+    /// HTTP/2 window of a tunnel, bytes.
+    pub tunnel_window: u32,
+}
+
+/// Addresses in the node's own network namespace.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Listen {
+    /// Administration. Must be a loopback address: it is not authenticated.
+    pub admin: Loopback,
+    /// Prometheus metrics.
+    pub metrics: SocketAddr,
+    /// Readiness, for the kubelet.
+    pub ready: SocketAddr,
+}
+
+/// Kernel programs and maps.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Kernel {
+    /// Cgroup v2 directory that the hooks are attached to; it must hold the
+    /// node's own processes and all pods. Empty: the root of the v2 mount.
+    pub cgroup: Option<PathBuf>,
+    /// Directory where programs, links and maps are pinned, on a bpffs.
+    pub pin: PathBuf,
+    /// Largest number of destinations in the mesh.
+    pub max_destinations: u32,
+    /// Largest number of local workloads.
+    pub max_workloads: u32,
+    /// Largest number of steered connections that are open at once.
+    pub max_connections: u32,
+    /// Size of the event ring, bytes; a power of two, at least one page.
+    pub ring_bytes: RingBytes,
+}
+
+/// The audit log.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Audit {
+    /// File that records are appended to, one JSON object a line. Empty: standard output.
+    pub file: Option<PathBuf>,
+    /// Whether kernel events of enrolled pods are recorded.
+    pub events: bool,
+    /// Records waiting for the writer; what comes beyond is lost and counted.
+    pub queue: QueueLength,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Log {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or directives such as
+    /// `info,postern::proxy=debug`. Can be changed at run time.
+    pub level: String,
+    pub format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Drain {
+    /// How long open connections may go on after SIGTERM.
+    pub timeout: Span,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node: String::new(),
+            trust_domain: TrustDomain::default(),
+            trust_domain_aliases: Vec::new(),
+            state: "/var/lib/postern".into(),
+            enrol: Enrol::default(),
+            workloads: Workloads::default(),
+            policies: Policies::default(),
+            identity: Identity::default(),
+            transport: Transport::default(),
+            listen: Listen::default(),
+            kernel: Kernel::default(),
+            audit: Audit::default(),
+            log: Log::default(),
+            drain: Drain::default(),
+        }
+    }
+}
+
+impl Default for Enrol {
+    fn default() -> Self {
+        Self { default: Mesh::Disabled, unknown: Unknown::Refuse }
+    }
+}
+
+impl Default for Workloads {
+    fn default() -> Self {
+        Self { directory: "/etc/postern/manifests".into() }
+    }
+}
+
+impl Default for Policies {
+    fn default() -> Self {
+        Self {
+            directory: "/etc/postern/policies".into(),
+            root_namespace: "istio-system".into(),
+        }
+    }
+}
+
+impl Default for Identity {
+    fn default() -> Self {
+        Self {
+            root_certificate: None,
+            root_key: None,
+            bundle: None,
+            node_lifetime: Span::hours(24 * 30),
+            leaf_lifetime: Span::hours(24),
+        }
+    }
+}
+
+impl Default for Transport {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Span::seconds(10),
+            idle_timeout: Span::seconds(90),
+            keepalive_interval: Span::seconds(10),
+            keepalive_timeout: Span::seconds(20),
+            streams_per_tunnel: 128,
+            stream_window: 1 << 20,
+            tunnel_window: 8 << 20,
+        }
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+        Self {
+            admin: Loopback(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000))),
+            metrics: SocketAddr::new(any, 15020),
+            ready: SocketAddr::new(any, 15021),
+        }
+    }
+}
+
+impl Default for Kernel {
+    fn default() -> Self {
+        Self {
+            cgroup: None,
+            pin: "/sys/fs/bpf/postern".into(),
+            max_destinations: 131_072,
+            max_workloads: 4_096,
+            max_connections: 131_072,
+            ring_bytes: RingBytes(1 << 20),
+        }
+    }
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self { file: None, events: true, queue: QueueLength(16_384) }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+impl Default for Drain {
+    fn default() -> Self {
+        Self { timeout: Span::seconds(30) }
+    }
+}
+
+impl Config {
+    /// Reads a file; the error names file, line and key.
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let text = std::fs::read_to_string(path).map_err(|source| LoadError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        // An empty file means all defaults, and YAML's null is no mapping.
+        if text.lines().all(|line| line.trim().is_empty() || line.starts_with('#')) {
+            return Ok(Self::default());
+        }
+        parse_document(path, &text)
+    }
+
+    /// The node's name, as configured or the host's.
+    pub fn node_name(&self) -> String {
+        if !self.node.is_empty() {
+            return self.node.clone();
+        }
+        nix::unistd::gethostname()
+            .ok()
+            .and_then(|name| name.into_string().ok())
+            .unwrap_or_else(|| "localhost".into())
+    }
+}
+
+/// A length of time as people write it: `90s`, `24h`, `500ms`, `1h30m`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct Span(pub Duration);
+
+impl Span {
+    pub const fn seconds(n: u64) -> Self {
+        Self(Duration::from_secs(n))
+    }
+
+    pub const fn hours(n: u64) -> Self {
+        Self(Duration::from_secs(n * 3_600))
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match humantime::parse_duration(&text) {
+            Ok(span) if !span.is_zero() => Ok(Self(span)),
+            _ => Err(format!("`{text}` is not a length of time such as 500ms, 90s, 24h or 1h30m")),
+        }
+    }
+}
+
+impl From<Span> for String {
+    fn from(span: Span) -> Self {
+        humantime::format_duration(span.0).to_string().replace(' ', "")
+    }
+}
+
+/// A loopback address and port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "SocketAddr", into = "SocketAddr")]
+#[schemars(with = "String")]
+pub struct Loopback(pub SocketAddr);
+
+impl TryFrom<SocketAddr> for Loopback {
+    type Error = String;
+
+    fn try_from(address: SocketAddr) -> Result<Self, String> {
+        if address.ip().is_loopback() {
+            return Ok(Self(address));
+        }
+        Err(format!("{address} is not on loopback; use 127.0.0.1 or [::1]"))
+    }
+}
+
+impl From<Loopback> for SocketAddr {
+    fn from(loopback: Loopback) -> Self {
+        loopback.0
+    }
+}
+
+/// Size of a BPF ring buffer: a power of two and whole pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "u32", into = "u32")]
+#[schemars(with = "u32")]
+pub struct RingBytes(pub u32);
+
+impl TryFrom<u32> for RingBytes {
+    type Error = String;
+
+    fn try_from(bytes: u32) -> Result<Self, String> {
+        if bytes.is_power_of_two() && bytes >= 4_096 {
+            return Ok(Self(bytes));
+        }
+        Err(format!("{bytes} is not a power of two of at least 4096"))
+    }
+}
+
+impl From<RingBytes> for u32 {
+    fn from(ring: RingBytes) -> Self {
+        ring.0
+    }
+}
+
+/// Length of a queue: at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "usize", into = "usize")]
+#[schemars(with = "usize")]
+pub struct QueueLength(pub usize);
+
+impl TryFrom<usize> for QueueLength {
+    type Error = String;
+
+    fn try_from(length: usize) -> Result<Self, String> {
+        if length > 0 { Ok(Self(length)) } else { Err("a queue holds at least 1".into()) }
+    }
+}
+
+impl From<QueueLength> for usize {
+    fn from(queue: QueueLength) -> Self {
+        queue.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, LoadError> {
+        parse_document(Path::new("agent.yaml"), text)
+    }
+
+    #[test]
+    fn the_shipped_file_lists_every_default() {
+        let text = include_str!("../../config/agent.yaml");
+        assert_eq!(parse(text).expect("it parses"), Config::default());
+        let shipped: serde_json::Value = parse_document(Path::new("agent.yaml"), text).expect("yaml");
+        let full = serde_json::to_value(Config::default()).expect("json");
+        assert_eq!(keys(&shipped), keys(&full), "a key is missing in config/agent.yaml");
+    }
+
+    fn keys(value: &serde_json::Value) -> Vec<String> {
+        let Some(map) = value.as_object() else { return Vec::new() };
+        map.iter()
+            .flat_map(|(key, value)| {
+                let below = keys(value);
+                if below.is_empty() {
+                    return vec![key.clone()];
+                }
+                below.into_iter().map(|k| format!("{key}.{k}")).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn errors_name_file_line_and_key() {
+        for (text, expected) in [
+            ("enrol:\n  defualt: enabled\n", ["agent.yaml:2", "defualt"]),
+            ("transport:\n  idleTimeout: soon\n", ["transport.idleTimeout", "90s"]),
+            ("listen:\n  admin: 0.0.0.0:15000\n", ["listen.admin", "loopback"]),
+            ("kernel:\n  ringBytes: 5000\n", ["kernel.ringBytes", "power of two"]),
+            ("trustDomain: Not Valid\n", ["trustDomain", "agent.yaml:1"]),
+        ] {
+            let error = parse(text).expect_err(text).to_string();
+            for part in expected {
+                assert!(error.contains(part), "{error:?} lacks {part:?}");
+            }
+        }
+    }
+}

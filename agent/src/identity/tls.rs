@@ -1,0 +1,324 @@
+//! TLS between agents: version 1.3 only, X25519MLKEM768 first, both sides prove a
+//! SPIFFE ID under a root of the bundle. No session resumption: every connection
+//! proves its identities anew, and tunnels are pooled above this layer.
+
+use std::{
+    path::Path,
+    sync::{Arc, LazyLock},
+    time::SystemTime,
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
+    client::{
+        Resumption,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs},
+    pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime, pem::PemObject as _},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+    sign::CertifiedKey,
+};
+use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+
+use super::{Authority, IdentityError, SpiffeId, Svid};
+
+/// ALPN of HTTP/2, which HBONE is.
+const H2: &[u8] = b"h2";
+
+static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+    let mut provider = aws_lc_rs::default_provider();
+    provider.kx_groups = vec![
+        aws_lc_rs::kx_group::X25519MLKEM768,
+        aws_lc_rs::kx_group::X25519,
+        aws_lc_rs::kx_group::SECP256R1,
+    ];
+    Arc::new(provider)
+});
+
+/// The roots that peers may be signed under; replaced whole when files change.
+#[derive(Debug)]
+pub struct Bundle(ArcSwap<Vec<TrustAnchor<'static>>>);
+
+impl Bundle {
+    pub fn new(authority: &Authority, more: Option<&Path>) -> Result<Self, IdentityError> {
+        Ok(Self(ArcSwap::from_pointee(anchors(authority, more)?)))
+    }
+
+    /// Reads the bundle file again. On error the last good roots stay.
+    pub fn reload(&self, authority: &Authority, more: Option<&Path>) -> Result<(), IdentityError> {
+        self.0.store(Arc::new(anchors(authority, more)?));
+        Ok(())
+    }
+
+    pub fn roots(&self) -> usize {
+        self.0.load().len()
+    }
+}
+
+fn anchors(
+    authority: &Authority,
+    more: Option<&Path>,
+) -> Result<Vec<TrustAnchor<'static>>, IdentityError> {
+    let mut certificates = vec![authority.root().clone()];
+    if let Some(path) = more {
+        let content = |message: String| IdentityError::Content { path: path.to_owned(), message };
+        let listed = CertificateDer::pem_file_iter(path)
+            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+            .map_err(|e| content(e.to_string()))?;
+        if listed.is_empty() {
+            return Err(content("holds no PEM certificate".into()));
+        }
+        certificates.extend(listed);
+    }
+    certificates
+        .iter()
+        .map(|der| match anchor_from_trusted_cert(der) {
+            Ok(anchor) => Ok(anchor.to_owned()),
+            Err(e) => Err(IdentityError::Content {
+                path: more.unwrap_or(Path::new("root certificate")).to_owned(),
+                message: format!("not usable as a root: {e}"),
+            }),
+        })
+        .collect()
+}
+
+/// One service account's certificate, renewed in place, and the rustls
+/// configurations that always use the latest.
+#[derive(Debug)]
+pub struct Credentials {
+    pub id: SpiffeId,
+    current: Arc<Current>,
+    pub client: Arc<ClientConfig>,
+    pub server: Arc<ServerConfig>,
+}
+
+#[derive(Debug)]
+struct Current(ArcSwap<Held>);
+
+#[derive(Debug)]
+struct Held {
+    key: Arc<CertifiedKey>,
+    renew_at: SystemTime,
+    not_after: SystemTime,
+}
+
+impl Credentials {
+    pub fn new(svid: Svid, bundle: Arc<Bundle>) -> Result<Self, IdentityError> {
+        let id = svid.id.clone();
+        let current = Arc::new(Current(ArcSwap::from_pointee(held(svid)?)));
+        let verifier = Arc::new(Verifier {
+            bundle,
+            algorithms: PROVIDER.signature_verification_algorithms,
+        });
+        let versions = &[&rustls::version::TLS13];
+        let mut client = ClientConfig::builder_with_provider(PROVIDER.clone())
+            .with_protocol_versions(versions)?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier.clone())
+            .with_client_cert_resolver(current.clone());
+        client.alpn_protocols = vec![H2.to_vec()];
+        client.resumption = Resumption::disabled();
+        client.enable_sni = false;
+        let mut server = ServerConfig::builder_with_provider(PROVIDER.clone())
+            .with_protocol_versions(versions)?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(current.clone());
+        server.alpn_protocols = vec![H2.to_vec()];
+        server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+        server.send_tls13_tickets = 0;
+        Ok(Self { id, current, client: Arc::new(client), server: Arc::new(server) })
+    }
+
+    pub fn renew(&self, svid: Svid) -> Result<(), IdentityError> {
+        self.current.0.store(Arc::new(held(svid)?));
+        Ok(())
+    }
+
+    pub fn renew_at(&self) -> SystemTime {
+        self.current.0.load().renew_at
+    }
+
+    pub fn not_after(&self) -> SystemTime {
+        self.current.0.load().not_after
+    }
+}
+
+fn held(svid: Svid) -> Result<Held, IdentityError> {
+    let (renew_at, not_after) = (svid.renew_at(), svid.not_after);
+    let key = PROVIDER.key_provider.load_private_key(svid.key)?;
+    Ok(Held { key: Arc::new(CertifiedKey::new(svid.chain, key)), renew_at, not_after })
+}
+
+impl rustls::client::ResolvesClientCert for Current {
+    fn resolve(&self, _issuers: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load().key.clone())
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl rustls::server::ResolvesServerCert for Current {
+    fn resolve(&self, _hello: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load().key.clone())
+    }
+}
+
+/// Accepts a peer whose chain ends at a root of the bundle and whose leaf carries
+/// exactly one SPIFFE ID. Whose ID it must be is the caller's question.
+#[derive(Debug)]
+struct Verifier {
+    bundle: Arc<Bundle>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Verifier {
+    fn verify(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        now: UnixTime,
+        usage: KeyUsage,
+    ) -> Result<(), rustls::Error> {
+        let anchors = self.bundle.0.load();
+        let certificate = EndEntityCert::try_from(leaf).map_err(bad)?;
+        certificate
+            .verify_for_usage(self.algorithms.all, &anchors, above, now, usage, None, None)
+            .map_err(bad)?;
+        if peer_identity(leaf).is_none() {
+            return Err(rustls::CertificateError::ApplicationVerificationFailure.into());
+        }
+        Ok(())
+    }
+}
+
+fn bad(error: webpki::Error) -> rustls::Error {
+    use rustls::CertificateError as E;
+    match error {
+        webpki::Error::CertExpired { time, not_after } => {
+            E::ExpiredContext { time, not_after }.into()
+        }
+        webpki::Error::CertNotValidYet { time, not_before } => {
+            E::NotValidYetContext { time, not_before }.into()
+        }
+        webpki::Error::UnknownIssuer => E::UnknownIssuer.into(),
+        other => E::Other(rustls::OtherError(Arc::new(other))).into(),
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verify(leaf, above, now, KeyUsage::server_auth())?;
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for Verifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.verify(leaf, above, now, KeyUsage::client_auth())?;
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::PeerIncompatible::Tls12NotOffered.into())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+/// The SPIFFE ID of a leaf: its only URI name (X509-SVID 2 allows no second).
+pub fn peer_identity(leaf: &CertificateDer<'_>) -> Option<SpiffeId> {
+    use x509_parser::extensions::GeneralName;
+    let (_rest, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
+    let names = certificate.subject_alternative_name().ok()??;
+    let mut uris = names.value.general_names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        _ => None,
+    });
+    let uri = uris.next()?;
+    if uris.next().is_some() {
+        return None;
+    }
+    uri.parse().ok()
+}
+
+/// What a finished handshake agreed on, for the record.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Session {
+    pub version: &'static str,
+    pub group: &'static str,
+    pub cipher: &'static str,
+}
+
+impl Session {
+    pub fn of(connection: &rustls::CommonState) -> Self {
+        Self {
+            version: "TLSv1.3",
+            group: connection
+                .negotiated_key_exchange_group()
+                .and_then(|group| group.name().as_str())
+                .unwrap_or("unknown"),
+            cipher: connection
+                .negotiated_cipher_suite()
+                .and_then(|suite| suite.suite().as_str())
+                .unwrap_or("unknown"),
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! The kernel side, seen from the agent: `load` brings programs, links and maps
+//! into the kernel or adopts those that are pinned, `maps` is what is read and
+//! written at run time, `events` decodes the ring. `cgroup` and `netns` are the
+//! two kernel objects that a pod is known by, `btf` finds fields in its structures.
+
+mod btf;
+mod cgroup;
+mod events;
+mod load;
+mod maps;
+mod netns;
+
+pub use cgroup::{
+    CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id, processes,
+};
+pub use events::{Event, EventKind, decode, text};
+pub use load::{Kernel, KernelError, cleanup, mount_bpffs};
+pub use maps::{ClientEntry, from_abi, to_abi};
+pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
+
+/// What this kernel offers, for `postern doctor`.
+pub mod probe {
+    pub use super::btf::{Btf, offsets};
+}

@@ -1,0 +1,178 @@
+//! Reads where fields lie in this kernel's structures from its own type
+//! information (`/sys/kernel/btf/vmlinux`, Documentation/bpf/btf.rst).
+
+use std::{collections::HashMap, io, path::Path};
+
+use postern_ebpf::Offsets;
+
+const VMLINUX: &str = "/sys/kernel/btf/vmlinux";
+const MAGIC: u16 = 0xeb9f;
+
+/// Kinds of types, and how many bytes follow the 12 of each record.
+mod kind {
+    pub const STRUCT: u32 = 4;
+    pub const UNION: u32 = 5;
+
+    pub fn extra(kind: u32, vlen: usize) -> Option<usize> {
+        Some(match kind {
+            1 | 14 | 17 => 4,
+            2 | 7..=12 | 16 | 18 => 0,
+            3 => 12,
+            STRUCT | UNION | 15 | 19 => 12 * vlen,
+            6 | 13 => 8 * vlen,
+            _ => return None,
+        })
+    }
+}
+
+pub struct Btf {
+    data: Vec<u8>,
+    /// Byte offset of each type record; ids start at 1.
+    types: Vec<usize>,
+    strings: usize,
+}
+
+impl Btf {
+    pub fn of_kernel() -> io::Result<Self> {
+        Self::read(Path::new(VMLINUX))
+    }
+
+    fn read(path: &Path) -> io::Result<Self> {
+        let data = std::fs::read(path)?;
+        Self::parse(data).ok_or_else(|| {
+            io::Error::other(format!("{}: not BTF as documented", path.display()))
+        })
+    }
+
+    fn parse(data: Vec<u8>) -> Option<Self> {
+        if u16::from_le_bytes(data.get(..2)?.try_into().ok()?) != MAGIC {
+            return None;
+        }
+        let header = word(&data, 4)? as usize;
+        let types_at = header + word(&data, 8)? as usize;
+        let types_end = types_at + word(&data, 12)? as usize;
+        let strings = header + word(&data, 16)? as usize;
+        let mut types = vec![0];
+        let mut at = types_at;
+        while at < types_end {
+            types.push(at);
+            let info = word(&data, at + 4)?;
+            at += 12 + kind::extra(info >> 24 & 0x1f, (info & 0xffff) as usize)?;
+        }
+        Some(Self { data, types, strings })
+    }
+
+    fn name(&self, offset: u32) -> &[u8] {
+        let from = &self.data[(self.strings + offset as usize).min(self.data.len())..];
+        from.split(|b| *b == 0).next().unwrap_or_default()
+    }
+
+    /// The structures of these names, by name.
+    fn structs<'a>(&self, names: &[&'a str]) -> HashMap<&'a str, usize> {
+        let mut found = HashMap::new();
+        for at in self.types.iter().skip(1) {
+            if self.kind(*at) == Some(kind::STRUCT)
+                && let Some(name) = word(&self.data, *at)
+                && name != 0
+                && let Some(wanted) = names.iter().find(|n| n.as_bytes() == self.name(name))
+            {
+                found.entry(*wanted).or_insert(*at);
+            }
+        }
+        found
+    }
+
+    fn kind(&self, at: usize) -> Option<u32> {
+        Some(word(&self.data, at + 4)? >> 24 & 0x1f)
+    }
+
+    /// Byte offset of a member, looking into unnamed structures and unions, and
+    /// through `__sk_common`, which C names as if it were one.
+    fn member(&self, at: usize, wanted: &str) -> Option<u32> {
+        let info = word(&self.data, at + 4)?;
+        let bitfields = info >> 31 == 1;
+        for index in 0..(info & 0xffff) as usize {
+            let member = at + 12 + 12 * index;
+            let name = self.name(word(&self.data, member)?);
+            let type_id = word(&self.data, member + 4)? as usize;
+            let bits = word(&self.data, member + 8)?;
+            let offset = if bitfields { bits & 0x00ff_ffff } else { bits } / 8;
+            if name == wanted.as_bytes() {
+                return Some(offset);
+            }
+            if name.is_empty() || name == b"__sk_common" {
+                let inner = *self.types.get(type_id)?;
+                if matches!(self.kind(inner), Some(kind::STRUCT | kind::UNION))
+                    && let Some(below) = self.member(inner, wanted)
+                {
+                    return Some(offset + below);
+                }
+            }
+        }
+        None
+    }
+}
+
+/// The offsets that the observers need; `Err` names the field that is missing.
+pub fn offsets(btf: &Btf) -> Result<Offsets, String> {
+    let structs = btf.structs(&["sock", "net", "task_struct", "nsproxy", "linux_binprm"]);
+    let of = |of: &str, field: &str| {
+        let at = structs.get(of);
+        at.and_then(|at| btf.member(*at, field)).ok_or_else(|| format!("struct {of} has no {field}"))
+    };
+    Ok(Offsets {
+        sock_net: of("sock", "skc_net")?,
+        sock_family: of("sock", "skc_family")?,
+        sock_daddr: of("sock", "skc_daddr")?,
+        sock_rcv_saddr: of("sock", "skc_rcv_saddr")?,
+        sock_dport: of("sock", "skc_dport")?,
+        sock_num: of("sock", "skc_num")?,
+        sock_v6_daddr: of("sock", "skc_v6_daddr")?,
+        sock_v6_rcv_saddr: of("sock", "skc_v6_rcv_saddr")?,
+        net_cookie: of("net", "net_cookie")?,
+        task_nsproxy: of("task_struct", "nsproxy")?,
+        nsproxy_net: of("nsproxy", "net_ns")?,
+        binprm_filename: of("linux_binprm", "filename")?,
+    })
+}
+
+fn word(data: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_le_bytes(data.get(at..at + 4)?.try_into().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `struct sock { struct sock_common __sk_common; }`, whose `skc_family` lies
+    /// behind an unnamed union at byte 8.
+    #[test]
+    fn finds_members_behind_unnamed_ones() {
+        let mut strings = vec![0u8];
+        let mut string = |s: &str| {
+            let at = strings.len() as u32;
+            strings.extend(s.as_bytes());
+            strings.push(0);
+            at
+        };
+        let (sock, common, family) = (string("sock"), string("__sk_common"), string("skc_family"));
+        let of_kind = |kind: u32, vlen: u32| kind << 24 | vlen;
+        let types: Vec<u32> = [
+            vec![sock, of_kind(kind::STRUCT, 1), 16, common, 2, 0],
+            vec![0, of_kind(kind::STRUCT, 1), 16, 0, 3, 64],
+            vec![0, of_kind(kind::UNION, 1), 8, family, 4, 16],
+            vec![0, of_kind(1, 0), 2, 16],
+        ]
+        .concat();
+        let mut data = MAGIC.to_le_bytes().to_vec();
+        data.extend([1, 0]);
+        let sizes = [24, 0, types.len() as u32 * 4, types.len() as u32 * 4, strings.len() as u32];
+        data.extend(sizes.iter().chain(&types).flat_map(|w| w.to_le_bytes()));
+        data.extend(strings);
+        let btf = Btf::parse(data).expect("valid");
+        let at = btf.structs(&["sock"])["sock"];
+        assert_eq!(btf.member(at, "skc_family"), Some(10));
+        assert_eq!(btf.member(at, "skc_net"), None);
+        assert!(Btf::parse(vec![1, 2, 3]).is_none());
+    }
+}

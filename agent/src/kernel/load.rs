@@ -1,0 +1,295 @@
+//! Loads, attaches and pins. Everything is pinned, so that capture stays when the
+//! agent dies: connects are refused then, and never leave in plaintext. The next
+//! agent attaches its own programs beside the old ones (a connect that is steered
+//! twice stays steered once: the second sees loopback), takes over the maps, and
+//! only then removes the old links. At no time is a hook missing.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{MapData, MapError, RingBuf},
+    pin::PinError,
+    programs::{
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        links::{FdLink, LinkError},
+    },
+};
+use postern_ebpf::ABI;
+
+use super::{
+    btf::{self, Btf},
+    maps::{Maps, named},
+    netns::Netns,
+};
+use crate::config;
+
+static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/postern-ebpf"));
+
+const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+
+#[derive(Debug, thiserror::Error)]
+pub enum KernelError {
+    #[error("cannot load the kernel programs: {0}")]
+    Load(#[from] EbpfError),
+    #[error("program {name}: {source}")]
+    Program { name: &'static str, source: ProgramError },
+    #[error("program {name}: {source}")]
+    Link { name: &'static str, source: LinkError },
+    #[error("the kernel programs lack the map {0}")]
+    NoMap(&'static str),
+    #[error("the kernel programs lack the program {0}")]
+    NoProgram(&'static str),
+    #[error("map {name}: {source}")]
+    Map { name: &'static str, source: MapError },
+    #[error("cannot pin {path}: {source}")]
+    Pin { path: PathBuf, source: PinError },
+    #[error("{path}: {source}")]
+    Path { path: PathBuf, source: io::Error },
+    #[error("{0} is held by another agent; only one can run on a node")]
+    Busy(PathBuf),
+}
+
+pub struct Kernel {
+    pub(super) maps: Maps,
+    /// Holds the programs; `sk_lookup` is attached to each pod that comes.
+    ebpf: Mutex<Ebpf>,
+    links: PathBuf,
+    /// Why there are no kernel events, if there are none.
+    pub blind: Option<String>,
+    /// Released when the agent ends, however it ends.
+    _lock: nix::fcntl::Flock<File>,
+}
+
+const MAPS: [&str; 12] = [
+    "CONFIG", "WORKLOADS", "CGROUPS", "MESH", "DIALS", "FLOWS", "CLIENTS", "ORIGINS", "PROBES",
+    "LISTENERS", "EVENTS", "COUNTERS",
+];
+const SOCK_ADDR: [&str; 4] =
+    ["postern_connect4", "postern_connect6", "postern_peer4", "postern_peer6"];
+const SOCK_OPS: &str = "postern_sockops";
+const RELEASE: &str = "postern_release";
+const LOOKUP: &str = "postern_lookup";
+const OBSERVERS: [(&str, &str); 3] = [
+    ("postern_state", "inet_sock_set_state"),
+    ("postern_exec", "sched_process_exec"),
+    ("postern_exit", "sched_process_exit"),
+];
+
+impl Kernel {
+    /// Loads the programs and attaches them to the cgroup, taking over what an
+    /// earlier agent left pinned.
+    pub fn load(
+        config: &config::Kernel,
+        cgroup: &Path,
+        state: &Path,
+    ) -> Result<(Arc<Self>, RingBuf<MapData>), KernelError> {
+        let lock = lock(state)?;
+        mount_bpffs(&config.pin)?;
+        // Maps of another ABI or size cannot be adopted.
+        let shape = format!(
+            "maps-{ABI}-{}-{}-{}-{}",
+            config.max_destinations, config.max_workloads, config.max_connections, config.ring_bytes.0
+        );
+        let pins = config.pin.join(shape);
+        let links = config.pin.join("links");
+        for dir in [&pins, &links] {
+            fs::create_dir_all(dir)
+                .map_err(|source| KernelError::Path { path: dir.clone(), source })?;
+        }
+        let offsets = Btf::of_kernel().map_err(|e| e.to_string()).and_then(|b| btf::offsets(&b));
+        let known = offsets.as_ref().copied().unwrap_or_default();
+        let mut loader = EbpfLoader::new();
+        loader
+            .override_global("OFFSETS", &known, true)
+            .map_max_entries("MESH", config.max_destinations)
+            .map_max_entries("WORKLOADS", config.max_workloads)
+            .map_max_entries("CGROUPS", config.max_workloads)
+            // Two kinds of listener, and a pod of two families has four or so addresses.
+            .map_max_entries("LISTENERS", config.max_workloads.saturating_mul(8))
+            .map_max_entries("DIALS", config.max_connections)
+            .map_max_entries("FLOWS", config.max_connections)
+            .map_max_entries("CLIENTS", config.max_connections)
+            .map_max_entries("EVENTS", config.ring_bytes.0);
+        for name in MAPS {
+            loader.map_pin_path(name, pins.join(name));
+        }
+        let mut ebpf = loader.load(PROGRAMS)?;
+        let maps = Maps::take(&mut ebpf)?;
+        let events = named(&mut ebpf, "EVENTS")?;
+        let root = File::open(cgroup)
+            .map_err(|source| KernelError::Path { path: cgroup.to_owned(), source })?;
+        let mut kernel =
+            Self { maps, ebpf: Mutex::new(ebpf), links, blind: offsets.err(), _lock: lock };
+        kernel.attach_hooks(&root)?;
+        if kernel.blind.is_none()
+            && let Err(error) = kernel.attach_observers()
+        {
+            kernel.blind = Some(error.to_string());
+        }
+        remove_other_maps(&config.pin, &pins);
+        Ok((Arc::new(kernel), events))
+    }
+
+    fn attach_hooks(&mut self, root: &File) -> Result<(), KernelError> {
+        let multi = CgroupAttachMode::AllowMultiple;
+        let links = self.links.clone();
+        let ebpf = self.ebpf.get_mut().expect("no panic while programs are held");
+        // What finds the way back comes before what steers.
+        let program: &mut SockOps = program(ebpf, SOCK_OPS)?;
+        let fail = |source| KernelError::Program { name: SOCK_OPS, source };
+        program.load().map_err(fail)?;
+        let id = program.attach(root, multi).map_err(fail)?;
+        let link = program.take_link(id).map_err(fail)?;
+        pin(SOCK_OPS, &links, FdLink::try_from(link).map_err(|source| KernelError::Link { name: SOCK_OPS, source })?)?;
+
+        let program: &mut CgroupSock = self::program(ebpf, RELEASE)?;
+        let fail = |source| KernelError::Program { name: RELEASE, source };
+        program.load().map_err(fail)?;
+        let id = program.attach(root, multi).map_err(fail)?;
+        let link = program.take_link(id).map_err(fail)?;
+        pin(RELEASE, &links, FdLink::try_from(link).map_err(|source| KernelError::Link { name: RELEASE, source })?)?;
+
+        for name in SOCK_ADDR.iter().rev() {
+            let program: &mut CgroupSockAddr = self::program(ebpf, name)?;
+            let fail = |source| KernelError::Program { name, source };
+            program.load().map_err(fail)?;
+            let id = program.attach(root, multi).map_err(fail)?;
+            let link = program.take_link(id).map_err(fail)?;
+            pin(name, &links, FdLink::try_from(link).map_err(|source| KernelError::Link { name, source })?)?;
+        }
+        let program: &mut SkLookup = self::program(ebpf, LOOKUP)?;
+        program.load().map_err(|source| KernelError::Program { name: LOOKUP, source })
+    }
+
+    /// Not pinned: without an agent nobody reads what they see.
+    fn attach_observers(&mut self) -> Result<(), KernelError> {
+        let btf = aya::Btf::from_sys_fs().map_err(EbpfError::from)?;
+        let ebpf = self.ebpf.get_mut().expect("no panic while programs are held");
+        for (name, tracepoint) in OBSERVERS {
+            let program: &mut aya::programs::BtfTracePoint = program(ebpf, name)?;
+            let fail = |source| KernelError::Program { name, source };
+            program.load(tracepoint, &btf).map_err(fail)?;
+            program.attach().map_err(fail)?;
+        }
+        Ok(())
+    }
+
+    /// Hands a pod's inbound connections to the agent from now on.
+    pub fn attach_lookup(&self, netns: &Netns) -> Result<(), KernelError> {
+        let mut ebpf = self.ebpf.lock().expect("no panic while programs are held");
+        let program: &mut SkLookup = program(&mut ebpf, LOOKUP)?;
+        let fail = |source| KernelError::Program { name: LOOKUP, source };
+        let id = program.attach(netns.fd().as_fd()).map_err(fail)?;
+        let link = program.take_link(id).map_err(fail)?;
+        pin(&lookup_name(netns.cookie), &self.links, FdLink::from(link))
+    }
+
+    /// Leaves a pod's inbound connections to itself.
+    pub fn detach_lookup(&self, cookie: u64) {
+        let _absent = fs::remove_file(self.links.join(lookup_name(cookie)));
+    }
+
+    /// Removes the look-ups of namespaces that an earlier agent served and this one
+    /// does not.
+    pub fn keep_lookups(&self, cookies: &[u64]) {
+        let keep: Vec<String> = cookies.iter().map(|cookie| lookup_name(*cookie)).collect();
+        for entry in fs::read_dir(&self.links).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.starts_with("lookup-") && !keep.contains(&name) {
+                let _gone = fs::remove_file(entry.path());
+            }
+        }
+    }
+}
+
+fn lookup_name(cookie: u64) -> String {
+    format!("lookup-{cookie}")
+}
+
+fn program<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut T, KernelError>
+where
+    &'a mut T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    ebpf.program_mut(name)
+        .ok_or(KernelError::NoProgram(name))?
+        .try_into()
+        .map_err(|source| KernelError::Program { name, source })
+}
+
+/// Pins a link in place of the one that an earlier agent left there. The new one
+/// is pinned before the old one goes: whoever dies in between, a hook remains.
+fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
+    let path = dir.join(name);
+    // bpffs allows no dot in a name.
+    let fresh = dir.join(format!("{name}-new"));
+    let _absent = fs::remove_file(&fresh);
+    link.pin(&fresh).map_err(|source| KernelError::Pin { path: fresh.clone(), source })?;
+    let _absent = fs::remove_file(&path);
+    fs::rename(&fresh, &path).map_err(|source| KernelError::Path { path, source })
+}
+
+fn remove_other_maps(pin: &Path, keep: &Path) {
+    for entry in fs::read_dir(pin).into_iter().flatten().flatten() {
+        let maps = entry.file_name().to_string_lossy().starts_with("maps-");
+        if maps && entry.path() != keep {
+            let _gone = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Makes sure that a path lies on a bpffs, mounting one at `/sys/fs/bpf` if it
+/// should and none is there.
+pub fn mount_bpffs(pin: &Path) -> Result<(), KernelError> {
+    let mount_point = Path::new("/sys/fs/bpf");
+    let fail = |source: io::Error| KernelError::Path { path: mount_point.to_owned(), source };
+    if pin.starts_with(mount_point) {
+        let found = nix::sys::statfs::statfs(mount_point).map_err(|e| fail(e.into()))?;
+        if found.filesystem_type().0 != BPF_FS_MAGIC {
+            use nix::mount::{MsFlags, mount};
+            mount(Some("bpf"), mount_point, Some("bpf"), MsFlags::empty(), None::<&str>)
+                .map_err(|e| fail(e.into()))?;
+        }
+    }
+    Ok(())
+}
+
+/// One agent a node: the lock goes with the process, even when it is killed.
+fn lock(state: &Path) -> Result<nix::fcntl::Flock<File>, KernelError> {
+    let path = state.join("agent.lock");
+    let file = File::create(&path)
+        .map_err(|source| KernelError::Path { path: path.clone(), source })?;
+    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
+        .map_err(|_held| KernelError::Busy(path))
+}
+
+/// Removes all that is pinned: programs are detached, traffic is direct again.
+/// Says what it removed.
+pub fn cleanup(pin: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    let fail = |path: &Path| {
+        let path = path.to_owned();
+        move |source| KernelError::Path { path, source }
+    };
+    let mut removed = Vec::new();
+    // Links first: a hook without its maps would have to refuse.
+    let mut dirs: Vec<PathBuf> =
+        fs::read_dir(pin).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    dirs.sort();
+    for dir in dirs {
+        for entry in fs::read_dir(&dir).map_err(fail(&dir))?.flatten() {
+            fs::remove_file(entry.path()).map_err(fail(&entry.path()))?;
+            removed.push(entry.path());
+        }
+        fs::remove_dir(&dir).map_err(fail(&dir))?;
+    }
+    if pin.exists() {
+        fs::remove_dir(pin).map_err(fail(pin))?;
+    }
+    Ok(removed)
+}

@@ -1,0 +1,231 @@
+//! What the agent reads and writes in the maps at run time.
+
+use std::{
+    collections::{HashMap as StdMap, HashSet},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd as _,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use aya::{
+    Ebpf, Pod,
+    maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash},
+};
+use postern_ebpf::{
+    Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, Listener, MESH_LOCAL, MESH_REMOTE,
+    MeshKey, Probe, Workload,
+};
+
+use socket2::Socket;
+
+use super::load::{Kernel, KernelError};
+
+/// IPv4 as v4-mapped IPv6, as everywhere in the ABI.
+pub fn to_abi(ip: IpAddr) -> Address {
+    match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    }
+}
+
+pub fn from_abi(address: Address) -> IpAddr {
+    Ipv6Addr::from(address).to_canonical()
+}
+
+fn endpoint(netns: u64, address: SocketAddr) -> Endpoint {
+    Endpoint { netns, address: to_abi(address.ip()), port: u32::from(address.port()), _pad: 0 }
+}
+
+type Guarded<K, V> = Mutex<HashMap<MapData, K, V>>;
+
+pub struct Maps {
+    config: Mutex<Array<MapData, Config>>,
+    workloads: Guarded<u64, Workload>,
+    cgroups: Guarded<u64, Workload>,
+    mesh: Guarded<MeshKey, u32>,
+    dials: Guarded<u64, Dial>,
+    flows: Guarded<Endpoint, u64>,
+    clients: Guarded<Endpoint, Client>,
+    probes: Guarded<Probe, u32>,
+    listeners: Mutex<SockHash<MapData, Listener>>,
+    counters: PerCpuArray<MapData, u64>,
+}
+
+impl Maps {
+    pub fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
+        Ok(Self {
+            config: Mutex::new(named(ebpf, "CONFIG")?),
+            workloads: Mutex::new(named(ebpf, "WORKLOADS")?),
+            cgroups: Mutex::new(named(ebpf, "CGROUPS")?),
+            mesh: Mutex::new(named(ebpf, "MESH")?),
+            dials: Mutex::new(named(ebpf, "DIALS")?),
+            flows: Mutex::new(named(ebpf, "FLOWS")?),
+            clients: Mutex::new(named(ebpf, "CLIENTS")?),
+            probes: Mutex::new(named(ebpf, "PROBES")?),
+            listeners: Mutex::new(named(ebpf, "LISTENERS")?),
+            counters: named(ebpf, "COUNTERS")?,
+        })
+    }
+}
+
+pub fn named<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, KernelError>
+where
+    T: TryFrom<aya::maps::Map, Error = MapError>,
+{
+    let map = ebpf.take_map(name).ok_or(KernelError::NoMap(name))?;
+    T::try_from(map).map_err(|source| KernelError::Map { name, source })
+}
+
+/// No code panics while it holds a map.
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().expect("no panic while a map is held")
+}
+
+fn failed(name: &'static str) -> impl Fn(MapError) -> KernelError {
+    move |source| KernelError::Map { name, source }
+}
+
+/// Removes what may not be there.
+fn forget<K: Pod, V: Pod>(map: &Guarded<K, V>, key: &K) {
+    let _absent = hold(map).remove(key);
+}
+
+/// The maps that metrics report the fill of.
+pub const FILLED: [&str; 6] = ["MESH", "WORKLOADS", "CGROUPS", "DIALS", "FLOWS", "CLIENTS"];
+
+impl Kernel {
+    pub fn configure(&self, config: Config) -> Result<(), KernelError> {
+        hold(&self.maps.config).set(0, config, 0).map_err(failed("CONFIG"))
+    }
+
+    /// The configuration that the programs work by, all zero before the first.
+    pub fn configured(&self) -> Config {
+        hold(&self.maps.config).get(&0, 0).unwrap_or_default()
+    }
+
+    /// Makes exactly these workloads known: by namespace cookie, and by cgroup id.
+    pub fn set_workloads(
+        &self,
+        by_netns: &StdMap<u64, Workload>,
+        by_cgroup: &StdMap<u64, Workload>,
+    ) -> Result<(), KernelError> {
+        replace(&self.maps.workloads, by_netns).map_err(failed("WORKLOADS"))?;
+        replace(&self.maps.cgroups, by_cgroup).map_err(failed("CGROUPS"))
+    }
+
+    /// Makes exactly these destinations steered.
+    pub fn set_mesh(
+        &self,
+        destinations: &HashSet<(IpAddr, Option<u16>)>,
+        local: &HashSet<IpAddr>,
+    ) -> Result<(), KernelError> {
+        let wanted = destinations
+            .iter()
+            .map(|(ip, port)| {
+                let place = if local.contains(ip) { MESH_LOCAL } else { MESH_REMOTE };
+                (MeshKey { address: to_abi(*ip), port: u32::from(port.unwrap_or(0)) }, place)
+            })
+            .collect();
+        replace(&self.maps.mesh, &wanted).map_err(failed("MESH"))
+    }
+
+    pub fn set_listener(
+        &self,
+        address: IpAddr,
+        kind: u32,
+        socket: &Socket,
+    ) -> Result<(), KernelError> {
+        let key = Listener { address: to_abi(address), kind };
+        hold(&self.maps.listeners).insert(key, socket.as_raw_fd(), 0).map_err(failed("LISTENERS"))
+    }
+
+    /// What an accepted connection was dialled as. Each answer is given once.
+    pub fn take_dial(&self, netns: u64, source: SocketAddr) -> Option<(u64, Dial)> {
+        let flow = endpoint(netns, source);
+        let cookie = hold(&self.maps.flows).get(&flow, 0).ok()?;
+        forget(&self.maps.flows, &flow);
+        Some((cookie, hold(&self.maps.dials).get(&cookie, 0).ok()?))
+    }
+
+    /// Shows the application behind a last hop its real client, until dropped.
+    pub fn show_client(
+        self: &Arc<Self>,
+        netns: u64,
+        last_hop: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<ClientEntry, KernelError> {
+        let key = endpoint(netns, last_hop);
+        let value = Client { address: to_abi(client.ip()), port: u32::from(client.port()) };
+        hold(&self.maps.clients).insert(key, value, 0).map_err(failed("CLIENTS"))?;
+        Ok(ClientEntry { kernel: self.clone(), key })
+    }
+
+    /// Whether the kernel saw a process of the node itself open this connection.
+    pub fn is_probe(&self, source: SocketAddr, destination: SocketAddr) -> bool {
+        let key = Probe {
+            source: to_abi(source.ip()),
+            destination: to_abi(destination.ip()),
+            source_port: u32::from(source.port()),
+            destination_port: u32::from(destination.port()),
+        };
+        // Each proof counts once: the port may be another process's next.
+        hold(&self.maps.probes).remove(&key).is_ok()
+    }
+
+    /// Sum over all CPUs of each counter.
+    pub fn counters(&self) -> [u64; COUNTERS as usize] {
+        std::array::from_fn(|index| {
+            let values = self.maps.counters.get(&(index as u32), 0);
+            values.map_or(0, |per_cpu| per_cpu.iter().sum())
+        })
+    }
+
+    pub fn counter(&self, counter: Counter) -> u64 {
+        self.counters()[counter as usize]
+    }
+
+    /// Entries in each of [`FILLED`].
+    pub fn fill(&self) -> [(&'static str, usize); 6] {
+        let maps = &self.maps;
+        let counts = [
+            hold(&maps.mesh).keys().count(),
+            hold(&maps.workloads).keys().count(),
+            hold(&maps.cgroups).keys().count(),
+            hold(&maps.dials).keys().count(),
+            hold(&maps.flows).keys().count(),
+            hold(&maps.clients).keys().count(),
+        ];
+        std::array::from_fn(|i| (FILLED[i], counts[i]))
+    }
+}
+
+/// Makes a map hold exactly what is wanted, touching only what differs: entries
+/// that stay are never absent in between.
+fn replace<K: Pod + std::hash::Hash + Eq, V: Pod + PartialEq>(
+    map: &Guarded<K, V>,
+    wanted: &StdMap<K, V>,
+) -> Result<(), MapError> {
+    let mut map = hold(map);
+    let present: StdMap<K, V> = map.iter().collect::<Result<_, _>>()?;
+    for (key, value) in wanted {
+        if present.get(key) != Some(value) {
+            map.insert(key, value, 0)?;
+        }
+    }
+    for key in present.keys().filter(|key| !wanted.contains_key(key)) {
+        map.remove(key)?;
+    }
+    Ok(())
+}
+
+/// Entry of a last hop in `CLIENTS`; removed when dropped.
+pub struct ClientEntry {
+    kernel: Arc<Kernel>,
+    key: Endpoint,
+}
+
+impl Drop for ClientEntry {
+    fn drop(&mut self) {
+        forget(&self.kernel.maps.clients, &self.key);
+    }
+}

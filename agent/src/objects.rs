@@ -1,0 +1,307 @@
+//! Kubernetes-shaped objects from a directory: YAML or JSON files, any number of
+//! documents each, `kind: List` too. Every error names file, line and field.
+//!
+//! A directory is read whole or not at all: one bad file leaves the last good
+//! state of all files standing, for half of a change may be wider than the whole.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+
+/// Largest file that is read, bytes: a directory is writable by operators only,
+/// but a mistake should not take the memory of a node.
+const MAX_FILE: u64 = 64 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    #[error("{path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("{path}:{line}: {field}{message}")]
+    Parse { path: PathBuf, line: u64, field: String, message: String },
+}
+
+/// What an object says of itself before it is known what it is.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Head {
+    #[serde(rename = "apiVersion")]
+    pub api_version: String,
+    pub kind: String,
+}
+
+/// Types that objects are read into: one of a fixed set of kinds.
+pub trait Object: Sized {
+    /// Reads one object whose head is known. `None`: a kind that is none of ours.
+    fn read<'de, D: Deserializer<'de>>(head: &Head, from: D) -> Result<Option<Self>, D::Error>;
+}
+
+/// An object and where it stands.
+#[derive(Clone, Debug)]
+pub struct Located<T> {
+    pub object: T,
+    pub path: PathBuf,
+    /// Line where its document begins, from 1.
+    pub line: u64,
+}
+
+/// All objects of a directory, in the order of file names. Files whose names
+/// begin with a dot are passed over: Kubernetes' projected volumes keep theirs there.
+pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, LoadError> {
+    let fail = |source| LoadError::Read { path: directory.to_owned(), source };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(fail)? {
+        let path = entry.map_err(fail)?.path();
+        let hidden = path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+        let ours = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        if ours && !hidden && path.is_file() {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let mut objects = Vec::new();
+    for path in paths {
+        let fail = |source| LoadError::Read { path: path.clone(), source };
+        let size = std::fs::metadata(&path).map_err(fail)?.len();
+        if size > MAX_FILE {
+            let why = format!("{size} bytes are more than the {MAX_FILE} that are read");
+            return Err(fail(std::io::Error::other(why)));
+        }
+        let text = std::fs::read_to_string(&path).map_err(fail)?;
+        objects.extend(load_text(&path, &text)?);
+    }
+    Ok(objects)
+}
+
+/// All objects of one file's text.
+pub fn load_text<T: Object>(path: &Path, text: &str) -> Result<Vec<Located<T>>, LoadError> {
+    let mut objects = Vec::new();
+    for document in documents(text) {
+        let heads: Heads = parse(path, &document, |de| Heads::deserialize(de))?;
+        let head = Head { api_version: heads.api_version, kind: heads.kind };
+        let read: Vec<Option<T>> = parse(path, &document, |de| match &heads.items {
+            Some(items) => ListSeed { items, next: std::marker::PhantomData }.deserialize(de),
+            None => Ok(vec![T::read(&head, de)?]),
+        })?;
+        objects.extend(read.into_iter().flatten().map(|object| Located {
+            object,
+            path: path.to_owned(),
+            line: document.first_line,
+        }));
+    }
+    Ok(objects)
+}
+
+/// One document, such as the agent's configuration.
+pub fn parse_document<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, LoadError> {
+    let document = Document { text: text.to_owned(), first_line: 1 };
+    parse(path, &document, |de| T::deserialize(de))
+}
+
+/// A document, preceded by blank lines so that its line numbers are the file's.
+struct Document {
+    text: String,
+    first_line: u64,
+}
+
+/// Splits at document markers (YAML 1.2.2, 9.1.2): a line of `---` at column 0
+/// cannot be content. Documents of comments and blanks only are left out.
+fn documents(text: &str) -> Vec<Document> {
+    let mut all = vec![Document { text: String::new(), first_line: 1 }];
+    for (number, line) in text.lines().enumerate() {
+        let marker = line == "---" || line.starts_with("--- ");
+        if marker {
+            let first_line = number as u64 + 2;
+            all.push(Document { text: "\n".repeat(number + 1), first_line });
+        } else if let Some(last) = all.last_mut() {
+            last.text.push_str(line);
+            last.text.push('\n');
+        }
+    }
+    all.retain(|document| {
+        document.text.lines().any(|l| !l.trim().is_empty() && !l.trim_start().starts_with('#'))
+    });
+    all
+}
+
+fn parse<T>(
+    path: &Path,
+    document: &Document,
+    read: impl for<'de, 'e> FnOnce(
+        serde_path_to_error::Deserializer<'_, '_, serde_saphyr::Deserializer<'de, 'e>>,
+    ) -> Result<T, serde_saphyr::Error>,
+) -> Result<T, LoadError> {
+    let mut track = serde_path_to_error::Track::new();
+    let result = serde_saphyr::with_deserializer_from_str(&document.text, |de| {
+        read(serde_path_to_error::Deserializer::new(de, &mut track))
+    });
+    result.map_err(|error| {
+        let field = track.path().to_string();
+        LoadError::Parse {
+            path: path.to_owned(),
+            line: error.location().map_or(document.first_line, |at| at.line()),
+            field: if field == "." { String::new() } else { format!("{field}: ") },
+            message: plain(&error),
+        }
+    })
+}
+
+/// The message without the place, which is named before it.
+fn plain(error: &serde_saphyr::Error) -> String {
+    let text = error.without_snippet().to_string();
+    match text.rsplit_once(" at line ") {
+        Some((message, _place)) => message.to_owned(),
+        None => text,
+    }
+}
+
+/// The head of a document, or of each item of a List.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Heads {
+    #[serde(rename = "apiVersion")]
+    api_version: String,
+    kind: String,
+    items: Option<Vec<Head>>,
+}
+
+/// Reads a List a second time, each item as what its head said.
+struct ListSeed<'a, T> {
+    items: &'a [Head],
+    next: std::marker::PhantomData<T>,
+}
+
+impl<'de, T: Object> DeserializeSeed<'de> for ListSeed<'_, T> {
+    type Value = Vec<Option<T>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_map(self)
+    }
+}
+
+impl<'de, T: Object> Visitor<'de> for ListSeed<'_, T> {
+    type Value = Vec<Option<T>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a List of objects")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut objects = Vec::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if key == "items" {
+                objects = map.next_value_seed(Items(ListSeed {
+                    items: self.items,
+                    next: self.next,
+                }))?;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(objects)
+    }
+}
+
+struct Items<'a, T>(ListSeed<'a, T>);
+
+impl<'de, T: Object> DeserializeSeed<'de> for Items<'_, T> {
+    type Value = Vec<Option<T>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        from.deserialize_seq(self)
+    }
+}
+
+impl<'de, T: Object> Visitor<'de> for Items<'_, T> {
+    type Value = Vec<Option<T>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let mut objects = Vec::new();
+        for head in self.0.items {
+            let seed = ItemSeed { head, next: std::marker::PhantomData::<T> };
+            objects.extend(seq.next_element_seed(seed)?);
+        }
+        Ok(objects)
+    }
+}
+
+struct ItemSeed<'a, T> {
+    head: &'a Head,
+    next: std::marker::PhantomData<T>,
+}
+
+impl<'de, T: Object> DeserializeSeed<'de> for ItemSeed<'_, T> {
+    type Value = Option<T>;
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
+        T::read(self.head, from)
+    }
+}
+
+/// An object's head and whatever else it has: for kinds that are refused or ignored.
+pub fn ignore<'de, D: Deserializer<'de>>(from: D) -> Result<(), D::Error> {
+    IgnoredAny::deserialize(from).map(|_ignored| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Cat {
+        #[serde(rename = "apiVersion")]
+        _api: String,
+        #[serde(rename = "kind")]
+        _kind: String,
+        lives: u8,
+    }
+
+    impl Object for Cat {
+        fn read<'de, D: Deserializer<'de>>(h: &Head, from: D) -> Result<Option<Self>, D::Error> {
+            if h.kind == "Cat" {
+                return Self::deserialize(from).map(Some);
+            }
+            ignore(from)?;
+            Ok(None)
+        }
+    }
+
+    fn lives(text: &str) -> Result<Vec<(u64, u8)>, LoadError> {
+        let all = load_text::<Cat>(Path::new("cats.yaml"), text)?;
+        Ok(all.iter().map(|c| (c.line, c.object.lives)).collect())
+    }
+
+    #[test]
+    fn reads_documents_lists_and_json() {
+        let cat = "apiVersion: v1\nkind: Cat\nlives: 9\n";
+        let dog = "apiVersion: v1\nkind: Dog\nbones: [1]\n";
+        let both = format!("# cats\n---\n{cat}---\n{dog}---\n# nothing\n--- # again\n{cat}");
+        assert_eq!(lives(&both).expect("reads"), [(3, 9), (13, 9)]);
+        let list = "kind: List\napiVersion: v1\nitems:\n- {kind: Dog}\n- {apiVersion: v1, kind: Cat, lives: 2}\n";
+        assert_eq!(lives(list).expect("reads"), [(1, 2)]);
+        let json = r#"{"apiVersion": "v1", "kind": "Cat", "lives": 3}"#;
+        assert_eq!(lives(json).expect("reads"), [(1, 3)]);
+        assert_eq!(lives("").expect("reads"), []);
+    }
+
+    #[test]
+    fn errors_name_line_and_field() {
+        let second = "kind: Dog\n---\napiVersion: v1\nkind: Cat\nlives: many\n";
+        let error = lives(second).expect_err("no number").to_string();
+        assert!(error.starts_with("cats.yaml:5: lives: "), "{error}");
+        let listed = "kind: List\nitems:\n- kind: Cat\n  apiVersion: v1\n  tails: 1\n";
+        let error = lives(listed).expect_err("unknown field").to_string();
+        assert!(error.contains("cats.yaml:5") && error.contains("tails"), "{error}");
+        assert!(lives("kind: [\n").is_err());
+    }
+}

@@ -1,0 +1,126 @@
+//! Carries connections. `outbound` takes what pods dial, `inbound` what comes to
+//! them; between nodes `hbone` is the tunnel, on one node there is none. `splice`
+//! moves bytes, `connections` knows what is live and ends what policy no longer
+//! allows, `enrol` opens and closes the listeners of pods as they come and go.
+
+mod connections;
+mod enrol;
+mod hbone;
+mod inbound;
+mod outbound;
+mod pods;
+mod splice;
+mod story;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use arc_swap::ArcSwap;
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::{
+    audit::Audit,
+    config::Transport,
+    identity::TrustDomain,
+    kernel::{ClientEntry, Kernel, Netns},
+    policy::{Permitted, PolicySet},
+    telemetry::Metrics,
+    workload::Table,
+};
+
+pub use connections::Connections;
+pub use enrol::Enroller;
+pub use hbone::Tunnels;
+pub use pods::{Identities, LocalPod, LocalPods};
+
+/// Ports of the agent in each pod's network namespace.
+pub const OUTBOUND_PORT: u16 = 15001;
+pub const INBOUND_PORT: u16 = 15006;
+pub const HBONE_PORT: u16 = 15008;
+
+/// Whether no application can be meant by this port.
+pub fn is_agent_port(port: u16) -> bool {
+    matches!(port, OUTBOUND_PORT | INBOUND_PORT | HBONE_PORT)
+}
+
+/// What every connection needs; one for the whole agent.
+pub struct Proxy {
+    pub transport: Transport,
+    /// The mesh's own trust domain first, then its aliases.
+    pub trust_domains: Vec<TrustDomain>,
+    pub kernel: Arc<Kernel>,
+    pub table: ArcSwap<Table>,
+    pub policies: ArcSwap<PolicySet>,
+    pub pods: ArcSwap<LocalPods>,
+    pub connections: Connections,
+    pub tunnels: Tunnels,
+    pub audit: Audit,
+    pub metrics: Metrics,
+}
+
+/// Opens a TCP connection from within a namespace, from `source` if given.
+async fn dial(
+    netns: &Netns,
+    source: Option<SocketAddr>,
+    destination: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    let socket = socket(netns, source, destination)?;
+    connect(socket, destination, limit).await
+}
+
+fn socket(
+    netns: &Netns,
+    source: Option<SocketAddr>,
+    destination: SocketAddr,
+) -> io::Result<TcpSocket> {
+    let socket = netns.run(|| match destination {
+        SocketAddr::V4(_) => TcpSocket::new_v4(),
+        SocketAddr::V6(_) => TcpSocket::new_v6(),
+    })??;
+    socket.set_nodelay(true)?;
+    if let Some(source) = source {
+        socket.bind(source)?;
+    }
+    Ok(socket)
+}
+
+async fn connect(
+    socket: TcpSocket,
+    destination: SocketAddr,
+    limit: Duration,
+) -> io::Result<TcpStream> {
+    match tokio::time::timeout(limit, socket.connect(destination)).await {
+        Ok(result) => result,
+        Err(_elapsed) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// The last hop: to the application, from loopback, by which `sk_lookup` knows the
+/// agent, and with the real client shown to it. Takes the permission to do so.
+async fn last_hop(
+    proxy: &Proxy,
+    _permitted: &Permitted,
+    pod: &LocalPod,
+    destination: SocketAddr,
+    client: SocketAddr,
+) -> io::Result<(TcpStream, ClientEntry)> {
+    /// Istio's inbound passthrough address; any of 127.0.0.0/8 would do.
+    const SOURCE_V4: [u8; 4] = [127, 0, 0, 6];
+    let source = match destination {
+        SocketAddr::V4(_) => SocketAddr::from((SOURCE_V4, 0)),
+        SocketAddr::V6(_) => SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 0)),
+    };
+    let socket = socket(&pod.netns, Some(source), destination)?;
+    // Before the connect: the application may look as soon as it accepts.
+    let entry = proxy
+        .kernel
+        .show_client(pod.netns.cookie, socket.local_addr()?, client)
+        .map_err(io::Error::other)?;
+    let stream = connect(socket, destination, proxy.transport.connect_timeout.0).await?;
+    Ok((stream, entry))
+}
+
+/// Closes with a reset, so that the peer cannot take it for an orderly end.
+fn reset(stream: TcpStream) {
+    let _best_effort = stream.set_zero_linger();
+}

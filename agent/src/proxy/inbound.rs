@@ -1,0 +1,246 @@
+//! What comes to a pod from outside its node's mesh: HBONE on 15008 and plaintext
+//! on every other port, handed here by `sk_lookup`.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use bytes::Bytes;
+use h2::{RecvStream, server::SendResponse};
+use http::{Method, Request, Response, StatusCode, header::FORWARDED};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_rustls::TlsAcceptor;
+
+use super::{
+    LocalPod, Proxy, hbone::keepalive, is_agent_port, last_hop,
+    outbound::{carry_bytes, finish},
+    reset,
+    splice::End,
+    story::{Ending, Story},
+};
+use crate::{
+    audit::{Reporter, Transport},
+    identity::{Session, SpiffeId, peer_identity},
+    lifecycle::Watcher,
+};
+
+/// Streams that a peer may have open on one tunnel.
+const MAX_STREAMS: u32 = 1_024;
+/// Size of a request's headers; ours have two.
+const MAX_HEADERS: u32 = 16 << 10;
+
+/// Carries a plaintext connection, if PeerAuthentication and policy let it.
+pub async fn plaintext(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    stream: TcpStream,
+    client: SocketAddr,
+    drain: Watcher,
+) {
+    // sk_lookup keeps the address that was dialled.
+    let Ok(dialled) = stream.local_addr() else { return reset(stream) };
+    let (client, dialled) = (canonical(client), canonical(dialled));
+    if dialled.ip().is_loopback() || is_agent_port(dialled.port()) {
+        tracing::debug!(%client, %dialled, "a connection that was not handed over here");
+        return reset(stream);
+    }
+    let _ = stream.set_nodelay(true);
+    let probe = proxy.kernel.is_probe(client, dialled);
+    let transport = if probe { Transport::Probe } else { Transport::Plaintext };
+    let mut story = Story::new(&proxy, Reporter::Destination, transport, client, dialled);
+    story.source.workload = proxy.table.load().pod(client.ip()).cloned();
+    story.destination.identity = Some(pod.identity().clone());
+    story.destination.workload = Some(pod.workload.load_full());
+    let facts = pod.facts(None, client.ip(), dialled.port());
+    // A probe is the node's own and exempt from policy, so that STRICT does not take
+    // a pod's readiness (as Istio's ambient mode has it).
+    let live = (!probe).then(|| proxy.connections.register(facts.clone()));
+    let judged = if probe {
+        Ok(crate::policy::PolicySet::probe())
+    } else {
+        proxy.policies.load().authorize(&facts)
+    };
+    let mut source = End::Tcp(stream);
+    let ending = match judged {
+        Err(denial) => {
+            source.reset();
+            Ending::Denied(denial)
+        }
+        Ok(permitted) => match last_hop(&proxy, &permitted, &pod, dialled, client).await {
+            Err(error) => {
+                source.reset();
+                Ending::Failed(format!("the application at {dialled}: {error}"))
+            }
+            Ok((stream, _client)) => {
+                story.opened(permitted.by);
+                let mut end = End::Tcp(stream);
+                let ending = carry_bytes(&mut source, &mut end, live, &story.counters, drain).await;
+                finish(source, end, &ending);
+                ending
+            }
+        },
+    };
+    story.finish(ending);
+}
+
+/// Serves one tunnel from another node's agent.
+pub async fn tunnel(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    stream: TcpStream,
+    client: SocketAddr,
+    mut drain: Watcher,
+) {
+    let client = canonical(client);
+    let limit = proxy.transport.connect_timeout.0;
+    let _ = stream.set_nodelay(true);
+    let acceptor = TlsAcceptor::from(pod.credentials.server.clone());
+    let tls = match timeout(limit, acceptor.accept(stream)).await {
+        Ok(Ok(tls)) => tls,
+        failed => {
+            proxy.metrics.handshake("server_failed");
+            let why = match failed {
+                Ok(Err(error)) => format!("TLS: {error}"),
+                _ => "the TLS handshake took too long".into(),
+            };
+            let Some(own) = pod.address_like(client.ip()) else { return };
+            let dialled = SocketAddr::new(own, super::HBONE_PORT);
+            let mut story =
+                Story::new(&proxy, Reporter::Destination, Transport::Hbone, client, dialled);
+            story.source.workload = proxy.table.load().pod(client.ip()).cloned();
+            story.destination.identity = Some(pod.identity().clone());
+            story.destination.workload = Some(pod.workload.load_full());
+            return story.finish(Ending::Failed(why));
+        }
+    };
+    proxy.metrics.handshake("server");
+    let connection = tls.get_ref().1;
+    let session = Session::of(connection);
+    let chain = connection.peer_certificates();
+    // The verifier has made sure that there is one.
+    let Some(peer) = chain.and_then(|chain| peer_identity(chain.first()?)) else { return };
+    let handshake = h2::server::Builder::new()
+        .initial_window_size(proxy.transport.stream_window)
+        .initial_connection_window_size(proxy.transport.tunnel_window)
+        .max_frame_size(64 << 10)
+        .max_send_buffer_size(proxy.transport.stream_window as usize)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEADERS)
+        .handshake(tls);
+    let Ok(Ok(mut connection)) = timeout(limit, handshake).await else { return };
+    let pings = connection.ping_pong().expect("taken once");
+    let keepalive = keepalive(pings, &proxy.transport);
+    tokio::pin!(keepalive);
+    let mut draining = false;
+    loop {
+        let accepted = tokio::select! {
+            accepted = connection.accept() => accepted,
+            () = &mut keepalive => return,
+            () = drain.triggered(), if !draining => {
+                // GOAWAY: streams that stand go on, new ones go elsewhere.
+                connection.graceful_shutdown();
+                draining = true;
+                continue;
+            }
+        };
+        match accepted {
+            Some(Ok((request, respond))) => {
+                let caller =
+                    Caller { peer: peer.clone(), session: session.clone(), address: client };
+                let (proxy, pod, drain) = (proxy.clone(), pod.clone(), drain.clone());
+                tokio::spawn(stream_of(proxy, pod, caller, request, respond, drain));
+            }
+            Some(Err(error)) => {
+                tracing::debug!(%client, %error, "tunnel ended");
+                return;
+            }
+            None => return,
+        }
+    }
+}
+
+/// Who is at the other end of a tunnel.
+struct Caller {
+    peer: SpiffeId,
+    session: Session,
+    address: SocketAddr,
+}
+
+/// Carries one stream of a tunnel, if everything about it is right.
+async fn stream_of(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    caller: Caller,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    drain: Watcher,
+) {
+    let authority = request.uri().authority().and_then(|a| a.as_str().parse::<SocketAddr>().ok());
+    let Some(destination) = authority
+        .map(canonical)
+        .filter(|a| request.method() == Method::CONNECT && pod.has_address(a.ip()) && !is_agent_port(a.port()))
+    else {
+        tracing::debug!(peer = %caller.peer, uri = %request.uri(), "not a CONNECT to this workload");
+        return answer(&mut respond, StatusCode::BAD_REQUEST);
+    };
+    // Believed only as far as the packets' own source confirms it.
+    let client = forwarded(&request)
+        .filter(|claimed| claimed.ip() == caller.address.ip())
+        .unwrap_or(caller.address);
+    let mut story =
+        Story::new(&proxy, Reporter::Destination, Transport::Hbone, client, destination);
+    story.tls = Some(caller.session);
+    story.source.identity = Some(caller.peer.clone());
+    story.source.workload = proxy.table.load().pod(client.ip()).cloned();
+    story.destination.identity = Some(pod.identity().clone());
+    story.destination.workload = Some(pod.workload.load_full());
+    if !proxy.trust_domains.contains(&caller.peer.trust_domain) {
+        answer(&mut respond, StatusCode::UNAUTHORIZED);
+        let domain = &caller.peer.trust_domain;
+        return story.finish(Ending::Refused(format!("trust domain {domain} is not known")));
+    }
+    let facts = pod.facts(Some(caller.peer), client.ip(), destination.port());
+    let live = proxy.connections.register(facts.clone());
+    let permitted = match proxy.policies.load().authorize(&facts) {
+        Ok(permitted) => permitted,
+        Err(denial) => {
+            answer(&mut respond, StatusCode::FORBIDDEN);
+            return story.finish(Ending::Denied(denial));
+        }
+    };
+    let ending = match last_hop(&proxy, &permitted, &pod, destination, client).await {
+        Err(error) => {
+            answer(&mut respond, StatusCode::SERVICE_UNAVAILABLE);
+            Ending::Failed(format!("the application at {destination}: {error}"))
+        }
+        Ok((stream, _client)) => match respond.send_response(Response::new(()), false) {
+            Err(error) => Ending::Failed(format!("the tunnel: {error}")),
+            Ok(send) => {
+                story.opened(permitted.by);
+                let mut source = End::Stream { send, recv: request.into_body() };
+                let mut end = End::Tcp(stream);
+                let live = Some(live);
+                let ending = carry_bytes(&mut source, &mut end, live, &story.counters, drain).await;
+                finish(source, end, &ending);
+                ending
+            }
+        },
+    };
+    story.finish(ending);
+}
+
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // The peer may have gone; then nobody needs the answer.
+    let _gone = respond.send_response(response, true);
+}
+
+/// The client that the source's agent names (RFC 7239, `for`).
+fn forwarded(request: &Request<RecvStream>) -> Option<SocketAddr> {
+    let value = request.headers().get(FORWARDED)?.to_str().ok()?;
+    value.strip_prefix("for=\"")?.strip_suffix('"')?.parse().ok().map(canonical)
+}
+
+/// IPv4 as IPv4, also where a dual-stack socket shows it as v4-mapped.
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}

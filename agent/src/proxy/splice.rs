@@ -1,0 +1,252 @@
+//! Moves bytes between two ends, each a TCP connection or a stream of a tunnel.
+//! Half-close, reset and backpressure pass through: an end of one side becomes an
+//! end of the other, a break of one side a break of the other, and nothing is read
+//! that cannot be written.
+
+use std::{
+    fmt, future::poll_fn, io,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use bytes::{Bytes, BytesMut};
+use h2::{Reason, RecvStream, SendStream};
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+};
+
+use crate::audit::Bytes as Count;
+
+/// Read from a TCP connection at once, bytes.
+const CHUNK: usize = 64 << 10;
+
+pub enum End {
+    Tcp(TcpStream),
+    Stream { send: SendStream<Bytes>, recv: RecvStream },
+}
+
+/// Payload bytes that have been written on.
+#[derive(Debug, Default)]
+pub struct Counters {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl Counters {
+    pub fn get(&self) -> Count {
+        Count {
+            sent: self.sent.load(Ordering::Relaxed),
+            received: self.received.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Which end broke, and how.
+#[derive(Debug)]
+pub struct Broken {
+    pub side: Side,
+    pub error: io::Error,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    Source,
+    Destination,
+}
+
+impl fmt::Display for Broken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = match self.side {
+            Side::Source => "source",
+            Side::Destination => "destination",
+        };
+        write!(f, "broken by the {side}: {}", self.error)
+    }
+}
+
+/// Runs until both directions have ended, or one end breaks.
+pub async fn splice(
+    source: &mut End,
+    destination: &mut End,
+    counters: &Counters,
+) -> Result<(), Broken> {
+    let (mut from_source, mut to_source) = source.split();
+    let (mut from_destination, mut to_destination) = destination.split();
+    let out = pump(&mut from_source, &mut to_destination, &counters.sent);
+    let back = pump(&mut from_destination, &mut to_source, &counters.received);
+    let out = async {
+        out.await.map_err(|failed| match failed {
+            Failed::Read(error) => Broken { side: Side::Source, error },
+            Failed::Write(error) => Broken { side: Side::Destination, error },
+        })
+    };
+    let back = async {
+        back.await.map_err(|failed| match failed {
+            Failed::Read(error) => Broken { side: Side::Destination, error },
+            Failed::Write(error) => Broken { side: Side::Source, error },
+        })
+    };
+    tokio::try_join!(out, back).map(|_both| ())
+}
+
+impl End {
+    fn split(&mut self) -> (Reader<'_>, Writer<'_>) {
+        match self {
+            Self::Tcp(stream) => {
+                let stream = &*stream;
+                (Reader::Tcp(stream, BytesMut::new()), Writer::Tcp(stream))
+            }
+            Self::Stream { send, recv } => (Reader::Stream(recv), Writer::Stream(send)),
+        }
+    }
+
+    /// Breaks the connection, so that the peer cannot take it for an orderly end.
+    pub fn reset(self) {
+        match self {
+            Self::Tcp(stream) => super::reset(stream),
+            Self::Stream { mut send, .. } => send.send_reset(Reason::CANCEL),
+        }
+    }
+}
+
+enum Failed {
+    Read(io::Error),
+    Write(io::Error),
+}
+
+async fn pump(
+    reader: &mut Reader<'_>,
+    writer: &mut Writer<'_>,
+    counter: &AtomicU64,
+) -> Result<(), Failed> {
+    loop {
+        // A writer that breaks while nothing is read must be noticed, too.
+        let chunk = tokio::select! {
+            biased;
+            chunk = reader.read() => chunk.map_err(Failed::Read)?,
+            error = writer.broken() => return Err(Failed::Write(error)),
+        };
+        let Some(chunk) = chunk else {
+            return writer.finish().await.map_err(Failed::Write);
+        };
+        let length = chunk.len();
+        writer.write(chunk).await.map_err(Failed::Write)?;
+        reader.release(length).map_err(Failed::Read)?;
+        counter.fetch_add(length as u64, Ordering::Relaxed);
+    }
+}
+
+enum Reader<'a> {
+    Tcp(&'a TcpStream, BytesMut),
+    Stream(&'a mut RecvStream),
+}
+
+impl Reader<'_> {
+    /// The next bytes; `None` at an orderly end. Safe to cancel.
+    async fn read(&mut self) -> io::Result<Option<Bytes>> {
+        match self {
+            Self::Tcp(stream, buffer) => loop {
+                stream.readable().await?;
+                buffer.reserve(CHUNK);
+                match stream.try_read_buf(buffer) {
+                    Ok(0) => return Ok(None),
+                    Ok(_) => return Ok(Some(buffer.split().freeze())),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => return Err(error),
+                }
+            },
+            Self::Stream(recv) => match recv.data().await {
+                None => Ok(None),
+                Some(chunk) => chunk.map(Some).map_err(from_h2),
+            },
+        }
+    }
+
+    /// Gives the peer room for as much again: the window is the backpressure.
+    fn release(&mut self, length: usize) -> io::Result<()> {
+        match self {
+            Self::Tcp(..) => Ok(()),
+            Self::Stream(recv) => recv.flow_control().release_capacity(length).map_err(from_h2),
+        }
+    }
+}
+
+enum Writer<'a> {
+    Tcp(&'a TcpStream),
+    Stream(&'a mut SendStream<Bytes>),
+}
+
+impl Writer<'_> {
+    async fn write(&mut self, mut chunk: Bytes) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => {
+                while !chunk.is_empty() {
+                    match stream.try_write(&chunk) {
+                        Ok(written) => {
+                            let _done = chunk.split_to(written);
+                        }
+                        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                            stream.writable().await?;
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+            }
+            Self::Stream(send) => {
+                while !chunk.is_empty() {
+                    send.reserve_capacity(chunk.len());
+                    let room = match send.capacity() {
+                        0 => poll_fn(|cx| send.poll_capacity(cx))
+                            .await
+                            .ok_or(io::ErrorKind::BrokenPipe)?
+                            .map_err(from_h2)?,
+                        room => room,
+                    };
+                    let part = chunk.split_to(room.min(chunk.len()));
+                    send.send_data(part, false).map_err(from_h2)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes on the end of this direction; the other goes on.
+    async fn finish(&mut self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => match socket2::SockRef::from(*stream).shutdown(std::net::Shutdown::Write) {
+                // The peer has ended its side, too, and is gone already.
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+                result => result,
+            },
+            Self::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
+        }
+    }
+
+    /// Returns when the peer has broken the connection, or no longer takes bytes.
+    async fn broken(&mut self) -> io::Error {
+        match self {
+            Self::Tcp(stream) => match stream.ready(Interest::ERROR).await {
+                Err(error) => error,
+                Ok(_) => stream
+                    .take_error()
+                    .ok()
+                    .flatten()
+                    .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+            },
+            Self::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
+                Ok(reason) => from_h2(reason.into()),
+                Err(error) => from_h2(error),
+            },
+        }
+    }
+}
+
+fn from_h2(error: h2::Error) -> io::Error {
+    if error.is_reset() {
+        return io::Error::new(io::ErrorKind::ConnectionReset, error);
+    }
+    match error.is_io() {
+        true => error.into_io().expect("it is one"),
+        false => io::Error::other(error),
+    }
+}

@@ -1,0 +1,124 @@
+//! Three small HTTP servers: administration (loopback only), metrics, readiness.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use axum::{
+    Json, Router,
+    extract::{Query, State},
+    http::{StatusCode, header},
+    response::IntoResponse,
+    routing::{get, post},
+};
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpListener;
+
+use super::LogHandle;
+use crate::{config::Config, lifecycle::Watcher};
+
+/// What `postern status` prints.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    pub version: String,
+    pub node: String,
+    pub ready: bool,
+    /// What is wrong right now, in sentences; empty when nothing is.
+    pub problems: Vec<String>,
+    pub workloads: Vec<LocalWorkload>,
+    pub known_workloads: usize,
+    pub policies: usize,
+    pub connections: usize,
+    pub roots: usize,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LocalWorkload {
+    pub pod: String,
+    pub identity: String,
+    pub addresses: Vec<String>,
+    /// `enrolled`, or why it is not.
+    pub state: String,
+}
+
+/// Where the servers get what they show.
+pub trait StatusSource: Send + Sync + 'static {
+    fn status(&self) -> Status;
+    fn metrics(&self) -> String;
+    fn config(&self) -> Config;
+}
+
+pub struct Endpoints {
+    pub admin: TcpListener,
+    pub metrics: TcpListener,
+    pub ready: TcpListener,
+}
+
+impl Endpoints {
+    pub async fn bind(config: &crate::config::Listen) -> Result<Self, String> {
+        async fn one(key: &str, address: SocketAddr) -> Result<TcpListener, String> {
+            TcpListener::bind(address).await.map_err(|e| format!("listen.{key} {address}: {e}"))
+        }
+        Ok(Self {
+            admin: one("admin", config.admin.0).await?,
+            metrics: one("metrics", config.metrics).await?,
+            ready: one("ready", config.ready).await?,
+        })
+    }
+}
+
+type Shared = (Arc<dyn StatusSource>, LogHandle);
+
+/// Serves all three until told to stop.
+pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle, stop: &Watcher) {
+    let shared: Shared = (source, log);
+    let admin = Router::new()
+        .route("/status", get(|State(s): State<Shared>| async move { Json(s.0.status()) }))
+        .route("/config", get(|State(s): State<Shared>| async move { Json(s.0.config()) }))
+        .route("/log", get(|State(s): State<Shared>| async move { s.1.get() }))
+        .route("/log", post(set_level));
+    let metrics = Router::new().route("/metrics", get(metrics));
+    let ready = Router::new().route("/ready", get(ready)).route("/healthz/ready", get(ready));
+    for (listener, router) in
+        [(endpoints.admin, admin), (endpoints.metrics, metrics), (endpoints.ready, ready)]
+    {
+        let router = router.with_state(shared.clone());
+        let mut stop = stop.clone();
+        tokio::spawn(async move {
+            let stopped = async move { stop.triggered().await };
+            let served = axum::serve(listener, router).with_graceful_shutdown(stopped).await;
+            if let Err(error) = served {
+                tracing::error!(%error, "a server of the agent ended");
+            }
+        });
+    }
+}
+
+#[derive(Deserialize)]
+struct Level {
+    level: String,
+}
+
+async fn set_level(State(shared): State<Shared>, Query(query): Query<Level>) -> impl IntoResponse {
+    match shared.1.set(&query.level) {
+        Ok(()) => {
+            tracing::info!(level = query.level, "log level changed");
+            (StatusCode::OK, shared.1.get())
+        }
+        Err(error) => (StatusCode::BAD_REQUEST, error),
+    }
+}
+
+async fn metrics(State(shared): State<Shared>) -> impl IntoResponse {
+    const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    ([(header::CONTENT_TYPE, OPEN_METRICS)], shared.0.metrics())
+}
+
+async fn ready(State(shared): State<Shared>) -> impl IntoResponse {
+    let status = shared.0.status();
+    if status.ready {
+        (StatusCode::OK, "ready\n".to_owned())
+    } else {
+        (StatusCode::SERVICE_UNAVAILABLE, status.problems.join("\n") + "\n")
+    }
+}

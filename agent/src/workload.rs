@@ -1,0 +1,10 @@
+//! What runs where: the table of workloads and services that everything else
+//! looks up. `manifest` reads Kubernetes objects, `table` is what they become.
+
+mod manifest;
+mod table;
+#[cfg(test)]
+mod tests;
+
+pub use manifest::WorkloadObject;
+pub use table::{Endpoint, NamespacedName, Service, ServicePort, Table, Target, Workload};

@@ -1,0 +1,365 @@
+//! The table of workloads: a pure function of the objects that were read,
+//! published as one snapshot.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{self as core, Pod},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+
+use super::WorkloadObject;
+use crate::{
+    config::Mesh,
+    identity::{SpiffeId, TrustDomain},
+};
+
+/// Label on a pod or a namespace: `enabled` or `disabled`.
+pub const MESH_LABEL: &str = "postern.dev/mesh";
+
+/// A pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Workload {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+    pub service_account: String,
+    pub node: String,
+    pub addresses: Vec<IpAddr>,
+    pub labels: BTreeMap<String, String>,
+    /// Name of the controller that made it, or its own.
+    pub owner: String,
+    pub host_network: bool,
+    pub enrolled: bool,
+    pub ready: bool,
+    /// Named container ports.
+    pub ports: Vec<(String, u16)>,
+}
+
+impl Workload {
+    pub fn identity(&self, trust_domain: &TrustDomain) -> SpiffeId {
+        SpiffeId {
+            trust_domain: trust_domain.clone(),
+            namespace: self.namespace.clone(),
+            service_account: self.service_account.clone(),
+        }
+    }
+
+    /// Whether its inbound traffic goes through the agent of its node. A
+    /// host-network pod shares the node's addresses, which are never steered.
+    pub fn in_mesh(&self) -> bool {
+        self.enrolled && !self.host_network
+    }
+
+    /// `app` label, or Kubernetes' recommended one: Istio's canonical name.
+    pub fn app(&self) -> Option<&str> {
+        ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]
+            .iter()
+            .find_map(|label| self.labels.get(*label))
+            .map(String::as_str)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct NamespacedName {
+    pub namespace: String,
+    pub name: String,
+}
+
+/// One port of a Service, with its ready endpoints.
+#[derive(Debug)]
+pub struct ServicePort {
+    pub service: Arc<Service>,
+    pub port: u16,
+    pub endpoints: Vec<Endpoint>,
+    next: AtomicUsize,
+}
+
+#[derive(Debug)]
+pub struct Service {
+    pub name: NamespacedName,
+    pub addresses: Vec<IpAddr>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub address: SocketAddr,
+    /// `None` where the endpoint is no pod that is known.
+    pub workload: Option<Arc<Workload>>,
+}
+
+impl ServicePort {
+    /// The next endpoint of an address family, in turn.
+    pub fn pick(&self, like: IpAddr) -> Option<&Endpoint> {
+        let fits = |e: &&Endpoint| e.address.is_ipv4() == like.is_ipv4();
+        let count = self.endpoints.iter().filter(fits).count();
+        if count == 0 {
+            return None;
+        }
+        let turn = self.next.fetch_add(1, Ordering::Relaxed) % count;
+        self.endpoints.iter().filter(fits).nth(turn)
+    }
+}
+
+/// What a destination address stands for.
+#[derive(Clone, Debug)]
+pub enum Target {
+    Pod(Arc<Workload>),
+    Service(Arc<ServicePort>),
+}
+
+#[derive(Debug, Default)]
+pub struct Table {
+    pub workloads: Vec<Arc<Workload>>,
+    pods: HashMap<IpAddr, Arc<Workload>>,
+    services: HashMap<SocketAddr, Arc<ServicePort>>,
+}
+
+impl Table {
+    pub fn build(objects: &[WorkloadObject], default: Mesh) -> Self {
+        let mut namespaces = HashMap::new();
+        let (mut pods, mut services, mut slices) = (Vec::new(), Vec::new(), Vec::new());
+        for object in objects {
+            match object {
+                WorkloadObject::Pod(pod) => pods.push(pod.as_ref()),
+                WorkloadObject::Service(service) => services.push(service.as_ref()),
+                WorkloadObject::EndpointSlice(slice) => slices.push(slice.as_ref()),
+                WorkloadObject::Namespace(namespace) => {
+                    let label = label(namespace.metadata.labels.as_ref());
+                    namespaces.insert(namespace.metadata.name.clone().unwrap_or_default(), label);
+                }
+            }
+        }
+        let mut table = Self::default();
+        for pod in pods {
+            let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
+            let inherited = namespaces.get(namespace).copied().flatten();
+            let Some(workload) = workload(pod, inherited.unwrap_or(default)) else { continue };
+            let workload = Arc::new(workload);
+            if !workload.host_network {
+                for address in &workload.addresses {
+                    table.pods.insert(*address, workload.clone());
+                }
+            }
+            table.workloads.push(workload);
+        }
+        for service in services {
+            table.add_service(service, &slices);
+        }
+        table
+    }
+
+    pub fn pod(&self, address: IpAddr) -> Option<&Arc<Workload>> {
+        self.pods.get(&address)
+    }
+
+    pub fn service(&self, address: SocketAddr) -> Option<&Arc<ServicePort>> {
+        self.services.get(&address)
+    }
+
+    pub fn target(&self, address: SocketAddr) -> Option<Target> {
+        match self.pods.get(&address.ip()) {
+            Some(pod) => Some(Target::Pod(pod.clone())),
+            None => self.services.get(&address).cloned().map(Target::Service),
+        }
+    }
+
+    /// Addresses whose connects are steered: every port of each pod in the mesh,
+    /// and the ports of services that have such a pod behind them.
+    pub fn mesh(&self) -> HashSet<(IpAddr, Option<u16>)> {
+        let pods = self.pods.iter().filter(|(_, w)| w.in_mesh()).map(|(a, _)| (*a, None));
+        let behind = |e: &Endpoint| e.workload.as_ref().is_some_and(|w| w.in_mesh());
+        let services = self
+            .services
+            .iter()
+            .filter(|(_, port)| port.endpoints.iter().any(behind))
+            .map(|(address, _)| (address.ip(), Some(address.port())));
+        pods.chain(services).collect()
+    }
+
+    pub fn services(&self) -> impl Iterator<Item = (&SocketAddr, &Arc<ServicePort>)> {
+        self.services.iter()
+    }
+
+    fn add_service(&mut self, object: &core::Service, slices: &[&EndpointSlice]) {
+        let name = NamespacedName {
+            namespace: object.metadata.namespace.clone().unwrap_or_else(|| "default".into()),
+            name: object.metadata.name.clone().unwrap_or_default(),
+        };
+        let Some(spec) = &object.spec else { return };
+        let single = spec.cluster_ip.iter();
+        // Headless services have the address "None": clients dial pods directly.
+        let addresses: Vec<IpAddr> = match &spec.cluster_ips {
+            Some(many) => many.iter().filter_map(|a| a.parse().ok()).collect(),
+            None => single.filter_map(|a| a.parse().ok()).collect(),
+        };
+        let service = Arc::new(Service { name, addresses });
+        for port in spec.ports.iter().flatten() {
+            if port.protocol.as_deref().is_some_and(|p| p != "TCP") {
+                continue;
+            }
+            let Ok(number) = u16::try_from(port.port) else { continue };
+            let endpoints = match self.from_slices(&service.name, port, slices) {
+                Some(listed) => listed,
+                None => self.from_selector(&service.name, port, spec.selector.as_ref()),
+            };
+            let entry = Arc::new(ServicePort {
+                service: service.clone(),
+                port: number,
+                endpoints,
+                next: AtomicUsize::new(0),
+            });
+            for address in &service.addresses {
+                self.services.insert(SocketAddr::new(*address, number), entry.clone());
+            }
+        }
+    }
+
+    /// Endpoints as the cluster's controller lists them; `None` when it lists none
+    /// for this service, as in a directory of hand-written manifests.
+    fn from_slices(
+        &self,
+        service: &NamespacedName,
+        port: &core::ServicePort,
+        slices: &[&EndpointSlice],
+    ) -> Option<Vec<Endpoint>> {
+        const SERVICE_NAME: &str = "kubernetes.io/service-name";
+        let ours = |slice: &&&EndpointSlice| {
+            let labels = slice.metadata.labels.as_ref();
+            slice.metadata.namespace.as_deref().unwrap_or("default") == service.namespace
+                && labels.and_then(|l| l.get(SERVICE_NAME)) == Some(&service.name)
+        };
+        let mut slices = slices.iter().filter(ours).peekable();
+        slices.peek()?;
+        let mut endpoints = Vec::new();
+        let mut seen = HashSet::new();
+        for slice in slices {
+            let named = slice.ports.iter().flatten().find(|p| {
+                p.name.as_deref().unwrap_or_default() == port.name.as_deref().unwrap_or_default()
+            });
+            let Some(number) = named.and_then(|p| u16::try_from(p.port?).ok()) else { continue };
+            for endpoint in &slice.endpoints {
+                // EndpointConditions.ready: absent means ready.
+                if endpoint.conditions.as_ref().and_then(|c| c.ready) == Some(false) {
+                    continue;
+                }
+                for ip in endpoint.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok()) {
+                    let address = SocketAddr::new(ip, number);
+                    // A moving endpoint may stand in two slices (API reference).
+                    if seen.insert(address) {
+                        endpoints.push(Endpoint { address, workload: self.pod(ip).cloned() });
+                    }
+                }
+            }
+        }
+        Some(endpoints)
+    }
+
+    /// Endpoints as the controller would list them.
+    fn from_selector(
+        &self,
+        service: &NamespacedName,
+        port: &core::ServicePort,
+        selector: Option<&BTreeMap<String, String>>,
+    ) -> Vec<Endpoint> {
+        let Some(selector) = selector.filter(|s| !s.is_empty()) else { return Vec::new() };
+        let selected = self.workloads.iter().filter(|w| {
+            w.namespace == service.namespace
+                && w.ready
+                && selector.iter().all(|(key, value)| w.labels.get(key) == Some(value))
+        });
+        selected
+            .filter_map(|w| {
+                let number = match &port.target_port {
+                    None => u16::try_from(port.port).ok()?,
+                    Some(IntOrString::Int(number)) => u16::try_from(*number).ok()?,
+                    Some(IntOrString::String(name)) => {
+                        w.ports.iter().find(|(n, _)| n == name)?.1
+                    }
+                };
+                Some(w.addresses.iter().map(move |ip| Endpoint {
+                    address: SocketAddr::new(*ip, number),
+                    workload: Some(w.clone()),
+                }))
+            })
+            .flatten()
+            .collect()
+    }
+}
+
+fn label(labels: Option<&BTreeMap<String, String>>) -> Option<Mesh> {
+    match labels?.get(MESH_LABEL)?.as_str() {
+        "enabled" => Some(Mesh::Enabled),
+        "disabled" => Some(Mesh::Disabled),
+        _ => None,
+    }
+}
+
+/// `None` for a pod that has ended: its address may be another's by now.
+fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
+    let meta = &pod.metadata;
+    let spec = pod.spec.as_ref();
+    let status = pod.status.as_ref();
+    let phase = status.and_then(|s| s.phase.as_deref());
+    if matches!(phase, Some("Succeeded" | "Failed")) {
+        return None;
+    }
+    let listed = status.and_then(|s| s.pod_ips.as_ref());
+    let mut addresses: Vec<IpAddr> =
+        listed.into_iter().flatten().filter_map(|a| a.ip.parse().ok()).collect();
+    if let Some(single) = status.and_then(|s| s.pod_ip.as_deref()?.parse().ok())
+        && !addresses.contains(&single)
+    {
+        addresses.insert(0, single);
+    }
+    let ready = status
+        .and_then(|s| s.conditions.as_ref())
+        .and_then(|all| all.iter().find(|c| c.type_ == "Ready"))
+        .is_none_or(|c| c.status == "True");
+    let terminating = meta.deletion_timestamp.is_some();
+    let containers = spec.map(|s| s.containers.as_slice()).unwrap_or_default();
+    let ports = containers
+        .iter()
+        .flat_map(|c| c.ports.iter().flatten())
+        .filter_map(|p| Some((p.name.clone()?, u16::try_from(p.container_port).ok()?)))
+        .collect();
+    let name = meta.name.clone().unwrap_or_default();
+    Some(Workload {
+        uid: meta.uid.clone().unwrap_or_default(),
+        namespace: meta.namespace.clone().unwrap_or_else(|| "default".into()),
+        service_account: spec
+            .and_then(|s| s.service_account_name.clone())
+            .unwrap_or_else(|| "default".into()),
+        node: spec.and_then(|s| s.node_name.clone()).unwrap_or_default(),
+        labels: meta.labels.clone().unwrap_or_default(),
+        owner: owner(pod).unwrap_or_else(|| name.clone()),
+        host_network: spec.and_then(|s| s.host_network).unwrap_or(false),
+        enrolled: label(meta.labels.as_ref()).unwrap_or(inherited) == Mesh::Enabled,
+        ready: ready && !terminating && !addresses.is_empty(),
+        name,
+        addresses,
+        ports,
+    })
+}
+
+/// The Deployment behind a ReplicaSet (whose name ends in the template's hash), or
+/// whatever controls the pod.
+fn owner(pod: &Pod) -> Option<String> {
+    let owners = pod.metadata.owner_references.as_ref()?;
+    let controller = owners.iter().find(|o| o.controller == Some(true))?;
+    let hash = pod.metadata.labels.as_ref().and_then(|l| l.get("pod-template-hash"));
+    match hash.and_then(|hash| controller.name.strip_suffix(&format!("-{hash}"))) {
+        Some(deployment) if controller.kind == "ReplicaSet" => Some(deployment.to_owned()),
+        _ => Some(controller.name.clone()),
+    }
+}

@@ -1,0 +1,88 @@
+//! Tables built from manifests.
+
+use std::path::Path;
+
+use super::*;
+use crate::{config::Mesh, objects::load_text};
+
+fn table(text: &str) -> Table {
+    let objects: Vec<WorkloadObject> = load_text(Path::new("t.yaml"), text)
+        .expect("manifests parse")
+        .into_iter()
+        .map(|located| located.object)
+        .collect();
+    Table::build(&objects, Mesh::Disabled)
+}
+
+fn pod(name: &str, ip: &str, more: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: u-{name}, \
+         labels: {{app: web{more}}}}}\nspec: {{nodeName: n1, serviceAccountName: web, containers: \
+         [{{name: c, ports: [{{name: http, containerPort: 8080}}]}}]}}\nstatus: {{podIP: {ip}, \
+         podIPs: [{{ip: {ip}}}, {{ip: 'fd00::{name}'}}]}}\n"
+    )
+}
+
+fn service(body: &str) -> String {
+    format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {body}\n")
+}
+
+const NAMESPACE: &str = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {postern.dev/mesh: enabled}}\n";
+
+#[test]
+fn named_target_ports_resolve_per_pod_and_turns_are_even() {
+    let text = NAMESPACE.to_owned()
+        + &pod("a", "10.0.0.1", "")
+        + &pod("b", "10.0.0.2", "")
+        + &service("{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80, targetPort: http}, {name: alt, port: 81, targetPort: 9000}]}");
+    let table = table(&text);
+    let port = table.service("10.9.0.1:80".parse().expect("address")).expect("service");
+    let like = "10.9.0.1".parse().expect("address");
+    let picks: Vec<String> =
+        (0..4).map(|_| port.pick(like).expect("endpoint").address.to_string()).collect();
+    assert_eq!(picks, ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.1:8080", "10.0.0.2:8080"]);
+    let alt = table.service("10.9.0.1:81".parse().expect("address")).expect("service");
+    assert_eq!(alt.pick(like).expect("endpoint").address.port(), 9000);
+    assert!(table.service("10.9.0.1:82".parse().expect("address")).is_none());
+    assert!(table.mesh().contains(&(like, Some(80))));
+}
+
+#[test]
+fn slices_win_over_selectors_and_unready_endpoints_are_left_out() {
+    let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}\nports: [{name: '', port: 7070}]\nendpoints:\n- {addresses: [10.0.0.1], conditions: {ready: false}}\n- {addresses: [10.0.0.2]}\n";
+    let text = NAMESPACE.to_owned()
+        + &pod("a", "10.0.0.1", "")
+        + &pod("b", "10.0.0.2", "")
+        + &service("{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80}]}")
+        + slice;
+    let table = table(&text);
+    let port = table.service("10.9.0.1:80".parse().expect("address")).expect("service");
+    let all: Vec<String> = port.endpoints.iter().map(|e| e.address.to_string()).collect();
+    assert_eq!(all, ["10.0.0.2:7070"]);
+}
+
+#[test]
+fn enrolment_is_by_pod_then_namespace_then_default() {
+    let text = NAMESPACE.to_owned()
+        + &pod("a", "10.0.0.1", "")
+        + &pod("b", "10.0.0.2", ", postern.dev/mesh: disabled")
+        + &pod("c", "10.0.0.3", "").replace("namespace: shop", "namespace: other");
+    let table = table(&text);
+    let enrolled = |ip: &str| table.pod(ip.parse().expect("address")).expect("pod").enrolled;
+    assert!(enrolled("10.0.0.1"));
+    assert!(enrolled("fd00::a"));
+    assert!(!enrolled("10.0.0.2"));
+    assert!(!enrolled("10.0.0.3"));
+}
+
+#[test]
+fn headless_and_ended_pods_have_no_entries() {
+    let ended = pod("z", "10.0.0.9", "").replace("status: {", "status: {phase: Succeeded, ");
+    let text = NAMESPACE.to_owned()
+        + &ended
+        + &service("{clusterIP: None, selector: {app: web}, ports: [{port: 80}]}");
+    let table = table(&text);
+    assert!(table.pod("10.0.0.9".parse().expect("address")).is_none());
+    assert_eq!(table.services().count(), 0);
+    assert!(table.mesh().is_empty());
+}

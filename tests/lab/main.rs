@@ -1,0 +1,3 @@
+//! End-to-end tests: real kernel, real programs, two nodes.
+
+mod smoke;

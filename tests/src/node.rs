@@ -1,0 +1,246 @@
+//! A node: a network namespace with a bridge for its pods, a cgroup tree with the
+//! node's own processes and the kubelet's, and the agent.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
+
+use crate::{
+    Lab, Pod, eventually,
+    host::{self, Running, binary},
+    sweep::BPF,
+};
+
+pub struct Node {
+    pub number: usize,
+    pub name: String,
+    pub netns: String,
+    /// Where the agent's hooks go; `system` and `kubepods` are below it.
+    pub cgroup: PathBuf,
+    dir: PathBuf,
+    lab_dir: PathBuf,
+    pin: PathBuf,
+    pub options: NodeOptions,
+    agent: Option<Running>,
+    pub(crate) next_pod: u8,
+}
+
+/// What differs from a node as it comes.
+#[derive(Clone)]
+pub struct NodeOptions {
+    pub trust_domain: String,
+    /// Names of root files in the lab's directory.
+    pub root: String,
+    /// Further configuration, as top-level YAML.
+    pub more: String,
+}
+
+impl Default for NodeOptions {
+    fn default() -> Self {
+        Self { trust_domain: "cluster.local".into(), root: "root".into(), more: String::new() }
+    }
+}
+
+impl Node {
+    pub(crate) fn new(lab: &Lab, number: usize, switch: &str, nodes: usize) -> Result<Self> {
+        let netns = format!("{}-n{number}", lab.id);
+        let cgroup = lab.cgroup().join(format!("node{number}"));
+        let dir = lab.path().join(format!("node{number}"));
+        for path in [&dir, &cgroup.join("system"), &cgroup.join("kubepods/burstable")] {
+            std::fs::create_dir_all(path).with_context(|| format!("{}", path.display()))?;
+        }
+        host::add_netns(&netns)?;
+        let mut commands = vec![
+            format!("link add wire type veth peer name port{number} netns {switch}"),
+            format!("address add 192.0.2.{number}/24 dev wire"),
+            format!("address add fd00:2::{number}/64 dev wire nodad"),
+            "link set wire up".into(),
+            "link add pods type bridge".into(),
+            format!("address add 10.0.{number}.1/24 dev pods"),
+            format!("address add fd00:0:0:{number}::1/64 dev pods nodad"),
+            "link set pods up".into(),
+        ];
+        for other in (1..=nodes).filter(|other| *other != number) {
+            commands.push(format!("route add 10.0.{other}.0/24 via 192.0.2.{other}"));
+            commands.push(format!("-6 route add fd00:0:0:{other}::/64 via fd00:2::{other}"));
+        }
+        host::ip(switch, &[format!("link show dev wire")])?;
+        host::ip(&netns, &commands)?;
+        host::ip(switch, &[
+            format!("link set port{number} master wire"),
+            format!("link set port{number} up"),
+        ])?;
+        let forward = "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding";
+        host::output(Command::new("ip").args(["netns", "exec", &netns, "sh", "-c", forward]))?;
+        Ok(Self {
+            number,
+            name: format!("node{number}"),
+            netns,
+            cgroup,
+            dir,
+            lab_dir: lab.path().to_owned(),
+            pin: Path::new(BPF).join(format!("{}-{number}", lab.id)),
+            options: NodeOptions::default(),
+            agent: None,
+            next_pod: 10,
+        })
+    }
+
+    /// A program of the node itself, as the kubelet is one.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<Command> {
+        let mut command = Command::new(program);
+        host::place(&mut command, &self.cgroup.join("system"), &self.netns)?;
+        Ok(command)
+    }
+
+    pub fn config_path(&self) -> PathBuf {
+        self.dir.join("agent.yaml")
+    }
+
+    pub fn audit_path(&self) -> PathBuf {
+        self.dir.join("audit.jsonl")
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
+    }
+
+    fn config(&self) -> String {
+        let (lab, dir) = (self.lab_dir.display(), self.dir.display());
+        let NodeOptions { trust_domain, root, more } = &self.options;
+        format!(
+            "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
+             workloads: {{directory: {lab}/manifests}}\npolicies: {{directory: {lab}/policies}}\n\
+             kernel: {{cgroup: {}, pin: {}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
+             log: {{level: 'info,postern=debug'}}\n{}{more}",
+            self.name,
+            self.cgroup.display(),
+            self.pin.display(),
+            if more.contains("identity:") {
+                String::new()
+            } else {
+                format!("identity: {{rootCertificate: {lab}/{root}.pem, rootKey: {lab}/{root}.key}}\n")
+            },
+        )
+    }
+
+    /// Starts the agent and waits until it is ready.
+    pub fn start(&mut self) -> Result<()> {
+        std::fs::write(self.config_path(), self.config())?;
+        let mut command = self.command(binary("postern")?)?;
+        command.arg("run").arg("--config").arg(self.config_path());
+        let seen = self.log().len();
+        self.agent = Some(Running::start(&mut command, self.dir.join("agent.log"))?);
+        eventually(&format!("{} is ready", self.name), Duration::from_secs(60), || {
+            self.log().get(seen..).is_some_and(|new| new.contains(" ready"))
+        })
+        .with_context(|| self.log())
+    }
+
+    /// As [`Self::start`], for a configuration that must be refused: its exit code.
+    pub fn start_refused(&mut self) -> Result<Option<i32>> {
+        std::fs::write(self.config_path(), self.config())?;
+        let mut command = self.command(binary("postern")?)?;
+        command.arg("run").arg("--config").arg(self.config_path());
+        let mut running = Running::start(&mut command, self.dir.join("agent.log"))?;
+        eventually("the agent ends", Duration::from_secs(10), || {
+            running.child.try_wait().is_ok_and(|status| status.is_some())
+        })?;
+        Ok(running.child.wait()?.code())
+    }
+
+    pub fn running(&self) -> bool {
+        self.agent.is_some()
+    }
+
+    pub fn agent_pid(&self) -> Option<i32> {
+        self.agent.as_ref().map(Running::pid)
+    }
+
+    /// Kills the agent as `kill -9` does.
+    pub fn kill(&mut self) {
+        self.agent = None;
+    }
+
+    /// Stops it with SIGTERM and waits for its end.
+    pub fn stop(&mut self) -> Result<()> {
+        if let Some(mut agent) = self.agent.take() {
+            agent.signal(Signal::SIGTERM)?;
+            eventually("the agent ends", Duration::from_secs(40), || {
+                agent.child.try_wait().is_ok_and(|status| status.is_some())
+            })
+            .with_context(|| self.log())?;
+        }
+        Ok(())
+    }
+
+    /// `postern` on this node, with its configuration.
+    pub fn postern(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = self.command(binary("postern")?)?;
+        command.args(arguments).arg("--config").arg(self.config_path());
+        Ok(command)
+    }
+
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let output = self.postern(&["status", "--output", "json"])?.output()?;
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+
+    pub fn metrics(&self) -> Result<String> {
+        let mut curl = self.command("curl")?;
+        curl.args(["-sS", "-m", "5", "http://127.0.0.1:15020/metrics"]);
+        Ok(host::text(&host::output(&mut curl)?.stdout))
+    }
+
+    pub(crate) fn knows(&self, pod: &Pod) -> Result<bool> {
+        if pod.node != self.number {
+            let dump = self.status()?;
+            let files = std::fs::read_dir(self.lab_dir.join("manifests"))?;
+            let pods = files.flatten().filter(|f| f.file_name().to_string_lossy().starts_with("pod-"));
+            return Ok(dump["knownWorkloads"].as_u64() >= Some(pods.count() as u64));
+        }
+        let wanted = format!("{}/{}", pod.namespace(), pod.name);
+        let status = self.status()?;
+        let all = status["workloads"].as_array().context("workloads")?;
+        Ok(all.iter().any(|w| w["pod"] == wanted && w["state"] == "enrolled"))
+    }
+
+    /// The audit log so far, a value a line. Every line must be whole.
+    pub fn audit(&self) -> Result<Vec<serde_json::Value>> {
+        let text = std::fs::read_to_string(self.audit_path()).unwrap_or_default();
+        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+        whole.lines().map(|line| serde_json::from_str(line).context(line.to_owned())).collect()
+    }
+
+    /// The first record that fits; waits for it.
+    pub fn record(
+        &self,
+        what: &str,
+        fits: impl Fn(&serde_json::Value) -> bool,
+    ) -> Result<serde_json::Value> {
+        let mut found = None;
+        let result = eventually(what, Duration::from_secs(10), || {
+            found = self.audit().unwrap_or_default().into_iter().find(&fits);
+            found.is_some()
+        });
+        if result.is_err() {
+            let all = std::fs::read_to_string(self.audit_path()).unwrap_or_default();
+            return result.map(|()| serde_json::Value::Null).with_context(|| format!("{all}\n{}", self.log()));
+        }
+        found.context("a record")
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.agent = None;
+        // All of this node's processes, then what the agent left pinned.
+        let _none_left = std::fs::write(self.cgroup.join("cgroup.kill"), "1");
+        let _gone = std::fs::remove_dir_all(&self.pin);
+    }
+}

@@ -1,0 +1,30 @@
+//! The demonstration and the benchmarks: programs of the lab, run as they are.
+
+use std::{ffi::OsString, os::unix::process::CommandExt as _};
+
+use anyhow::{Context as _, Result};
+
+use crate::{
+    cmd,
+    setup::{self, Tier},
+};
+
+/// Build everything with optimisations and become `program`.
+pub fn exec(program: &str, args: &[OsString]) -> Result<()> {
+    cmd::need_root(program)?;
+    setup::ensure(&[Tier::Build, Tier::Lab])?;
+    build_release()?;
+    let path = cmd::target().join("release").join(program);
+    let error = cmd::in_root(&path).args(args).exec();
+    Err(error).with_context(|| format!("cannot run {}", path.display()))
+}
+
+/// Build the agent and the programs of the lab.
+pub fn build_release() -> Result<()> {
+    let packages = ["-p", "postern", "-p", "postern-tests"];
+    cmd::run(
+        cmd::cargo()
+            .args(["build", "--release", "--bins"])
+            .args(packages),
+    )
+}

@@ -1,0 +1,194 @@
+//! Brings a machine that has rustup and apt to where everything builds and
+//! tests. Whether something is there is judged by files, so that it takes no
+//! time when all is.
+
+use std::{fs, path::Path, process::Command};
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+use crate::{
+    apt::{self, Apt},
+    bpf::{self, Core},
+    cmd,
+};
+
+/// How many seconds a component of the toolchain may take to arrive.
+const FETCH_SECONDS: u64 = 300;
+
+/// What a machine can be made ready for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tier {
+    /// Building
+    Build,
+    /// The end-to-end tests, the demonstration and the benchmarks
+    Lab,
+    /// The tests on another kernel, in a virtual machine
+    Vm,
+    /// The linters
+    Lint,
+    /// Packing the image; not part of `all`
+    Image,
+    /// All of the above but the image
+    All,
+}
+
+/// How to tell that a package, or something as good, is there.
+enum Sign {
+    Program(&'static str),
+    /// A file whose name begins so.
+    File(&'static str),
+    /// The package itself, where only that tells.
+    Package,
+}
+
+use Sign::{File, Package, Program};
+
+const BUILD: &[(&str, Sign)] = &[
+    ("gcc", Program("cc")),
+    ("libc6-dev", File("/usr/include/stdio.h")),
+    ("make", Program("make")),
+];
+
+const LAB: &[(&str, Sign)] = &[
+    ("iproute2", Program("ip")),
+    ("nginx-light", Program("nginx")),
+    ("curl", Program("curl")),
+    ("postgresql", File("/usr/lib/postgresql/")),
+    ("postgresql-client", Program("psql")),
+    ("redis-server", Program("redis-server")),
+    ("redis-tools", Program("redis-cli")),
+    ("iperf3", Program("iperf3")),
+    ("tshark", Program("tshark")),
+    ("tcpdump", Program("tcpdump")),
+    ("wrk", Program("wrk")),
+    ("procps", Program("ps")),
+];
+
+const VM: &[(&str, Sign)] = &[
+    ("qemu-system-x86", Program("qemu-system-x86_64")),
+    ("linux-image-amd64", File("/boot/vmlinuz-6.1.")),
+    ("linux-image-amd64", File("/lib/modules/6.1.")),
+    // The package busybox has a program of the same name that needs libraries.
+    ("busybox-static", Package),
+    ("cpio", Program("cpio")),
+    ("kmod", Program("modprobe")),
+];
+
+const IMAGE: &[(&str, Sign)] = &[("buildah", Program("buildah"))];
+
+impl Tier {
+    fn packages(self) -> &'static [(&'static str, Sign)] {
+        match self {
+            Tier::Build => BUILD,
+            Tier::Lab => LAB,
+            Tier::Vm => VM,
+            Tier::Image => IMAGE,
+            Tier::Lint | Tier::All => &[],
+        }
+    }
+}
+
+/// The verb: install what is missing for `tier` and say that all is there.
+pub fn run(tier: Tier) -> Result<()> {
+    match tier {
+        Tier::All => ensure(&[Tier::Build, Tier::Lab, Tier::Vm, Tier::Lint])?,
+        one => ensure(&[one])?,
+    }
+    println!("setup: everything is there");
+    Ok(())
+}
+
+/// Install what is missing for `tiers`.
+pub fn ensure(tiers: &[Tier]) -> Result<()> {
+    let apt = Apt::default();
+    let mut packages = Vec::new();
+    for (package, sign) in tiers.iter().flat_map(|tier| tier.packages()) {
+        if !present(package, sign) && !packages.contains(package) {
+            packages.push(package);
+        }
+    }
+    let bpf = if tiers.contains(&Tier::Build) || tiers.contains(&Tier::Lint) {
+        Some(bpf::Plan::new(&apt, &mut packages)?)
+    } else {
+        None
+    };
+    apt.install(&packages)?;
+    for (package, sign) in tiers.iter().flat_map(|tier| tier.packages()) {
+        if !present(package, sign) {
+            bail!("{package} is installed but lacks what is needed of it");
+        }
+    }
+    if let Some(bpf) = bpf {
+        bpf.finish()?;
+    }
+    if tiers.contains(&Tier::Lint) {
+        linters(&apt)?;
+    }
+    Ok(())
+}
+
+fn linters(apt: &Apt) -> Result<()> {
+    for (component, program) in [("rustfmt", "cargo-fmt"), ("clippy", "cargo-clippy")] {
+        if !in_toolchain(program)? {
+            println!("setup: adding {component} to the toolchain");
+            let mut add = cmd::bounded(FETCH_SECONDS, "rustup");
+            cmd::run(add.args(["component", "add", component]))?;
+        }
+    }
+    // The kernel programs are linted by the compiler that builds them.
+    if Core::found() == Some(Core::Linked) && !Path::new("/usr/bin/cargo-clippy").is_file() {
+        apt.install(&["rust-web-clippy"])?;
+    }
+    if cmd::find("cargo-deny").is_none() {
+        println!("setup: building cargo-deny");
+        cmd::run(Command::new("cargo").args(["install", "--quiet", "--locked", "cargo-deny"]))?;
+    }
+    Ok(())
+}
+
+/// Whether the toolchain in use has `program`. That rustup has a proxy for it
+/// says nothing.
+fn in_toolchain(program: &str) -> Result<bool> {
+    let sysroot = cmd::output(cmd::in_root("rustc").args(["--print", "sysroot"]))?;
+    Ok(Path::new(sysroot.trim())
+        .join("bin")
+        .join(program)
+        .is_file())
+}
+
+fn present(package: &str, sign: &Sign) -> bool {
+    match sign {
+        Program(program) => cmd::find(program).is_some(),
+        File(prefix) => any_file(prefix),
+        Package => apt::installed(package),
+    }
+}
+
+/// Whether a file is there whose path begins with `prefix`; a prefix that ends
+/// in a slash asks for anything in that directory.
+fn any_file(prefix: &str) -> bool {
+    let (dir, start) = prefix.rsplit_once('/').unwrap_or(("", prefix));
+    let named = |entry: fs::DirEntry| entry.file_name().to_string_lossy().starts_with(start);
+    fs::read_dir(Path::new(dir)).is_ok_and(|entries| entries.flatten().any(named))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_found_by_how_they_begin() {
+        assert!(any_file("/proc/self/sta"));
+        assert!(any_file("/proc/self/"));
+        assert!(!any_file("/proc/self/no-such"));
+        assert!(!any_file("/no/such/directory/"));
+    }
+
+    #[test]
+    fn a_missing_program_is_noticed() {
+        assert!(present("dash", &Program("sh")));
+        assert!(!present("dash", &Program("no-such-program-anywhere")));
+        assert!(!present("no-such-package-anywhere", &Package));
+    }
+}

@@ -1,0 +1,205 @@
+//! The three tiers of tests.
+
+use std::{fmt, fs, path::Path};
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+use crate::{bench, cmd, setup, vm};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tier {
+    /// Within one process
+    Unit,
+    /// End to end, in namespaces of this machine (needs root)
+    Lab,
+    /// End to end on Debian's kernel, in a virtual machine
+    Vm,
+}
+
+/// What test programs said about their tests.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Count {
+    passed: u32,
+    failed: u32,
+    ignored: u32,
+}
+
+impl Count {
+    /// Take a line of output into account.
+    pub fn line(&mut self, line: &str) {
+        // With --nocapture this line may follow what a test printed.
+        let Some((_, result)) = line.split_once("test result: ") else {
+            return;
+        };
+        for part in result.split(['.', ';']) {
+            match part.trim().split_once(' ') {
+                Some((count, "passed")) => self.passed += count.parse().unwrap_or(0),
+                Some((count, "failed")) => self.failed += count.parse().unwrap_or(0),
+                Some((count, "ignored")) => self.ignored += count.parse().unwrap_or(0),
+                _ => {}
+            }
+        }
+    }
+
+    /// A tier passes only if tests ran, none was left out and none failed.
+    pub fn verdict(self) -> Result<Self> {
+        if self.failed > 0 {
+            bail!("{} tests failed", self.failed);
+        }
+        if self.ignored > 0 {
+            bail!("{} tests were left out as ignored", self.ignored);
+        }
+        if self.passed == 0 {
+            bail!("no test ran");
+        }
+        Ok(self)
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed", self.passed)
+    }
+}
+
+/// Run one tier or all, and end with a line on each.
+pub fn run(only: Option<Tier>, filter: &[String]) -> Result<()> {
+    let tiers = only.map_or_else(|| Tier::value_variants().to_vec(), |tier| vec![tier]);
+    let mut summary = Vec::new();
+    let mut failed = false;
+    for tier in tiers {
+        let result = match tier {
+            Tier::Unit => unit(filter),
+            Tier::Lab => lab(filter),
+            Tier::Vm => vm::test(filter),
+        };
+        failed |= result.is_err();
+        let name = format!("{tier:?}").to_lowercase();
+        summary.push(match result {
+            Ok(count) => format!("{name:5} ok      {count}"),
+            Err(error) => format!("{name:5} FAILED  {error:#}"),
+        });
+    }
+    println!();
+    for line in summary {
+        println!("{line}");
+    }
+    if failed {
+        bail!("tests failed");
+    }
+    Ok(())
+}
+
+fn unit(filter: &[String]) -> Result<Count> {
+    setup::ensure(&[setup::Tier::Build])?;
+    let mut count = Count::default();
+    let mut agent = cmd::cargo();
+    agent.args(["test", "--workspace"]);
+    agent.args(["--exclude", "postern-ebpf", "--exclude", "postern-tests"]);
+    // The programs themselves run in a kernel only; what they share with the
+    // agent is tested here.
+    let mut kernel = cmd::cargo();
+    kernel.args(["test", "-p", "postern-ebpf", "--lib"]);
+    for command in [&mut agent, &mut kernel] {
+        command.arg("--").args(filter);
+        cmd::run_lines(command, |line| count.line(line))?;
+    }
+    count.verdict()
+}
+
+fn lab(filter: &[String]) -> Result<Count> {
+    let lacking = lacking(Path::new("/"));
+    if !lacking.is_empty() {
+        bail!("cannot run here: {}", lacking.join(", "));
+    }
+    setup::ensure(&[setup::Tier::Build, setup::Tier::Lab])?;
+    bench::build_release()?;
+    let mut count = Count::default();
+    let mut test = cmd::cargo();
+    test.args(["test", "--release", "-p", "postern-tests"]);
+    test.args(["--", "--test-threads=2"]).args(filter);
+    test.envs(programs());
+    cmd::run_lines(&mut test, |line| count.line(line))?;
+    count.verdict()
+}
+
+/// Where the tests find the programs under test.
+pub fn programs() -> [(&'static str, String); 2] {
+    let release = cmd::target().join("release");
+    let path = |name| release.join(name).display().to_string();
+    [
+        ("POSTERN_BIN", path("postern")),
+        ("POSTERN_PROBE", path("probe")),
+    ]
+}
+
+/// What the machine whose files are below `root` lacks for the lab.
+fn lacking(root: &Path) -> Vec<&'static str> {
+    let there = |path: &str| root.join(path).exists();
+    let mounts = fs::read_to_string(root.join("proc/self/mounts")).unwrap_or_default();
+    let cgroup2 = mounts
+        .lines()
+        .any(|mount| mount.split(' ').nth(2) == Some("cgroup2"));
+    [
+        (cmd::is_root(), "not root"),
+        (cgroup2, "no cgroup2 is mounted"),
+        (there("sys/kernel/btf/vmlinux"), "the kernel has no BTF"),
+        (
+            there("proc/self/ns/net"),
+            "the kernel has no network namespaces",
+        ),
+    ]
+    .into_iter()
+    .filter_map(|(fulfilled, lack)| (!fulfilled).then_some(lack))
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OK: &str = "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 7 filtered out; finished in 0.00s";
+
+    fn counted(lines: &[&str]) -> Count {
+        let mut count = Count::default();
+        lines.iter().for_each(|line| count.line(line));
+        count
+    }
+
+    #[test]
+    fn results_add_up() {
+        let count = counted(&["running 3 tests", OK, "noise", OK]);
+        assert_eq!(count.verdict().expect("passes").passed, 6);
+    }
+
+    #[test]
+    fn a_result_is_seen_behind_other_output() {
+        assert_eq!(counted(&[&format!("half a line{OK}")]).passed, 3);
+    }
+
+    #[test]
+    fn nothing_run_is_a_failure() {
+        assert!(counted(&[]).verdict().is_err());
+        assert!(
+            counted(&["test result: ok. 0 passed; 0 failed; 0 ignored"])
+                .verdict()
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn failed_and_ignored_tests_are_failures() {
+        let failed = "test result: FAILED. 2 passed; 1 failed; 0 ignored";
+        assert!(counted(&[OK, failed]).verdict().is_err());
+        let ignored = "test result: ok. 2 passed; 0 failed; 1 ignored";
+        assert!(counted(&[OK, ignored]).verdict().is_err());
+    }
+
+    #[test]
+    fn an_unfit_machine_is_told_all_it_lacks() {
+        let lacking = lacking(Path::new("/nonexistent"));
+        assert!(lacking.contains(&"no cgroup2 is mounted"));
+        assert!(lacking.contains(&"the kernel has no BTF"));
+    }
+}

@@ -17,7 +17,7 @@ use postern_ebpf::{
 };
 
 use crate::{
-    context::{Caller, caller, is_mapped, joined, mapped, read_words},
+    context::{Caller, caller, is_mapped, mapped, read_address, write_address},
     maps::{DIALS, MESH, ORIGINS, config, count},
 };
 
@@ -49,22 +49,18 @@ pub fn v4(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub fn v6(ctx: &SockAddrContext) -> i32 {
     // SAFETY: the context's own fields.
-    let words = unsafe { read_words((&raw const (*ctx.sock_addr).user_ip6).cast()) };
-    match decide(ctx, joined(words)) {
+    let address = unsafe { read_address((&raw const (*ctx.sock_addr).user_ip6).cast()) };
+    match decide(ctx, address) {
         Decision::Return(code) => code,
         Decision::Steer(port) => {
-            let loopback = if is_mapped(words) {
-                [0, 0, 0xffff_u32.to_be(), LOOPBACK_V4]
+            let loopback = if is_mapped(address) {
+                mapped(LOOPBACK_V4)
             } else {
                 [0, 0, 0, 1_u32.to_be()]
             };
             // SAFETY: the fields are writable in this hook, word by word.
             unsafe {
-                let field: *mut u32 = (&raw mut (*ctx.sock_addr).user_ip6).cast();
-                field.write_volatile(loopback[0]);
-                field.add(1).write_volatile(loopback[1]);
-                field.add(2).write_volatile(loopback[2]);
-                field.add(3).write_volatile(loopback[3]);
+                write_address((&raw mut (*ctx.sock_addr).user_ip6).cast(), loopback);
                 set_port(ctx.sock_addr, port);
             }
             PASS
@@ -155,7 +151,7 @@ fn in_mesh(address: Address, port: u32) -> Option<u32> {
 fn dial(netns: u64, cgroup: u64, tgid: u32, destination: Address, port: u32) -> Dial {
     Dial {
         destination,
-        source: [0; 16],
+        source: [0; 4],
         netns,
         cgroup,
         // SAFETY: a helper without arguments.

@@ -1,7 +1,7 @@
 //! Who is calling: which workload the current process belongs to.
 
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
-use postern_ebpf::{Address, Config, Workload};
+use postern_ebpf::{Address, Config, MAPPED, Workload};
 
 use crate::maps::{CGROUPS, WORKLOADS};
 
@@ -72,31 +72,20 @@ fn ancestor(level: u32) -> u64 {
 /// `::ffff:a.b.c.d` of an IPv4 address in network order.
 #[inline(always)]
 pub fn mapped(v4: u32) -> Address {
-    let b = v4.to_ne_bytes();
-    [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, b[0], b[1], b[2], b[3]]
+    [0, 0, MAPPED, v4]
 }
 
-/// The 16 bytes of four words in network order, as contexts hold IPv6 addresses.
 #[inline(always)]
-pub fn joined(words: [u32; 4]) -> Address {
-    let (a, b, c, d) = (
-        words[0].to_ne_bytes(),
-        words[1].to_ne_bytes(),
-        words[2].to_ne_bytes(),
-        words[3].to_ne_bytes(),
-    );
-    [
-        a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3], c[0], c[1], c[2], c[3], d[0], d[1], d[2],
-        d[3],
-    ]
+pub fn is_mapped(address: Address) -> bool {
+    address[0] == 0 && address[1] == 0 && address[2] == MAPPED
 }
 
-/// Four context words, read one by one: the verifier refuses wider loads.
+/// An address in a context, word by word: the verifier refuses wider loads.
 ///
 /// # Safety
 /// `words` points into a program context at four readable words.
 #[inline(always)]
-pub unsafe fn read_words(words: *const u32) -> [u32; 4] {
+pub unsafe fn read_address(words: *const u32) -> Address {
     // SAFETY: the caller's promise.
     unsafe {
         [
@@ -108,7 +97,17 @@ pub unsafe fn read_words(words: *const u32) -> [u32; 4] {
     }
 }
 
+/// Writes an address into a context, word by word.
+///
+/// # Safety
+/// `words` points into a program context at four writable words.
 #[inline(always)]
-pub fn is_mapped(words: [u32; 4]) -> bool {
-    words[0] == 0 && words[1] == 0 && words[2] == 0xffff_u32.to_be()
+pub unsafe fn write_address(words: *mut u32, address: Address) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        words.write_volatile(address[0]);
+        words.add(1).write_volatile(address[1]);
+        words.add(2).write_volatile(address[2]);
+        words.add(3).write_volatile(address[3]);
+    }
 }

@@ -1,14 +1,17 @@
 //! The ABI between the kernel programs and the agent: keys, values and events,
 //! byte for byte the same on both sides.
 //!
-//! Addresses are 16 bytes in network order, IPv4 as v4-mapped IPv6
+//! Addresses are four words in network order, IPv4 as v4-mapped IPv6
 //! (`::ffff:a.b.c.d`, RFC 4291 2.5.5.2); ports are in host order. Every type is
 //! `repr(C)`, without implicit padding, and its size is asserted here.
 
 #![no_std]
 
 /// An address: IPv6, or IPv4 as v4-mapped IPv6, in network order.
-pub type Address = [u8; 16];
+pub type Address = [u32; 4];
+
+/// Third word of every v4-mapped address.
+pub const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// Changes whenever a type, a map or a meaning in this file changes. It is part
 /// of the pin path, so that agents of different ABIs never share a map.

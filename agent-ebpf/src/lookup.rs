@@ -5,16 +5,13 @@
 //! none that the agent knows in the pod, the packet is dropped.
 
 use aya_ebpf::{
-    bindings::{
-        bpf_sk_lookup,
-        sk_action::{SK_DROP, SK_PASS},
-    },
+    bindings::sk_action::{SK_DROP, SK_PASS},
     programs::SkLookupContext,
 };
 use postern_ebpf::{Address, Counter, LISTENER_HBONE, LISTENER_PLAINTEXT, Listener};
 
 use crate::{
-    context::{is_mapped, joined, mapped, read_words},
+    context::{is_mapped, mapped, read_address},
     maps::{LISTENERS, config, count},
 };
 
@@ -24,48 +21,43 @@ const AF_INET: u32 = 2;
 #[inline(always)]
 pub fn inbound(ctx: &SkLookupContext) -> u32 {
     let lookup = ctx.lookup;
+    // All reads at once, whatever the family: were they behind its test, the compiler
+    // would join them into one read through a computed pointer, which the verifier
+    // refuses.
     // SAFETY: the context's own fields.
-    if unsafe { (&raw const (*lookup).protocol).read_volatile() } != IPPROTO_TCP
-        || from_loopback(lookup)
-    {
+    let (protocol, family, port, remote_v4, remote_v6, local_v4, local_v6) = unsafe {
+        (
+            (&raw const (*lookup).protocol).read_volatile(),
+            (&raw const (*lookup).family).read_volatile(),
+            (&raw const (*lookup).local_port).read_volatile(),
+            (&raw const (*lookup).remote_ip4).read_volatile(),
+            read_address((&raw const (*lookup).remote_ip6).cast()),
+            (&raw const (*lookup).local_ip4).read_volatile(),
+            read_address((&raw const (*lookup).local_ip6).cast()),
+        )
+    };
+    let (remote, address) = if family == AF_INET {
+        (mapped(remote_v4), mapped(local_v4))
+    } else {
+        (remote_v6, local_v6)
+    };
+    if protocol != IPPROTO_TCP || is_loopback(remote) {
         // The agent's last hop, or the pod talking to itself.
         return SK_PASS;
     }
     let Some(config) = config() else { return SK_DROP };
-    // SAFETY: the context's own fields.
-    let port = unsafe { (&raw const (*lookup).local_port).read_volatile() };
     let kind = if port == config.hbone_port { LISTENER_HBONE } else { LISTENER_PLAINTEXT };
-    if LISTENERS.redirect_sk_lookup(ctx, Listener { address: dialled(lookup), kind }, 0).is_err() {
+    if LISTENERS.redirect_sk_lookup(ctx, Listener { address, kind }, 0).is_err() {
         count(Counter::DroppedNoListener);
         return SK_DROP;
     }
     SK_PASS
 }
 
+/// `::1`, or 127.0.0.0/8 as v4-mapped.
 #[inline(always)]
-fn dialled(lookup: *mut bpf_sk_lookup) -> Address {
-    // SAFETY: the context's own fields.
-    unsafe {
-        if (&raw const (*lookup).family).read_volatile() == AF_INET {
-            mapped((&raw const (*lookup).local_ip4).read_volatile())
-        } else {
-            joined(read_words((&raw const (*lookup).local_ip6).cast()))
-        }
-    }
-}
-
-#[inline(always)]
-fn from_loopback(lookup: *mut bpf_sk_lookup) -> bool {
-    const NET_127: u32 = 0x7f00_0000;
-    // SAFETY: the context's own fields.
-    unsafe {
-        if (&raw const (*lookup).family).read_volatile() == AF_INET {
-            let ip = (&raw const (*lookup).remote_ip4).read_volatile();
-            u32::from_be(ip) & 0xff00_0000 == NET_127
-        } else {
-            let words = read_words((&raw const (*lookup).remote_ip6).cast());
-            words == [0, 0, 0, 1_u32.to_be()]
-                || (is_mapped(words) && u32::from_be(words[3]) & 0xff00_0000 == NET_127)
-        }
-    }
+fn is_loopback(address: Address) -> bool {
+    const NET: u32 = 0x7f00_0000;
+    address == [0, 0, 0, 1_u32.to_be()]
+        || (is_mapped(address) && u32::from_be(address[3]) & 0xff00_0000 == NET)
 }

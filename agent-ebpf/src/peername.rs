@@ -10,7 +10,7 @@ use aya_ebpf::{
 use postern_ebpf::{Address, Client, Endpoint};
 
 use crate::{
-    context::{joined, mapped, read_words},
+    context::{is_mapped, mapped, read_address, write_address},
     maps::{CLIENTS, DIALS},
 };
 
@@ -21,14 +21,11 @@ pub fn v4(ctx: &SockAddrContext) -> i32 {
     // SAFETY: the context's own fields.
     let seen = mapped(unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() });
     if let Some(real) = real_peer(ctx, seen)
-        && real.address[10] == 0xff
-        && real.address[11] == 0xff
+        && is_mapped(real.address)
     {
-        let a = real.address;
         // SAFETY: both fields are writable in this hook.
         unsafe {
-            (&raw mut (*ctx.sock_addr).user_ip4)
-                .write_volatile(u32::from_ne_bytes([a[12], a[13], a[14], a[15]]));
+            (&raw mut (*ctx.sock_addr).user_ip4).write_volatile(real.address[3]);
             set_port(ctx, real.port);
         }
     }
@@ -38,16 +35,11 @@ pub fn v4(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 pub fn v6(ctx: &SockAddrContext) -> i32 {
     // SAFETY: the context's own fields.
-    let seen = joined(unsafe { read_words((&raw const (*ctx.sock_addr).user_ip6).cast()) });
+    let seen = unsafe { read_address((&raw const (*ctx.sock_addr).user_ip6).cast()) };
     if let Some(real) = real_peer(ctx, seen) {
-        let a = real.address;
         // SAFETY: the fields are writable in this hook, word by word.
         unsafe {
-            let field: *mut u32 = (&raw mut (*ctx.sock_addr).user_ip6).cast();
-            field.write_volatile(u32::from_ne_bytes([a[0], a[1], a[2], a[3]]));
-            field.add(1).write_volatile(u32::from_ne_bytes([a[4], a[5], a[6], a[7]]));
-            field.add(2).write_volatile(u32::from_ne_bytes([a[8], a[9], a[10], a[11]]));
-            field.add(3).write_volatile(u32::from_ne_bytes([a[12], a[13], a[14], a[15]]));
+            write_address((&raw mut (*ctx.sock_addr).user_ip6).cast(), real.address);
             set_port(ctx, real.port);
         }
     }

@@ -10,7 +10,7 @@ use aya_ebpf::{
 use postern_ebpf::{Address, Counter, Endpoint, Probe};
 
 use crate::{
-    context::{joined, mapped, read_words},
+    context::{mapped, read_address},
     maps::{DIALS, FLOWS, ORIGINS, PROBES, count},
 };
 
@@ -79,20 +79,16 @@ pub fn released(ctx: &SockContext) -> i32 {
 
 #[inline(always)]
 fn local(ctx: &SockOpsContext) -> Address {
-    if ctx.family() == AF_INET {
-        mapped(ctx.local_ip4())
-    } else {
-        // SAFETY: the context's own fields.
-        joined(unsafe { read_words((&raw const (*ctx.ops).local_ip6).cast()) })
-    }
+    // SAFETY: the context's own fields, both read before the family is looked at.
+    let v6 = unsafe { read_address((&raw const (*ctx.ops).local_ip6).cast()) };
+    let v4 = mapped(ctx.local_ip4());
+    if ctx.family() == AF_INET { v4 } else { v6 }
 }
 
 #[inline(always)]
 fn remote(ctx: &SockOpsContext) -> Address {
-    if ctx.family() == AF_INET {
-        mapped(ctx.remote_ip4())
-    } else {
-        // SAFETY: the context's own fields.
-        joined(unsafe { read_words((&raw const (*ctx.ops).remote_ip6).cast()) })
-    }
+    // SAFETY: the context's own fields, both read before the family is looked at.
+    let v6 = unsafe { read_address((&raw const (*ctx.ops).remote_ip6).cast()) };
+    let v4 = mapped(ctx.remote_ip4());
+    if ctx.family() == AF_INET { v4 } else { v6 }
 }

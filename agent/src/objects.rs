@@ -5,6 +5,7 @@
 //! state of all files standing, for half of a change may be wider than the whole.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     path::{Path, PathBuf},
 };
@@ -33,6 +34,49 @@ pub struct Head {
     #[serde(rename = "apiVersion")]
     pub api_version: String,
     pub kind: String,
+}
+
+/// Kubernetes' ObjectMeta, as far as it is used.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Meta {
+    #[serde(deserialize_with = "or_default")]
+    pub name: String,
+    pub namespace: Option<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub uid: String,
+    #[serde(deserialize_with = "or_default")]
+    pub labels: BTreeMap<String, String>,
+    #[serde(deserialize_with = "or_default")]
+    pub annotations: BTreeMap<String, String>,
+    /// RFC 3339 in UTC, which sorts as text.
+    pub creation_timestamp: Option<String>,
+    pub deletion_timestamp: Option<String>,
+    #[serde(deserialize_with = "or_default")]
+    pub owner_references: Vec<OwnerReference>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct OwnerReference {
+    pub kind: String,
+    pub name: String,
+    #[serde(deserialize_with = "or_default")]
+    pub controller: bool,
+}
+
+impl Meta {
+    /// The namespace, or the one that kubectl would put it into.
+    pub fn namespace(&self) -> &str {
+        self.namespace.as_deref().unwrap_or("default")
+    }
+}
+
+/// Reads `null` as absent, as Kubernetes does.
+pub fn or_default<'de, T: Default + Deserialize<'de>, D: Deserializer<'de>>(
+    from: D,
+) -> Result<T, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or_default())
 }
 
 /// Types that objects are read into: one of a fixed set of kinds.

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::{
@@ -67,9 +67,8 @@ impl Node {
         ];
         for other in (1..=nodes).filter(|other| *other != number) {
             commands.push(format!("route add 10.0.{other}.0/24 via 192.0.2.{other}"));
-            commands.push(format!("-6 route add fd00:0:0:{other}::/64 via fd00:2::{other}"));
+            commands.push(format!("route add fd00:0:0:{other}::/64 via fd00:2::{other}"));
         }
-        host::ip(switch, &[format!("link show dev wire")])?;
         host::ip(&netns, &commands)?;
         host::ip(switch, &[
             format!("link set port{number} master wire"),
@@ -135,11 +134,18 @@ impl Node {
         let mut command = self.command(binary("postern")?)?;
         command.arg("run").arg("--config").arg(self.config_path());
         let seen = self.log().len();
-        self.agent = Some(Running::start(&mut command, self.dir.join("agent.log"))?);
-        eventually(&format!("{} is ready", self.name), Duration::from_secs(60), || {
-            self.log().get(seen..).is_some_and(|new| new.contains(" ready"))
+        let mut agent = Running::start(&mut command, self.dir.join("agent.log"))?;
+        let mut ready = false;
+        eventually(&format!("{} is ready, or ends", self.name), Duration::from_secs(60), || {
+            ready = self.log().get(seen..).is_some_and(|new| new.contains(" ready"));
+            ready || agent.child.try_wait().is_ok_and(|status| status.is_some())
         })
-        .with_context(|| self.log())
+        .with_context(|| self.log())?;
+        if !ready {
+            bail!("the agent of {} ended: {}", self.name, self.log());
+        }
+        self.agent = Some(agent);
+        Ok(())
     }
 
     /// As [`Self::start`], for a configuration that must be refused: its exit code.

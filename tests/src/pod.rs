@@ -87,7 +87,7 @@ impl Pod {
                 format!("address add {ip6}/64 dev eth0 nodad"),
                 "link set eth0 up".into(),
                 format!("route add default via 10.0.{node}.1"),
-                format!("-6 route add default via fd00:0:0:{node}::1"),
+                format!("route add default via fd00:0:0:{node}::1"),
             ])?;
             host::ip(&at.netns, &[
                 format!("link set v{sequence} master pods"),

@@ -138,7 +138,8 @@ impl Kernel {
     }
 
     fn attach_hooks(&mut self, root: &File) -> Result<(), KernelError> {
-        let multi = CgroupAttachMode::AllowMultiple;
+        // Links always stand beside others; they take no flags (bpf_link_create).
+        let multi = CgroupAttachMode::Single;
         let links = self.links.clone();
         let ebpf = self.ebpf.get_mut().expect("no panic while programs are held");
         // What finds the way back comes before what steers.

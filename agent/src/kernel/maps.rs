@@ -22,14 +22,18 @@ use super::load::{Kernel, KernelError};
 
 /// IPv4 as v4-mapped IPv6, as everywhere in the ABI.
 pub fn to_abi(ip: IpAddr) -> Address {
-    match ip {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
-        IpAddr::V6(v6) => v6.octets(),
-    }
+    let v6 = match ip {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    };
+    // Network order: each word keeps its bytes as they are.
+    let octets = v6.octets();
+    std::array::from_fn(|i| u32::from_ne_bytes([0, 1, 2, 3].map(|j| octets[4 * i + j])))
 }
 
 pub fn from_abi(address: Address) -> IpAddr {
-    Ipv6Addr::from(address).to_canonical()
+    let words = address.map(u32::to_ne_bytes);
+    Ipv6Addr::from(std::array::from_fn::<u8, 16, _>(|i| words[i / 4][i % 4])).to_canonical()
 }
 
 fn endpoint(netns: u64, address: SocketAddr) -> Endpoint {

@@ -67,12 +67,12 @@ impl PolicySet {
         for Located { object, path, line } in objects {
             let (kind, name, result) = match object {
                 PolicyObject::AuthorizationPolicy(p) => {
-                    let name = p.metadata.name.clone().unwrap_or_default();
+                    let name = p.metadata.name.clone();
                     let compiled = authorization(*p, mesh);
                     ("AuthorizationPolicy", name, compiled.map(|a| set.authorizations.push(a)))
                 }
                 PolicyObject::PeerAuthentication(p) => {
-                    let name = p.metadata.name.clone().unwrap_or_default();
+                    let name = p.metadata.name.clone();
                     let compiled = peer(*p, mesh);
                     ("PeerAuthentication", name, compiled.map(|p| set.peers.extend(p)))
                 }
@@ -151,15 +151,17 @@ impl PolicySet {
 const DRY_RUN: &str = "istio.io/dry-run";
 
 fn identify<T>(kind: &'static str, object: &Resource<T>) -> Result<PolicyRef, String> {
-    let name = object.metadata.name.clone().filter(|n| !n.is_empty());
-    let annotations = object.metadata.annotations.as_ref();
-    if annotations.is_some_and(|a| a.contains_key(DRY_RUN)) {
+    let meta = &object.metadata;
+    if meta.annotations.contains_key(DRY_RUN) {
         return Err(format!("annotation {DRY_RUN} is not supported yet"));
+    }
+    if meta.name.is_empty() {
+        return Err("metadata.name is missing".into());
     }
     Ok(PolicyRef {
         kind,
-        namespace: object.metadata.namespace.clone().unwrap_or_else(|| "default".into()),
-        name: name.ok_or("metadata.name is missing")?,
+        namespace: meta.namespace().to_owned(),
+        name: meta.name.clone(),
         rule: None,
     })
 }
@@ -283,7 +285,7 @@ fn peer(
     mesh: &Mesh<'_>,
 ) -> Result<Option<Peer>, String> {
     let policy = identify("PeerAuthentication", &object)?;
-    let created = object.metadata.creation_timestamp.as_ref().map(|t| t.0.to_string());
+    let created = object.metadata.creation_timestamp.clone();
     let spec = object.spec.unwrap_or_default();
     let reach = reach(&policy, spec.selector, mesh)?;
     let labelled = !reach.labels.is_empty();

@@ -5,10 +5,9 @@
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-use crate::objects::{Head, Object, ignore};
+use crate::objects::{Head, Meta, Object, ignore};
 
 #[derive(Clone, Debug)]
 pub enum PolicyObject {
@@ -23,7 +22,7 @@ pub struct Resource<T> {
     pub _api_version: String,
     #[serde(rename = "kind")]
     pub _kind: String,
-    pub metadata: ObjectMeta,
+    pub metadata: Meta,
     #[serde(default = "Option::default")]
     pub spec: Option<T>,
     #[serde(default, rename = "status")]

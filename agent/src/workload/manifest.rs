@@ -1,13 +1,12 @@
-//! Kubernetes objects as `kubectl get -o yaml` prints them. Fields that Postern
-//! does not use are passed over: their meaning is Kubernetes' business.
+//! Kubernetes objects as `kubectl get -o yaml` prints them: the fields that Postern
+//! uses, by their names in the Kubernetes API reference (v1.33). All others are
+//! passed over; their meaning is Kubernetes' business.
 
-use k8s_openapi::api::{
-    core::v1::{Namespace, Pod, Service},
-    discovery::v1::EndpointSlice,
-};
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Deserializer};
 
-use crate::objects::{Head, Object, ignore};
+use crate::objects::{Head, Meta, Object, ignore, or_default};
 
 #[derive(Clone, Debug)]
 pub enum WorkloadObject {
@@ -15,6 +14,75 @@ pub enum WorkloadObject {
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
     Namespace(Box<Namespace>),
+}
+
+macro_rules! manifest {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$attribute:meta])* $field:ident: $ty:ty),* $(,)? })*) => {
+        $($(#[$doc])*
+        #[derive(Clone, Debug, Default, Deserialize)]
+        #[serde(default, rename_all = "camelCase")]
+        pub struct $name {
+            // `null` stands for an absent field in Kubernetes.
+            $($(#[$attribute])* #[serde(deserialize_with = "or_default")] pub $field: $ty,)*
+        })*
+    };
+}
+
+manifest! {
+    /// core/v1 Pod.
+    Pod { metadata: Meta, spec: PodSpec, status: PodStatus }
+    PodSpec {
+        node_name: String,
+        service_account_name: Option<String>,
+        host_network: bool,
+        containers: Vec<Container>,
+    }
+    Container { ports: Vec<ContainerPort> }
+    ContainerPort { name: Option<String>, container_port: u16 }
+    PodStatus {
+        phase: String,
+        #[serde(rename = "podIP")]
+        pod_ip: Option<String>,
+        #[serde(rename = "podIPs")]
+        pod_ips: Vec<PodIp>,
+        conditions: Vec<Condition>,
+    }
+    PodIp { ip: String }
+    Condition { r#type: String, status: String }
+
+    /// core/v1 Service.
+    Service { metadata: Meta, spec: ServiceSpec }
+    ServiceSpec {
+        #[serde(rename = "clusterIP")]
+        cluster_ip: Option<String>,
+        #[serde(rename = "clusterIPs")]
+        cluster_ips: Vec<String>,
+        selector: BTreeMap<String, String>,
+        ports: Vec<ServicePort>,
+    }
+    ServicePort {
+        name: String,
+        protocol: Option<String>,
+        port: u16,
+        target_port: Option<PortOrName>,
+    }
+
+    /// discovery.k8s.io/v1 EndpointSlice.
+    EndpointSlice { metadata: Meta, endpoints: Vec<Endpoint>, ports: Vec<EndpointPort> }
+    Endpoint { addresses: Vec<String>, conditions: EndpointConditions }
+    EndpointConditions { ready: Option<bool> }
+    EndpointPort { name: String, port: Option<u16> }
+
+    /// core/v1 Namespace.
+    Namespace { metadata: Meta }
+}
+
+/// IntOrString of the API.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub enum PortOrName {
+    Port(u16),
+    Name(String),
 }
 
 impl Object for WorkloadObject {

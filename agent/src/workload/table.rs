@@ -10,15 +10,10 @@ use std::{
     },
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{self as core, Pod},
-        discovery::v1::EndpointSlice,
-    },
-    apimachinery::pkg::util::intstr::IntOrString,
+use super::{
+    WorkloadObject,
+    manifest::{self, EndpointSlice, Pod, PortOrName},
 };
-
-use super::WorkloadObject;
 use crate::{
     config::Mesh,
     identity::{SpiffeId, TrustDomain},
@@ -135,15 +130,14 @@ impl Table {
                 WorkloadObject::Service(service) => services.push(service.as_ref()),
                 WorkloadObject::EndpointSlice(slice) => slices.push(slice.as_ref()),
                 WorkloadObject::Namespace(namespace) => {
-                    let label = label(namespace.metadata.labels.as_ref());
-                    namespaces.insert(namespace.metadata.name.clone().unwrap_or_default(), label);
+                    let meta = &namespace.metadata;
+                    namespaces.insert(meta.name.clone(), label(&meta.labels));
                 }
             }
         }
         let mut table = Self::default();
         for pod in pods {
-            let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
-            let inherited = namespaces.get(namespace).copied().flatten();
+            let inherited = namespaces.get(pod.metadata.namespace()).copied().flatten();
             let Some(workload) = workload(pod, inherited.unwrap_or(default)) else { continue };
             let workload = Arc::new(workload);
             if !workload.host_network {
@@ -191,36 +185,35 @@ impl Table {
         self.services.iter()
     }
 
-    fn add_service(&mut self, object: &core::Service, slices: &[&EndpointSlice]) {
+    fn add_service(&mut self, object: &manifest::Service, slices: &[&EndpointSlice]) {
         let name = NamespacedName {
-            namespace: object.metadata.namespace.clone().unwrap_or_else(|| "default".into()),
-            name: object.metadata.name.clone().unwrap_or_default(),
+            namespace: object.metadata.namespace().to_owned(),
+            name: object.metadata.name.clone(),
         };
-        let Some(spec) = &object.spec else { return };
-        let single = spec.cluster_ip.iter();
+        let spec = &object.spec;
         // Headless services have the address "None": clients dial pods directly.
-        let addresses: Vec<IpAddr> = match &spec.cluster_ips {
-            Some(many) => many.iter().filter_map(|a| a.parse().ok()).collect(),
-            None => single.filter_map(|a| a.parse().ok()).collect(),
-        };
+        let mut addresses: Vec<IpAddr> =
+            spec.cluster_ips.iter().filter_map(|a| a.parse().ok()).collect();
+        if addresses.is_empty() {
+            addresses.extend(spec.cluster_ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+        }
         let service = Arc::new(Service { name, addresses });
-        for port in spec.ports.iter().flatten() {
+        for port in &spec.ports {
             if port.protocol.as_deref().is_some_and(|p| p != "TCP") {
                 continue;
             }
-            let Ok(number) = u16::try_from(port.port) else { continue };
             let endpoints = match self.from_slices(&service.name, port, slices) {
                 Some(listed) => listed,
-                None => self.from_selector(&service.name, port, spec.selector.as_ref()),
+                None => self.from_selector(&service.name, port, &spec.selector),
             };
             let entry = Arc::new(ServicePort {
                 service: service.clone(),
-                port: number,
+                port: port.port,
                 endpoints,
                 next: AtomicUsize::new(0),
             });
             for address in &service.addresses {
-                self.services.insert(SocketAddr::new(*address, number), entry.clone());
+                self.services.insert(SocketAddr::new(*address, port.port), entry.clone());
             }
         }
     }
@@ -230,27 +223,24 @@ impl Table {
     fn from_slices(
         &self,
         service: &NamespacedName,
-        port: &core::ServicePort,
+        port: &manifest::ServicePort,
         slices: &[&EndpointSlice],
     ) -> Option<Vec<Endpoint>> {
         const SERVICE_NAME: &str = "kubernetes.io/service-name";
         let ours = |slice: &&&EndpointSlice| {
-            let labels = slice.metadata.labels.as_ref();
-            slice.metadata.namespace.as_deref().unwrap_or("default") == service.namespace
-                && labels.and_then(|l| l.get(SERVICE_NAME)) == Some(&service.name)
+            slice.metadata.namespace() == service.namespace
+                && slice.metadata.labels.get(SERVICE_NAME) == Some(&service.name)
         };
         let mut slices = slices.iter().filter(ours).peekable();
         slices.peek()?;
         let mut endpoints = Vec::new();
         let mut seen = HashSet::new();
         for slice in slices {
-            let named = slice.ports.iter().flatten().find(|p| {
-                p.name.as_deref().unwrap_or_default() == port.name.as_deref().unwrap_or_default()
-            });
-            let Some(number) = named.and_then(|p| u16::try_from(p.port?).ok()) else { continue };
+            let named = slice.ports.iter().find(|p| p.name == port.name);
+            let Some(number) = named.and_then(|p| p.port) else { continue };
             for endpoint in &slice.endpoints {
                 // EndpointConditions.ready: absent means ready.
-                if endpoint.conditions.as_ref().and_then(|c| c.ready) == Some(false) {
+                if endpoint.conditions.ready == Some(false) {
                     continue;
                 }
                 for ip in endpoint.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok()) {
@@ -269,10 +259,13 @@ impl Table {
     fn from_selector(
         &self,
         service: &NamespacedName,
-        port: &core::ServicePort,
-        selector: Option<&BTreeMap<String, String>>,
+        port: &manifest::ServicePort,
+        selector: &BTreeMap<String, String>,
     ) -> Vec<Endpoint> {
-        let Some(selector) = selector.filter(|s| !s.is_empty()) else { return Vec::new() };
+        // Without a selector nothing is selected (Service API).
+        if selector.is_empty() {
+            return Vec::new();
+        }
         let selected = self.workloads.iter().filter(|w| {
             w.namespace == service.namespace
                 && w.ready
@@ -281,11 +274,9 @@ impl Table {
         selected
             .filter_map(|w| {
                 let number = match &port.target_port {
-                    None => u16::try_from(port.port).ok()?,
-                    Some(IntOrString::Int(number)) => u16::try_from(*number).ok()?,
-                    Some(IntOrString::String(name)) => {
-                        w.ports.iter().find(|(n, _)| n == name)?.1
-                    }
+                    None => port.port,
+                    Some(PortOrName::Port(number)) => *number,
+                    Some(PortOrName::Name(name)) => w.ports.iter().find(|(n, _)| n == name)?.1,
                 };
                 Some(w.addresses.iter().map(move |ip| Endpoint {
                     address: SocketAddr::new(*ip, number),
@@ -297,8 +288,8 @@ impl Table {
     }
 }
 
-fn label(labels: Option<&BTreeMap<String, String>>) -> Option<Mesh> {
-    match labels?.get(MESH_LABEL)?.as_str() {
+fn label(labels: &BTreeMap<String, String>) -> Option<Mesh> {
+    match labels.get(MESH_LABEL)?.as_str() {
         "enabled" => Some(Mesh::Enabled),
         "disabled" => Some(Mesh::Disabled),
         _ => None,
@@ -307,46 +298,37 @@ fn label(labels: Option<&BTreeMap<String, String>>) -> Option<Mesh> {
 
 /// `None` for a pod that has ended: its address may be another's by now.
 fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
-    let meta = &pod.metadata;
-    let spec = pod.spec.as_ref();
-    let status = pod.status.as_ref();
-    let phase = status.and_then(|s| s.phase.as_deref());
-    if matches!(phase, Some("Succeeded" | "Failed")) {
+    let Pod { metadata: meta, spec, status } = pod;
+    if matches!(status.phase.as_str(), "Succeeded" | "Failed") {
         return None;
     }
-    let listed = status.and_then(|s| s.pod_ips.as_ref());
-    let mut addresses: Vec<IpAddr> =
-        listed.into_iter().flatten().filter_map(|a| a.ip.parse().ok()).collect();
-    if let Some(single) = status.and_then(|s| s.pod_ip.as_deref()?.parse().ok())
-        && !addresses.contains(&single)
-    {
-        addresses.insert(0, single);
+    let listed = status.pod_ips.iter().map(|a| &a.ip).chain(&status.pod_ip);
+    let mut addresses: Vec<IpAddr> = Vec::new();
+    for address in listed.filter_map(|a| a.parse().ok()) {
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
     }
-    let ready = status
-        .and_then(|s| s.conditions.as_ref())
-        .and_then(|all| all.iter().find(|c| c.type_ == "Ready"))
-        .is_none_or(|c| c.status == "True");
+    let condition = status.conditions.iter().find(|c| c.r#type == "Ready");
+    let ready = condition.is_none_or(|c| c.status == "True");
     let terminating = meta.deletion_timestamp.is_some();
-    let containers = spec.map(|s| s.containers.as_slice()).unwrap_or_default();
-    let ports = containers
+    let ports = spec
+        .containers
         .iter()
-        .flat_map(|c| c.ports.iter().flatten())
-        .filter_map(|p| Some((p.name.clone()?, u16::try_from(p.container_port).ok()?)))
+        .flat_map(|c| &c.ports)
+        .filter_map(|p| Some((p.name.clone()?, p.container_port)))
         .collect();
-    let name = meta.name.clone().unwrap_or_default();
     Some(Workload {
-        uid: meta.uid.clone().unwrap_or_default(),
-        namespace: meta.namespace.clone().unwrap_or_else(|| "default".into()),
-        service_account: spec
-            .and_then(|s| s.service_account_name.clone())
-            .unwrap_or_else(|| "default".into()),
-        node: spec.and_then(|s| s.node_name.clone()).unwrap_or_default(),
-        labels: meta.labels.clone().unwrap_or_default(),
-        owner: owner(pod).unwrap_or_else(|| name.clone()),
-        host_network: spec.and_then(|s| s.host_network).unwrap_or(false),
-        enrolled: label(meta.labels.as_ref()).unwrap_or(inherited) == Mesh::Enabled,
+        uid: meta.uid.clone(),
+        namespace: meta.namespace().to_owned(),
+        name: meta.name.clone(),
+        service_account: spec.service_account_name.clone().unwrap_or_else(|| "default".into()),
+        node: spec.node_name.clone(),
+        labels: meta.labels.clone(),
+        owner: owner(pod).unwrap_or_else(|| meta.name.clone()),
+        host_network: spec.host_network,
+        enrolled: label(&meta.labels).unwrap_or(inherited) == Mesh::Enabled,
         ready: ready && !terminating && !addresses.is_empty(),
-        name,
         addresses,
         ports,
     })
@@ -355,9 +337,8 @@ fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
 /// The Deployment behind a ReplicaSet (whose name ends in the template's hash), or
 /// whatever controls the pod.
 fn owner(pod: &Pod) -> Option<String> {
-    let owners = pod.metadata.owner_references.as_ref()?;
-    let controller = owners.iter().find(|o| o.controller == Some(true))?;
-    let hash = pod.metadata.labels.as_ref().and_then(|l| l.get("pod-template-hash"));
+    let controller = pod.metadata.owner_references.iter().find(|o| o.controller)?;
+    let hash = pod.metadata.labels.get("pod-template-hash");
     match hash.and_then(|hash| controller.name.strip_suffix(&format!("-{hash}"))) {
         Some(deployment) if controller.kind == "ReplicaSet" => Some(deployment.to_owned()),
         _ => Some(controller.name.clone()),

@@ -1,5 +1,5 @@
 //! Drain: a trigger tells every watcher to stop taking work; shutdown is over when
-//! all watchers are dropped, or when its time is up.
+//! all watchers are dropped. When its time is up, what is left is told to end.
 
 use std::time::Duration;
 
@@ -8,41 +8,60 @@ use tokio::{
     time::timeout,
 };
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
+enum Stage {
+    Running,
+    Draining,
+    Ending,
+}
+
 pub struct Trigger {
-    signal: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
     gone: mpsc::Receiver<()>,
 }
 
 /// Held by every task that must end before the agent does.
 #[derive(Clone)]
 pub struct Watcher {
-    signal: watch::Receiver<bool>,
+    stage: watch::Receiver<Stage>,
     _alive: mpsc::Sender<()>,
 }
 
 pub fn drain() -> (Trigger, Watcher) {
-    let (sender, signal) = watch::channel(false);
+    let (sender, stage) = watch::channel(Stage::Running);
     let (alive, gone) = mpsc::channel(1);
-    (Trigger { signal: sender, gone }, Watcher { signal, _alive: alive })
+    (Trigger { stage: sender, gone }, Watcher { stage, _alive: alive })
 }
 
 impl Trigger {
-    /// Tells all watchers and waits for them; `false` when the time ran out.
+    /// Tells all watchers and waits for them; when the time is up, tells them to end
+    /// and gives them a moment for it. Returns whether all went by themselves.
     pub async fn drain(mut self, limit: Duration) -> bool {
-        let _nobody_listening = self.signal.send(true);
-        timeout(limit, self.gone.recv()).await.is_ok()
+        const MOMENT: Duration = Duration::from_secs(1);
+        let _nobody_listening = self.stage.send(Stage::Draining);
+        let drained = timeout(limit, self.gone.recv()).await.is_ok();
+        if !drained {
+            let _nobody_listening = self.stage.send(Stage::Ending);
+            let _some_are_stuck = timeout(MOMENT, self.gone.recv()).await;
+        }
+        drained
     }
 }
 
 impl Watcher {
-    /// Returns when the drain begins.
+    /// Returns when the drain begins: take no more work.
     pub async fn triggered(&mut self) {
-        // An error means that the trigger is gone: that is a drain, too.
-        let _gone = self.signal.wait_for(|draining| *draining).await;
+        self.reached(Stage::Draining).await;
     }
 
-    pub fn is_triggered(&self) -> bool {
-        *self.signal.borrow()
+    /// Returns when its time is up: end what is left.
+    pub async fn time_is_up(&mut self) {
+        self.reached(Stage::Ending).await;
+    }
+
+    async fn reached(&mut self, wanted: Stage) {
+        // An error means that the trigger is gone: that is the end, too.
+        let _gone = self.stage.wait_for(|stage| *stage >= wanted).await;
     }
 }
 
@@ -51,7 +70,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn a_drain_ends_with_its_last_watcher_or_its_time() {
+    async fn a_drain_ends_with_its_last_watcher() {
         let (trigger, mut watcher) = drain();
         let task = tokio::spawn(async move {
             watcher.triggered().await;
@@ -59,9 +78,13 @@ mod tests {
         });
         assert!(trigger.drain(Duration::from_secs(10)).await);
         task.await.expect("ended");
+    }
 
-        let (trigger, watcher) = drain();
+    #[tokio::test(start_paused = true)]
+    async fn what_is_left_is_told_when_the_time_is_up() {
+        let (trigger, mut watcher) = drain();
+        let task = tokio::spawn(async move { watcher.time_is_up().await });
         assert!(!trigger.drain(Duration::from_secs(1)).await);
-        assert!(watcher.is_triggered());
+        task.await.expect("told");
     }
 }

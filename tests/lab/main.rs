@@ -1,3 +1,12 @@
 //! End-to-end tests: real kernel, real programs, two nodes.
 
+mod addresses;
+mod enrolment;
+mod identity;
+mod kit;
+mod lifecycle;
+mod operate;
+mod policy;
+mod programs;
 mod smoke;
+mod streams;

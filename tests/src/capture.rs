@@ -19,7 +19,7 @@ pub struct Capture {
 impl Capture {
     pub fn start(node: &Node, path: PathBuf) -> Result<Self> {
         let mut command = node.command("tcpdump")?;
-        command.args(["-i", "wire", "-s", "0", "-U", "-B", "65536", "-Z", "root", "-w"]).arg(&path);
+        command.args(["-i", "wire", "-s", "0", "-U", "--immediate-mode", "-B", "65536", "-Z", "root", "-w"]).arg(&path);
         let tcpdump = Running::start(&mut command, path.with_extension("log"))?;
         tcpdump.says("listening on")?;
         Ok(Self { tcpdump, path })

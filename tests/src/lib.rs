@@ -120,6 +120,12 @@ impl Lab {
         self.put("manifests", name, yaml)
     }
 
+    /// As [`Self::manifest`], in another directory of manifests.
+    pub fn manifest_in(&self, directory: &str, name: &str, yaml: &str) -> Result<()> {
+        std::fs::create_dir_all(self.path().join(directory))?;
+        self.put(directory, name, yaml)
+    }
+
     pub fn policy(&self, name: &str, yaml: &str) -> Result<()> {
         self.put("policies", name, yaml)
     }
@@ -171,6 +177,12 @@ impl Lab {
                 node.status().is_ok_and(|s| s["policies"] == count)
             })?;
         }
+        Ok(())
+    }
+
+    /// Makes a node give out this IPv4 address next, as a cluster's allocator may.
+    pub fn reuse_address(&mut self, node: usize, ip: &str) -> Result<()> {
+        self.nodes[node - 1].next_pod = ip.rsplit('.').next().context("an address")?.parse()?;
         Ok(())
     }
 

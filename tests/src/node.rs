@@ -36,13 +36,15 @@ pub struct NodeOptions {
     pub trust_domain: String,
     /// Names of root files in the lab's directory.
     pub root: String,
+    /// Directory of manifests in the lab's directory.
+    pub manifests: String,
     /// Further configuration, as top-level YAML.
     pub more: String,
 }
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { trust_domain: "cluster.local".into(), root: "root".into(), more: String::new() }
+        Self { trust_domain: "cluster.local".into(), root: "root".into(), manifests: "manifests".into(), more: String::new() }
     }
 }
 
@@ -101,6 +103,11 @@ impl Node {
         self.dir.join("agent.yaml")
     }
 
+    /// Where the agent pins.
+    pub fn pin(&self) -> &Path {
+        &self.pin
+    }
+
     pub fn audit_path(&self) -> PathBuf {
         self.dir.join("audit.jsonl")
     }
@@ -111,10 +118,10 @@ impl Node {
 
     fn config(&self) -> String {
         let (lab, dir) = (self.lab_dir.display(), self.dir.display());
-        let NodeOptions { trust_domain, root, more } = &self.options;
+        let NodeOptions { trust_domain, root, manifests, more } = &self.options;
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
-             workloads: {{directory: {lab}/manifests}}\npolicies: {{directory: {lab}/policies}}\n\
+             workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies}}\n\
              kernel: {{cgroup: {}, pin: {}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
              log: {{level: 'info,postern=debug'}}\n{}{more}",
             self.name,
@@ -206,7 +213,7 @@ impl Node {
     pub(crate) fn knows(&self, pod: &Pod) -> Result<bool> {
         if pod.node != self.number {
             let dump = self.status()?;
-            let files = std::fs::read_dir(self.lab_dir.join("manifests"))?;
+            let files = std::fs::read_dir(self.lab_dir.join(&self.options.manifests))?;
             let pods = files.flatten().filter(|f| f.file_name().to_string_lossy().starts_with("pod-"));
             return Ok(dump["knownWorkloads"].as_u64() >= Some(pods.count() as u64));
         }

@@ -38,27 +38,29 @@ const REMEMBER: Duration = Duration::from_secs(60 * 60);
 /// chooses in the same order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Core {
-    /// A nightly with the sources of `core`, which cargo builds.
-    Nightly,
     /// Debian's compiler, which has `core` built, linked as a toolchain.
     Linked,
+    /// A nightly with the sources of `core`, which cargo builds. Its LLVM may be
+    /// newer than the one `bpf-linker` was built with.
+    Nightly,
 }
 
 impl Core {
     pub fn toolchain(self) -> &'static str {
         match self {
-            Core::Nightly => "nightly",
             Core::Linked => LINKED,
+            Core::Nightly => "nightly",
         }
     }
 
     /// The one that is ready for use.
     pub fn found() -> Option<Self> {
-        if nightly().is_some_and(|dir| dir.join("lib/rustlib/src/rust/library/core").is_dir()) {
-            return Some(Core::Nightly);
-        }
         let linked = toolchains().join(LINKED);
-        (debian_core() && linked.join("bin/rustc").is_file()).then_some(Core::Linked)
+        if debian_core() && linked.join("bin/rustc").is_file() {
+            return Some(Core::Linked);
+        }
+        let source = |dir: PathBuf| dir.join("lib/rustlib/src/rust/library/core").is_dir();
+        nightly().is_some_and(source).then_some(Core::Nightly)
     }
 }
 
@@ -83,13 +85,18 @@ impl Plan {
             let absent = LLVM.iter().filter(|(_, file)| !Path::new(file).exists());
             packages.extend(absent.map(|(package, _)| package));
         }
-        let core = if Core::found().is_some() {
+        let found = Core::found();
+        // A nightly that works already is not worth asking apt at every turn.
+        let settled = found == Some(Core::Linked) || (found.is_some() && !linker);
+        let core = if settled {
             Route::Ready
         } else if debian_core() {
             Route::Debian
         } else if apt.has(DEBIAN[2])? {
             packages.extend(DEBIAN);
             Route::Debian
+        } else if found.is_some() {
+            Route::Ready
         } else {
             Route::Rustup
         };
@@ -124,7 +131,7 @@ impl Plan {
 fn link() -> Result<()> {
     println!("setup: linking Debian's compiler as the toolchain {LINKED}");
     cmd::run_quietly(Command::new("rustup").args(["toolchain", "link", LINKED, "/usr"]))?;
-    if Core::found().is_none() {
+    if Core::found() != Some(Core::Linked) {
         bail!("{DEBIAN_CORE} and the toolchain {LINKED} are there but of no use");
     }
     Ok(())

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::{
-    cmd,
+    bench, cmd,
     docs::markdown::{Document, Line},
 };
 
@@ -54,8 +54,8 @@ struct Facts<'a> {
 pub fn run(verbs: &Verbs) -> Result<()> {
     let root = cmd::root();
     let config = fs::read_to_string(root.join(CONFIG)).with_context(|| format!("read {CONFIG}"))?;
-    cmd::run(cmd::cargo().args(["build", "-p", "postern", "--bins"]))?;
-    let postern = cmd::target().join("debug/postern");
+    bench::build_release()?;
+    let postern = cmd::target().join("release/postern");
     let facts = Facts {
         verbs,
         subcommand: &|name| cmd::succeeds(cmd::in_root(&postern).args([name, "--help"])),

@@ -43,7 +43,8 @@ fn format() -> Result<()> {
 
 fn clippy() -> Result<()> {
     let mut clippy = cmd::cargo();
-    clippy.args(["clippy", "--workspace", "--exclude", "postern-ebpf"]);
+    clippy.args(["clippy", "--release", "--workspace"]);
+    clippy.args(["--exclude", "postern-ebpf"]);
     clippy.args(["--all-targets", "--", "-D", "warnings"]);
     cmd::run(&mut clippy)
 }

@@ -94,17 +94,13 @@ pub fn run(only: Option<Tier>, filter: &[String]) -> Result<()> {
 fn unit(filter: &[String]) -> Result<Count> {
     setup::ensure(&[setup::Tier::Build])?;
     let mut count = Count::default();
-    let mut agent = cmd::cargo();
-    agent.args(["test", "--workspace"]);
-    agent.args(["--exclude", "postern-ebpf", "--exclude", "postern-tests"]);
-    // The programs themselves run in a kernel only; what they share with the
-    // agent is tested here.
-    let mut kernel = cmd::cargo();
-    kernel.args(["test", "-p", "postern-ebpf", "--lib"]);
-    for command in [&mut agent, &mut kernel] {
-        command.arg("--").args(filter);
-        cmd::run_lines(command, |line| count.line(line))?;
-    }
+    let mut test = cmd::cargo();
+    // The profile of everything else, so that dependencies are built once.
+    test.args(["test", "--release", "--workspace"]);
+    // The kernel programs run in a kernel only, as the lab's tests have them.
+    test.args(["--exclude", "postern-ebpf", "--exclude", "postern-tests"]);
+    test.args(["--lib", "--bins", "--"]).args(filter);
+    cmd::run_lines(&mut test, |line| count.line(line))?;
     count.verdict()
 }
 
@@ -117,7 +113,7 @@ fn lab(filter: &[String]) -> Result<Count> {
     bench::build_release()?;
     let mut count = Count::default();
     let mut test = cmd::cargo();
-    test.args(["test", "--release", "-p", "postern-tests"]);
+    test.args(["test", "--release", "-p", "postern-tests", "--test", "lab"]);
     test.args(["--", "--test-threads=2"]).args(filter);
     test.envs(programs());
     cmd::run_lines(&mut test, |line| count.line(line))?;

@@ -172,14 +172,14 @@ async fn run(
     }
 }
 
-/// Moves bytes until the connection ends by itself or by policy. A drain does not
-/// end it: the agent waits, and its own time limit does.
+/// Moves bytes until the connection ends by itself or by policy. A drain lets it go
+/// on, until its time is up.
 pub async fn carry_bytes(
     source: &mut End,
     destination: &mut End,
     live: Option<Registered>,
     counters: &Counters,
-    drain: Watcher,
+    mut drain: Watcher,
 ) -> Ending {
     let denied = async {
         match live {
@@ -187,16 +187,15 @@ pub async fn carry_bytes(
             None => std::future::pending::<Denial>().await,
         }
     };
-    let ending = tokio::select! {
+    tokio::select! {
         biased;
         denial = denied => Ending::Denied(denial),
+        () = drain.time_is_up() => Ending::Drained,
         done = splice(source, destination, counters) => match done {
             Ok(()) => Ending::Closed,
             Err(broken) => Ending::Broken(broken),
         },
-    };
-    drop(drain);
-    ending
+    }
 }
 
 /// A connection that did not end in order is broken at both ends.

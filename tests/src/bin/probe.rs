@@ -1,6 +1,9 @@
 //! A client and a server that tell exactly what they saw of a connection: which
 //! peer, which bytes, which end. Run inside pods by the end-to-end tests.
 
+#[path = "probe/hbone.rs"]
+mod hbone;
+
 use std::{
     hash::{DefaultHasher, Hasher as _},
     io::{self, Read as _, Write as _},
@@ -51,6 +54,19 @@ enum Cli {
         #[arg(long)]
         count: usize,
     },
+    /// One HBONE request, as a foreign implementation would make it; prints the
+    /// status of the answer, or `error: ...`.
+    Hbone {
+        gate: SocketAddr,
+        #[arg(long)]
+        authority: String,
+        /// URI name of the client's certificate.
+        #[arg(long)]
+        id: String,
+        /// Root certificate and key, without `.pem` and `.key`.
+        #[arg(long)]
+        root: std::path::PathBuf,
+    },
     /// A connection that echoes a word every so often, until killed or broken.
     Stay {
         address: SocketAddr,
@@ -87,6 +103,11 @@ fn main() -> io::Result<()> {
             Ok(())
         }
         Cli::Many { address, count } => many(address, count),
+        Cli::Hbone { gate, authority, id, root } => {
+            let asked = hbone::ask(gate, &authority, &id, &root);
+            println!("{}", asked.unwrap_or_else(|error| format!("error: {error:#}")));
+            Ok(())
+        }
         Cli::Stay { address, every } => stay(address, every),
     }
 }

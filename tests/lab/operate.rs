@@ -1,0 +1,135 @@
+//! What operators see: configuration, status, metrics, records, events.
+
+use anyhow::Result;
+use postern_tests::{Lab, output, text};
+use serde_json::Value;
+
+use crate::kit::{ECHO, at, echoes, is_connection, pair};
+
+#[test]
+fn a_wrong_configuration_is_refused_with_code_2() -> Result<()> {
+    let mut lab = Lab::new(1)?;
+    let node = &mut lab.nodes[0];
+    for (more, expected) in [
+        ("enrol: {defualt: enabled}\n", "defualt"),
+        ("transport: {idleTimeout: never}\n", "transport.idleTimeout"),
+        ("identity: {rootKey: /nowhere}\n", "rootCertificate"),
+    ] {
+        node.options.more = more.into();
+        assert_eq!(node.start_refused()?, Some(2), "{more}");
+        assert!(node.log().contains(expected), "{more}: {}", node.log());
+    }
+    node.options.more.clear();
+    lab.policy("bad", "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: r, namespace: shop}\n")?;
+    assert_eq!(lab.nodes[0].start_refused()?, Some(2));
+    assert!(lab.nodes[0].log().contains("kind RequestAuthentication is not supported yet"));
+    Ok(())
+}
+
+#[test]
+fn a_record_joins_process_identities_policy_and_bytes() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let web = lab.pod(2, "web")?;
+    let client = lab.pod(1, "client")?;
+    let _nginx = web.nginx(8080, "page")?;
+    assert_eq!(client.curl(&[&format!("http://{}:8080/", web.ip)])?.0, 0);
+    let source = lab.nodes[0].record("the source's", is_connection)?;
+    assert_eq!(source["node"], "node1");
+    assert_eq!(source["reporter"], "source");
+    assert_eq!(source["process"]["comm"], "curl");
+    assert!(source["process"]["exe"].as_str().is_some_and(|exe| exe.ends_with("/curl")));
+    let cgroup = client.cgroup().display().to_string();
+    let recorded = source["process"]["cgroup"].as_str().unwrap_or("none");
+    assert!(cgroup.ends_with(recorded), "{recorded} in {cgroup}");
+    let destination = lab.nodes[1].record("the destination's", is_connection)?;
+    for record in [&source, &destination] {
+        assert_eq!(record["transport"], "hbone");
+        assert_eq!(record["verdict"], "allow");
+        assert_eq!(record["dialled"], format!("{}:8080", web.ip));
+        assert_eq!(record["source"]["identity"], "spiffe://cluster.local/ns/shop/sa/client");
+        assert_eq!(record["source"]["pod"], "client");
+        assert_eq!(record["destination"]["identity"], "spiffe://cluster.local/ns/shop/sa/web");
+        assert_eq!(record["destination"]["pod"], "web");
+        assert_eq!(record["tls"]["version"], "TLSv1.3");
+        assert_eq!(record["tls"]["group"], "X25519MLKEM768");
+        assert_eq!(record["end"], "closed");
+    }
+    assert_eq!(source["bytes"], destination["bytes"]);
+    assert!(source["bytes"]["sent"].as_u64() > Some(50), "{source}");
+    assert!(source["bytes"]["received"].as_u64() > Some(100), "{source}");
+    Ok(())
+}
+
+#[test]
+fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server, _echo) = pair(&mut lab)?;
+    let outside = postern_tests::PodOptions { mesh: Some(false), ..Default::default() };
+    let outside = lab.pod_with(1, "outside", outside)?;
+    assert_eq!(outside.curl(&["-V"])?.0, 0);
+    assert_eq!(client.curl(&["-V"])?.0, 0);
+    assert!(echoes(&client, &at(&server, ECHO))?);
+    let event = |r: &Value, name: &str| r["kind"] == "event" && r["event"] == name;
+    let exec = lab.nodes[0].record("an exec", |r| {
+        event(r, "exec") && r["path"].as_str().is_some_and(|p| p.ends_with("curl"))
+    })?;
+    assert_eq!(exec["pod"], "client");
+    lab.nodes[0].record("its exit", |r| event(r, "exit") && r["pid"] == exec["pid"])?;
+    lab.nodes[0].record("the connect", |r| event(r, "socket") && r["new"] == "SYN-SENT")?;
+    lab.nodes[1].record("the server's socket", |r| {
+        event(r, "socket") && r["pod"] == "server" && r["new"] == "ESTAB"
+    })?;
+    assert!(!lab.nodes[0].audit()?.iter().any(|r| r["pod"] == "outside"));
+    Ok(())
+}
+
+#[test]
+fn metrics_have_istios_names_and_labels() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server, _echo) = pair(&mut lab)?;
+    assert!(echoes(&client, &at(&server, ECHO))?);
+    lab.nodes[1].record("it has ended", is_connection)?;
+    for (node, reporter) in [(0, "source"), (1, "destination")] {
+        let metrics = lab.nodes[node].metrics()?;
+        for name in ["connections_opened_total", "connections_closed_total", "sent_bytes_total", "received_bytes_total"] {
+            let line = metrics.lines().find(|l| l.starts_with(&format!("istio_tcp_{name}{{")));
+            let line = line.unwrap_or_else(|| panic!("{name} is missing:\n{metrics}"));
+            for label in [
+                &format!("reporter=\"{reporter}\"") as &str,
+                "source_principal=\"spiffe://cluster.local/ns/shop/sa/client\"",
+                "destination_workload=\"server\"",
+                "destination_workload_namespace=\"shop\"",
+                "connection_security_policy=\"mutual_tls\"",
+                "response_flags=\"-\"",
+            ] {
+                assert!(line.contains(label), "{label}: {line}");
+            }
+        }
+        for own in ["postern_tls_handshakes_total", "postern_map_entries", "postern_kernel_total{name=\"lost_exec_events\"} 0", "postern_tunnels"] {
+            assert!(metrics.contains(own), "{own}");
+        }
+        assert!(metrics.ends_with("# EOF\n"));
+    }
+    Ok(())
+}
+
+#[test]
+fn status_readiness_configuration_and_log_level() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let _pod = lab.pod(1, "client")?;
+    let node = &lab.nodes[0];
+    let said = text(&output(&mut node.postern(&["status"])?)?.stdout);
+    assert!(said.contains("shop/client") && said.contains("enrolled"), "{said}");
+    let ask = |arguments: &[&str]| -> Result<String> {
+        let mut curl = node.command("curl")?;
+        Ok(text(&output(curl.args(["-sS", "-m", "5", "-w", " %{http_code}"]).args(arguments))?.stdout))
+    };
+    assert!(ask(&["http://127.0.0.1:15021/ready"])?.ends_with("200"));
+    assert!(ask(&["http://127.0.0.1:15000/config"])?.contains("\"trustDomain\":\"cluster.local\""));
+    assert!(ask(&["-X", "POST", "http://127.0.0.1:15000/log?level=warn"])?.starts_with("warn"));
+    assert!(ask(&["-X", "POST", "http://127.0.0.1:15000/log?level=a=b=c"])?.ends_with("400"));
+    assert!(ask(&["http://127.0.0.1:15000/log"])?.starts_with("warn"));
+    let doctor = text(&node.postern(&["doctor"])?.output()?.stdout);
+    assert!(doctor.contains("cgroup v2 at") && !doctor.contains("FAIL"), "{doctor}");
+    Ok(())
+}

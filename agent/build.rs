@@ -46,7 +46,9 @@ fn nightly_has_core() -> bool {
     sysroot.is_ok_and(|out| {
         let root = String::from_utf8_lossy(&out.stdout);
         out.status.success()
-            && Path::new(root.trim()).join("lib/rustlib/src/rust/library/core").is_dir()
+            && Path::new(root.trim())
+                .join("lib/rustlib/src/rust/library/core")
+                .is_dir()
     })
 }
 

@@ -8,17 +8,18 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
+    helpers::generated::{
+        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns,
+    },
     helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
     programs::SockAddrContext,
 };
-use postern_ebpf::{
-    Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW,
-};
+use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW};
 
 use crate::{
     context::{Caller, caller, is_mapped, mapped, read_address, write_address},
     maps::{DIALS, MESH, ORIGINS, config, count},
+    sockops::forget,
 };
 
 const REFUSE: i32 = 0;
@@ -89,16 +90,18 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         return pass;
     }
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    if tgid == config.agent_tgid {
+    // SAFETY: a helper without arguments.
+    if tgid == config.agent_tgid && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup {
         return pass;
     }
     // SAFETY: a helper of this program type; the context outlives the call.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // SAFETY: the context's own fields.
-    let port = u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
+    let port =
+        u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
     let Some(place) = in_mesh(destination, u32::from(port)) else {
         // The socket may have been steered before, by a connect that failed.
-        let _absent = DIALS.remove(cookie);
+        forget(cookie);
         return pass;
     };
     // SAFETY: a helper of this program type; the context outlives the call.
@@ -126,7 +129,8 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         count(Counter::RefusedProtocol);
         return refuse;
     }
-    let dial = dial(netns, cgroup, tgid, destination, u32::from(port));
+    forget(cookie);
+    let dial = dial(netns, cgroup, tgid, cookie, destination, u32::from(port));
     if DIALS.insert(cookie, dial, 0).is_err() {
         count(Counter::RefusedFull);
         return refuse;
@@ -148,7 +152,7 @@ fn in_mesh(address: Address, port: u32) -> Option<u32> {
 }
 
 #[inline(always)]
-fn dial(netns: u64, cgroup: u64, tgid: u32, destination: Address, port: u32) -> Dial {
+fn dial(netns: u64, cgroup: u64, tgid: u32, cookie: u64, destination: Address, port: u32) -> Dial {
     Dial {
         destination,
         source: [0; 4],
@@ -156,6 +160,7 @@ fn dial(netns: u64, cgroup: u64, tgid: u32, destination: Address, port: u32) -> 
         cgroup,
         // SAFETY: a helper without arguments.
         at: unsafe { bpf_ktime_get_ns() },
+        cookie,
         destination_port: port,
         source_port: 0,
         tgid,

@@ -25,7 +25,9 @@ pub struct Config {
     pub node_netns: u64,
     /// Cgroup id of the directory that holds all pods; 0 when there is none.
     pub pods_cgroup: u64,
-    /// Depth of that directory below the cgroup v2 root.
+    /// The agent's own cgroup: when it is dead, a pod's process may get its id.
+    pub agent_cgroup: u64,
+    /// Depth of the pods' directory below the cgroup v2 root.
     pub pods_level: u32,
     /// Thread group id of the agent, whose own sockets are never steered.
     pub agent_tgid: u32,
@@ -82,6 +84,7 @@ pub struct Dial {
     pub cgroup: u64,
     /// `CLOCK_MONOTONIC`, nanoseconds.
     pub at: u64,
+    pub cookie: u64,
     pub destination_port: u32,
     pub source_port: u32,
     pub tgid: u32,
@@ -90,7 +93,7 @@ pub struct Dial {
 }
 
 /// One end of a TCP connection within a network namespace; key of `FLOWS` (the
-/// steered connection's source, to its socket cookie) and of `CLIENTS` (the
+/// steered connection's source) and of `CLIENTS` (the
 /// agent's last hop, to the real client).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -110,7 +113,7 @@ pub struct Client {
 }
 
 /// A connection that a process of the node itself opened to a local pod; key of
-/// `PROBES`. This is the proof by which a kubelet's probe passes.
+/// `PROBES`, to the time (`CLOCK_MONOTONIC`, ns) of its `connect`. This is the proof by which a kubelet's probe passes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Probe {
@@ -241,10 +244,10 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Config = 40,
+    Config = 48,
     Workload = 8,
     MeshKey = 20,
-    Dial = 88,
+    Dial = 96,
     Endpoint = 32,
     Client = 20,
     Probe = 40,

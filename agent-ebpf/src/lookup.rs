@@ -41,13 +41,23 @@ pub fn inbound(ctx: &SkLookupContext) -> u32 {
     } else {
         (remote_v6, local_v6)
     };
-    if protocol != IPPROTO_TCP || is_loopback(remote) {
-        // The agent's last hop, or the pod talking to itself.
+    if protocol != IPPROTO_TCP || is_loopback(remote) || is_loopback(address) {
+        // The agent's last hop, or the pod talking to itself (a steered connect whose
+        // application chose the source address comes from the pod's own).
         return SK_PASS;
     }
-    let Some(config) = config() else { return SK_DROP };
-    let kind = if port == config.hbone_port { LISTENER_HBONE } else { LISTENER_PLAINTEXT };
-    if LISTENERS.redirect_sk_lookup(ctx, Listener { address, kind }, 0).is_err() {
+    let Some(config) = config() else {
+        return SK_DROP;
+    };
+    let kind = if port == config.hbone_port {
+        LISTENER_HBONE
+    } else {
+        LISTENER_PLAINTEXT
+    };
+    if LISTENERS
+        .redirect_sk_lookup(ctx, Listener { address, kind }, 0)
+        .is_err()
+    {
         count(Counter::DroppedNoListener);
         return SK_DROP;
     }

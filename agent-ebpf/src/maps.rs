@@ -33,9 +33,9 @@ pub static MESH: HashMap<MeshKey, u32> = HashMap::with_max_entries(131_072, NO_P
 #[map]
 pub static DIALS: HashMap<u64, Dial> = HashMap::with_max_entries(131_072, NO_PREALLOC);
 
-/// Steered connections by source, to their socket cookie.
+/// Steered connections by source, until the agent has accepted them.
 #[map]
-pub static FLOWS: HashMap<Endpoint, u64> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+pub static FLOWS: HashMap<Endpoint, Dial> = HashMap::with_max_entries(131_072, NO_PREALLOC);
 
 /// Real clients of the agent's last-hop connections; written by the agent.
 #[map]
@@ -47,7 +47,7 @@ pub static ORIGINS: LruHashMap<u64, u32> = LruHashMap::with_max_entries(1_024, 0
 
 /// Connections of the node's own processes to local pods.
 #[map]
-pub static PROBES: LruHashMap<Probe, u32> = LruHashMap::with_max_entries(4_096, 0);
+pub static PROBES: LruHashMap<Probe, u64> = LruHashMap::with_max_entries(4_096, 0);
 
 /// The agent's listening sockets.
 #[map]

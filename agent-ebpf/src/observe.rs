@@ -98,8 +98,15 @@ fn try_socket_state(ctx: &BtfTracePointContext) -> Option<()> {
             count(Counter::LostSocket);
             return None;
         };
+        let mut header = header(EVENT_SOCKET, netns);
+        // In softirq the current process is whichever was interrupted.
+        if current_netns() != Some(netns) {
+            header.tgid = 0;
+            header.cgroup = 0;
+            header.comm = [0; 16];
+        }
         entry.write(SocketEvent {
-            header: header(EVENT_SOCKET, netns),
+            header,
             cookie,
             local,
             remote,
@@ -135,8 +142,7 @@ fn try_process_exec(ctx: &BtfTracePointContext) -> Option<()> {
         (*event).path_len = 0;
         (*event).path = [0; PATH_LEN];
         if let Some(name) = field::<u64>(binprm as u64, offsets().binprm_filename)
-            && let Ok(path) =
-                bpf_probe_read_kernel_str_bytes(name as *const u8, &mut (*event).path)
+            && let Ok(path) = bpf_probe_read_kernel_str_bytes(name as *const u8, &mut (*event).path)
         {
             (*event).path_len = path.len() as u32;
         }
@@ -162,7 +168,9 @@ fn try_process_exit() -> Option<()> {
         count(Counter::LostExit);
         return None;
     };
-    entry.write(ExitEvent { header: header(EVENT_EXIT, netns) });
+    entry.write(ExitEvent {
+        header: header(EVENT_EXIT, netns),
+    });
     entry.submit(0);
     Some(())
 }
@@ -170,16 +178,21 @@ fn try_process_exit() -> Option<()> {
 /// The network namespace of the current process, if it belongs to an enrolled workload.
 #[inline(always)]
 fn enrolled_process() -> Option<u64> {
-    let at = offsets();
-    // SAFETY: offsets and types are those of the running kernel's BTF.
-    let netns = unsafe {
-        let nsproxy: u64 = field(bpf_get_current_task(), at.task_nsproxy)?;
-        let net: u64 = field(nsproxy, at.nsproxy_net)?;
-        field(net, at.net_cookie)?
-    };
+    let netns = current_netns()?;
     match caller(config()?, netns) {
         Caller::Known(workload, _) if workload.enrolled == 1 => Some(netns),
         _ => None,
+    }
+}
+
+#[inline(always)]
+fn current_netns() -> Option<u64> {
+    let at = offsets();
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    unsafe {
+        let nsproxy: u64 = field(bpf_get_current_task(), at.task_nsproxy)?;
+        let net: u64 = field(nsproxy, at.nsproxy_net)?;
+        field(net, at.net_cookie)
     }
 }
 

@@ -52,13 +52,22 @@ fn real_peer(ctx: &SockAddrContext, seen: Address) -> Option<Client> {
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // SAFETY: the entry is copied out; it is written once, before the connect.
     if let Some(dial) = unsafe { DIALS.get(cookie) } {
-        return Some(Client { address: dial.destination, port: dial.destination_port });
+        return Some(Client {
+            address: dial.destination,
+            port: dial.destination_port,
+        });
     }
     // SAFETY: a helper of this program type; the context outlives the call.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     // SAFETY: the context's own fields.
-    let port = u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
-    let last_hop = Endpoint { netns, address: seen, port: u32::from(port), _pad: 0 };
+    let port =
+        u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
+    let last_hop = Endpoint {
+        netns,
+        address: seen,
+        port: u32::from(port),
+        _pad: 0,
+    };
     // SAFETY: the entry is copied out; the agent writes it once.
     unsafe { CLIENTS.get(last_hop) }.copied()
 }

@@ -4,7 +4,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::BPF_SOCK_OPS_TCP_CONNECT_CB,
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     programs::{SockContext, SockOpsContext},
 };
 use postern_ebpf::{Address, Counter, Endpoint, Probe};
@@ -15,6 +15,9 @@ use crate::{
 };
 
 const AF_INET: u32 = 2;
+/// `include/net/tcp_states.h`.
+const TCP_SYN_SENT: u32 = 2;
+const TCP_CLOSE: u32 = 7;
 
 /// What sockops programs return has no meaning for this callback.
 const IGNORED: u32 = 1;
@@ -31,14 +34,20 @@ pub fn connecting(ctx: &SockOpsContext) -> u32 {
     if let Some(dial) = DIALS.get_ptr_mut(cookie) {
         // SAFETY: a helper of this program type; the context outlives the call.
         let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
-        let flow = Endpoint { netns, address: local(ctx), port: ctx.local_port(), _pad: 0 };
+        let flow = Endpoint {
+            netns,
+            address: local(ctx),
+            port: ctx.local_port(),
+            _pad: 0,
+        };
         // SAFETY: the socket is in `connect`; nobody else touches its entry.
         unsafe {
             (*dial).source = flow.address;
             (*dial).source_port = flow.port;
         }
         // Without the entry the agent refuses the connection: fails closed.
-        if FLOWS.insert(flow, cookie, 0).is_err() {
+        // SAFETY: as above; the entry is copied.
+        if FLOWS.insert(flow, unsafe { &*dial }, 0).is_err() {
             count(Counter::RefusedFull);
         }
     // SAFETY: a plain number.
@@ -50,8 +59,10 @@ pub fn connecting(ctx: &SockOpsContext) -> u32 {
             source_port: ctx.local_port(),
             destination_port: u32::from_be(ctx.remote_port()),
         };
+        // SAFETY: a helper without arguments.
+        let now = unsafe { bpf_ktime_get_ns() };
         // Losing it only turns a probe away under STRICT.
-        let _full = PROBES.insert(probe, 1, 0);
+        let _full = PROBES.insert(probe, now, 0);
     }
     IGNORED
 }
@@ -60,8 +71,26 @@ pub fn connecting(ctx: &SockOpsContext) -> u32 {
 pub fn released(ctx: &SockContext) -> i32 {
     // SAFETY: a helper of this program type; the context outlives the call.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: the entry is copied out before it is removed.
-    let Some(dial) = (unsafe { DIALS.get(cookie) }) else { return PASS };
+    // SAFETY: the context's own fields.
+    let state = unsafe { (&raw const (*ctx.sock).state).read_volatile() };
+    if state == TCP_CLOSE || state == TCP_SYN_SENT {
+        // It never came to be: the agent will not ask for it.
+        forget(cookie);
+    } else {
+        // The agent may not have accepted it yet, and the peer's bytes are on their
+        // way: what it was dialled as stays in FLOWS.
+        let _absent = DIALS.remove(cookie);
+    }
+    PASS
+}
+
+/// Removes all that is known of a socket's dial.
+#[inline(always)]
+pub fn forget(cookie: u64) {
+    // SAFETY: the entry is read before it is removed.
+    let Some(dial) = (unsafe { DIALS.get(cookie) }) else {
+        return;
+    };
     let flow = Endpoint {
         netns: dial.netns,
         address: dial.source,
@@ -69,12 +98,11 @@ pub fn released(ctx: &SockContext) -> i32 {
         _pad: 0,
     };
     // Its port may already belong to a newer connection of the same pod.
-    // SAFETY: a plain number.
-    if unsafe { FLOWS.get(flow) } == Some(&cookie) {
+    // SAFETY: as above.
+    if unsafe { FLOWS.get(flow) }.is_some_and(|known| known.cookie == cookie) {
         let _absent = FLOWS.remove(flow);
     }
     let _absent = DIALS.remove(cookie);
-    PASS
 }
 
 #[inline(always)]

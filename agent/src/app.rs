@@ -4,7 +4,10 @@ mod observe;
 mod reload;
 
 use std::{
-    os::unix::fs::DirBuilderExt as _,
+    collections::HashSet,
+    fs::Permissions,
+    net::IpAddr,
+    os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
@@ -16,19 +19,21 @@ use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{Counter, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
 };
 
 use crate::{
     audit::{Audit, Record},
     config::{Config, Unknown},
     identity::{Authority, Bundle},
-    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts},
+    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
     lifecycle::{Watcher, drain},
     proxy::{
-        Connections, Enroller, HBONE_PORT, Identities, LocalPods, OUTBOUND_PORT, Proxy, Tunnels,
+        Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
+        Proxy, Tunnels,
     },
     telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
+    workload::Table,
 };
 
 /// The agent is wrongly configured: exit code 2, and nothing was changed.
@@ -57,6 +62,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(&config.state)
+        .and_then(|()| std::fs::set_permissions(&config.state, Permissions::from_mode(0o700)))
         .with_context(|| format!("{}", config.state.display()))?;
 
     // Whatever can be wrong with files is found before the kernel is touched.
@@ -65,12 +71,15 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let authority = Authority::open(&config, &node).map_err(|e| misconfigured(&e))?;
     let bundle = Bundle::new(&authority, config.identity.bundle.as_deref())
         .map_err(|e| misconfigured(&e))?;
-    let endpoints = Endpoints::bind(&config.listen).await.map_err(|e| misconfigured(&e))?;
+    let endpoints = Endpoints::bind(&config.listen)
+        .await
+        .map_err(|e| misconfigured(&e))?;
     let (audit, writer) = Audit::open(&node, config.audit.file.as_deref(), config.audit.queue.0)
         .with_context(|| format!("audit.file {:?}", config.audit.file))?;
 
     let (cgroup, mounts) = hook_cgroup(&config)?;
-    let (kernel, events) = Kernel::load(&config.kernel, &cgroup, &config.state)?;
+    let (kernel, events) =
+        Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
     let mut trust_domains = vec![config.trust_domain.clone()];
     trust_domains.extend(config.trust_domain_aliases.clone());
     let proxy = Arc::new(Proxy {
@@ -82,19 +91,26 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         pods: ArcSwap::from_pointee(LocalPods::default()),
         connections: Connections::default(),
         tunnels: Tunnels::default(),
+        handshakes: Semaphore::new(MAX_HANDSHAKES),
         audit: audit.clone(),
         metrics: Metrics::default(),
     });
     let identities = Arc::new(Identities::new(authority, Arc::new(bundle)));
     let (trigger, watcher) = drain();
     let below = config.kernel.cgroup.as_deref();
-    let enroller =
-        Enroller::new(proxy.clone(), identities.clone(), mounts, below, watcher.clone())
-            .context("the agent's own network namespace")?;
+    let enroller = Enroller::new(
+        proxy.clone(),
+        identities.clone(),
+        mounts,
+        below,
+        watcher.clone(),
+    )
+    .context("the agent's own network namespace")?;
     let state = Arc::new(State {
         config: config.clone(),
         proxy: proxy.clone(),
         identities: identities.clone(),
+        agent_cgroup: own_cgroup(&cgroup),
         workloads: Mutex::default(),
         problems: Mutex::new(vec!["starting".into()]),
     });
@@ -102,7 +118,11 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     if let Some(why) = &kernel.blind {
         tracing::warn!(why, "no kernel events: the audit log has connections only");
     } else if config.audit.events {
-        tokio::spawn(observe::kernel_events(proxy.clone(), events, watcher.clone()));
+        tokio::spawn(observe::kernel_events(
+            proxy.clone(),
+            events,
+            watcher.clone(),
+        ));
     }
     let (wake, woken) = mpsc::channel(1);
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
@@ -121,7 +141,10 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     if !trigger.drain(limit).await {
         tracing::warn!(left = proxy.connections.len(), "time to drain is up");
     }
-    audit.record(Record::Agent { event: "stopped", detail: String::new() });
+    audit.record(Record::Agent {
+        event: "stopped",
+        detail: String::new(),
+    });
     drop((audit, proxy));
     // Connections that were cut hold the log, too; they end with the runtime.
     let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
@@ -143,6 +166,7 @@ pub(crate) struct State {
     config: Config,
     proxy: Arc<Proxy>,
     identities: Arc<Identities>,
+    agent_cgroup: u64,
     workloads: Mutex<Vec<LocalWorkload>>,
     problems: Mutex<Vec<String>>,
 }
@@ -158,13 +182,23 @@ impl State {
 
 impl StatusSource for State {
     fn status(&self) -> Status {
-        let problems = self.problems.lock().expect("no panic while it is held").clone();
+        let problems = self
+            .problems
+            .lock()
+            .expect("no panic while it is held")
+            .clone();
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             node: self.proxy.audit.node().into(),
-            ready: !problems.iter().any(|p| p == "starting"),
+            ready: !problems
+                .iter()
+                .any(|p| p == "starting" || p.starts_with("kernel")),
             problems,
-            workloads: self.workloads.lock().expect("no panic while it is held").clone(),
+            workloads: self
+                .workloads
+                .lock()
+                .expect("no panic while it is held")
+                .clone(),
             known_workloads: self.proxy.table.load().workloads.len(),
             policies: self.proxy.policies.load().len(),
             connections: self.proxy.connections.len(),
@@ -173,7 +207,12 @@ impl StatusSource for State {
     }
 
     fn metrics(&self) -> String {
-        let Proxy { kernel, metrics, audit, .. } = &*self.proxy;
+        let Proxy {
+            kernel,
+            metrics,
+            audit,
+            ..
+        } = &*self.proxy;
         for (name, entries) in kernel.fill() {
             metrics.set_map_entries(name, entries);
         }
@@ -212,6 +251,7 @@ async fn renew(state: Arc<State>, mut stop: Watcher) {
         state.problem("certificates", worst);
         tokio::select! {
             () = tokio::time::sleep(next) => {}
+            () = state.identities.added.notified() => {}
             () = stop.triggered() => return,
         }
     }
@@ -221,7 +261,7 @@ async fn renew(state: Arc<State>, mut stop: Watcher) {
 /// often while a pod is expected.
 async fn enrol(
     state: Arc<State>,
-    mut enroller: Enroller,
+    enroller: Enroller,
     wake: mpsc::Sender<()>,
     mut woken: mpsc::Receiver<()>,
     mut stop: Watcher,
@@ -230,9 +270,15 @@ async fn enrol(
     const SOMETIME: Duration = Duration::from_secs(2);
     let mut watching: Vec<PodsRoot> = Vec::new();
     let mut _watcher = None;
+    let mut rounds = Rounds {
+        enroller,
+        table: None,
+        local: HashSet::new(),
+    };
     let mut first = true;
+    let mut pause = SOON;
     loop {
-        let pods = enroller.find_pods().roots.clone();
+        let pods = rounds.enroller.find_pods().roots.clone();
         if pods != watching {
             match watch_cgroups(&pods, wake.clone()) {
                 Ok(watcher) => _watcher = Some(watcher),
@@ -240,70 +286,109 @@ async fn enrol(
             }
             watching = pods;
         }
-        let wait = match round(&state, &mut enroller, &watching) {
-            Ok(true) => SOON,
-            Ok(false) => SOMETIME,
+        // It enters namespaces and reads files: not a thing for the runtime to wait on.
+        let result = tokio::task::block_in_place(|| rounds.round(&state, &watching));
+        let waiting = match result {
+            Ok(waiting) => {
+                state.problem("kernel", None);
+                if first {
+                    first = false;
+                    started(&state, &rounds.enroller);
+                }
+                waiting
+            }
             Err(error) => {
                 tracing::error!(%error, "cannot tell the kernel about workloads");
                 state.problem("kernel", Some(error.to_string()));
-                SOMETIME
+                false
             }
         };
-        if first {
-            first = false;
-            enroller.forget_strangers();
-            state.problem("starting", None);
-            state.proxy.audit.record(Record::Agent {
-                event: "started",
-                detail: format!("version {}", env!("CARGO_PKG_VERSION")),
-            });
-            tracing::info!(node = state.proxy.audit.node(), "ready");
-        }
+        let wait = if waiting { pause } else { SOMETIME };
         tokio::select! {
-            _ = woken.recv() => {}
-            () = tokio::time::sleep(wait) => {}
+            _ = woken.recv() => pause = SOON,
+            () = tokio::time::sleep(wait) => pause = (pause * 2).min(SOMETIME),
             () = stop.triggered() => return,
         }
     }
 }
 
-/// One round. The kernel learns of pods before it learns that they are in the mesh,
-/// and of both before it is put in charge. Returns whether a pod is expected.
-fn round(state: &State, enroller: &mut Enroller, roots: &[PodsRoot]) -> Result<bool> {
-    let proxy = &state.proxy;
-    let table = proxy.table.load_full();
-    let outcome = enroller.reconcile(&table)?;
-    let local = proxy.pods.load().addresses().copied().collect();
-    proxy.kernel.set_mesh(&table.mesh(), &local)?;
-    *state.workloads.lock().expect("no panic while it is held") = outcome.workloads;
-    let v2 = roots.iter().find(|root| root.v2);
-    let wanted = postern_ebpf::Config {
-        node_netns: enroller.node_netns(),
-        pods_cgroup: v2.map(|root| cgroup_id(&root.path)).transpose()?.unwrap_or(0),
-        pods_level: v2.map_or(0, |root| root.level),
-        agent_tgid: std::process::id(),
-        unknown: match state.config.enrol.unknown {
-            Unknown::Refuse => UNKNOWN_REFUSE,
-            Unknown::Allow => UNKNOWN_ALLOW,
-        },
-        pods_by_netns_only: u32::from(v2.is_none() && !roots.is_empty()),
-        outbound_port: OUTBOUND_PORT.into(),
-        hbone_port: HBONE_PORT.into(),
-    };
-    if proxy.kernel.configured() != wanted {
-        proxy.kernel.configure(wanted)?;
+/// The kernel knows all that it should: this agent's hooks take over.
+fn started(state: &State, enroller: &Enroller) {
+    enroller.forget_strangers();
+    if let Err(error) = state.proxy.kernel.commit() {
+        tracing::error!(%error, "an earlier agent's hooks stay beside this one's");
     }
-    state.problem("kernel", None);
-    Ok(outcome.waiting)
+    state.problem("starting", None);
+    let detail = format!("version {}", env!("CARGO_PKG_VERSION"));
+    state.proxy.audit.record(Record::Agent {
+        event: "started",
+        detail,
+    });
+    tracing::info!(node = state.proxy.audit.node(), "ready");
+}
+
+/// What enrolment remembers from one round to the next.
+struct Rounds {
+    enroller: Enroller,
+    /// What the kernel's table of destinations was last made from.
+    table: Option<Arc<Table>>,
+    local: HashSet<IpAddr>,
+}
+
+impl Rounds {
+    /// One round. The kernel learns of pods before it learns that they are in the
+    /// mesh, and of both before it is put in charge. Says whether a pod is expected.
+    fn round(&mut self, state: &State, roots: &[PodsRoot]) -> Result<bool> {
+        let proxy = &state.proxy;
+        let table = proxy.table.load_full();
+        let outcome = self.enroller.reconcile(&table)?;
+        let local: HashSet<IpAddr> = proxy.pods.load().addresses().copied().collect();
+        let same = self
+            .table
+            .as_ref()
+            .is_some_and(|before| Arc::ptr_eq(before, &table));
+        if !same || local != self.local {
+            proxy.kernel.set_mesh(&table.mesh(), &local)?;
+            (self.table, self.local) = (Some(table), local);
+            // Labels may have changed, and with them what selects a pod.
+            proxy.connections.recheck(&proxy.policies.load());
+        }
+        *state.workloads.lock().expect("no panic while it is held") = outcome.workloads;
+        let v2 = roots.iter().find(|root| root.v2);
+        let wanted = postern_ebpf::Config {
+            node_netns: self.enroller.node_netns(),
+            pods_cgroup: v2
+                .map(|root| cgroup_id(&root.path))
+                .transpose()?
+                .unwrap_or(0),
+            agent_cgroup: state.agent_cgroup,
+            pods_level: v2.map_or(0, |root| root.level),
+            agent_tgid: std::process::id(),
+            unknown: match state.config.enrol.unknown {
+                Unknown::Refuse => UNKNOWN_REFUSE,
+                Unknown::Allow => UNKNOWN_ALLOW,
+            },
+            // Also while the kubelet has not made its directory yet.
+            pods_by_netns_only: u32::from(v2.is_none()),
+            outbound_port: OUTBOUND_PORT.into(),
+            hbone_port: HBONE_PORT.into(),
+        };
+        if proxy.kernel.configured() != wanted {
+            proxy.kernel.configure(wanted)?;
+        }
+        Ok(outcome.waiting)
+    }
 }
 
 fn watch_cgroups(
     roots: &[PodsRoot],
     wake: mpsc::Sender<()>,
 ) -> notify::Result<notify::RecommendedWatcher> {
-    let mut watcher = notify::recommended_watcher(move |_event| {
-        // A full channel means that a round is due already.
-        let _due = wake.try_send(());
+    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Our own reading is no change. A full channel means that a round is due.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            let _due = wake.try_send(());
+        }
     })?;
     for root in roots {
         watcher.watch(&root.path, RecursiveMode::Recursive)?;

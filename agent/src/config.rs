@@ -113,12 +113,11 @@ pub struct Transport {
     pub keepalive_interval: Span,
     /// A tunnel whose ping is not answered in this time is closed.
     pub keepalive_timeout: Span,
-    /// Streams on one tunnel before another is opened.
-    pub streams_per_tunnel: u32,
-    /// HTTP/2 window of a stream, bytes.
-    pub stream_window: u32,
-    /// HTTP/2 window of a tunnel, bytes.
-    pub tunnel_window: u32,
+    /// Streams on one tunnel: more open another, and a peer may open no more.
+    pub streams_per_tunnel: Count,
+    /// HTTP/2 window of a stream, bytes. A tunnel's is as large as all its streams'
+    /// together, so that receivers that stop reading never stop the others.
+    pub stream_window: Window,
 }
 
 /// Addresses in the node's own network namespace.
@@ -210,13 +209,18 @@ impl Default for Config {
 
 impl Default for Enrol {
     fn default() -> Self {
-        Self { default: Mesh::Disabled, unknown: Unknown::Refuse }
+        Self {
+            default: Mesh::Disabled,
+            unknown: Unknown::Refuse,
+        }
     }
 }
 
 impl Default for Workloads {
     fn default() -> Self {
-        Self { directory: "/etc/postern/manifests".into() }
+        Self {
+            directory: "/etc/postern/manifests".into(),
+        }
     }
 }
 
@@ -248,9 +252,8 @@ impl Default for Transport {
             idle_timeout: Span::seconds(90),
             keepalive_interval: Span::seconds(10),
             keepalive_timeout: Span::seconds(20),
-            streams_per_tunnel: 128,
-            stream_window: 1 << 20,
-            tunnel_window: 8 << 20,
+            streams_per_tunnel: Count(64),
+            stream_window: Window(512 << 10),
         }
     }
 }
@@ -281,19 +284,28 @@ impl Default for Kernel {
 
 impl Default for Audit {
     fn default() -> Self {
-        Self { file: None, events: true, queue: QueueLength(16_384) }
+        Self {
+            file: None,
+            events: true,
+            queue: QueueLength(16_384),
+        }
     }
 }
 
 impl Default for Log {
     fn default() -> Self {
-        Self { level: "info".into(), format: LogFormat::Text }
+        Self {
+            level: "info".into(),
+            format: LogFormat::Text,
+        }
     }
 }
 
 impl Default for Drain {
     fn default() -> Self {
-        Self { timeout: Span::seconds(30) }
+        Self {
+            timeout: Span::seconds(30),
+        }
     }
 }
 
@@ -305,7 +317,10 @@ impl Config {
             source,
         })?;
         // An empty file means all defaults, and YAML's null is no mapping.
-        if text.lines().all(|line| line.trim().is_empty() || line.starts_with('#')) {
+        if text
+            .lines()
+            .all(|line| line.trim().is_empty() || line.starts_with('#'))
+        {
             return Ok(Self::default());
         }
         parse_document(path, &text)
@@ -345,14 +360,18 @@ impl TryFrom<String> for Span {
     fn try_from(text: String) -> Result<Self, String> {
         match humantime::parse_duration(&text) {
             Ok(span) if !span.is_zero() => Ok(Self(span)),
-            _ => Err(format!("`{text}` is not a length of time such as 500ms, 90s, 24h or 1h30m")),
+            _ => Err(format!(
+                "`{text}` is not a length of time such as 500ms, 90s, 24h or 1h30m"
+            )),
         }
     }
 }
 
 impl From<Span> for String {
     fn from(span: Span) -> Self {
-        humantime::format_duration(span.0).to_string().replace(' ', "")
+        humantime::format_duration(span.0)
+            .to_string()
+            .replace(' ', "")
     }
 }
 
@@ -369,7 +388,9 @@ impl TryFrom<SocketAddr> for Loopback {
         if address.ip().is_loopback() {
             return Ok(Self(address));
         }
-        Err(format!("{address} is not on loopback; use 127.0.0.1 or [::1]"))
+        Err(format!(
+            "{address} is not on loopback; use 127.0.0.1 or [::1]"
+        ))
     }
 }
 
@@ -402,6 +423,72 @@ impl From<RingBytes> for u32 {
     }
 }
 
+impl Transport {
+    /// HTTP/2 window of a tunnel: all its streams' together (RFC 9113 6.9.1).
+    pub fn tunnel_window(&self) -> u32 {
+        self.streams_per_tunnel
+            .0
+            .saturating_mul(self.stream_window.0)
+            .min(Window::MAX)
+    }
+}
+
+/// An HTTP/2 flow-control window (RFC 9113 6.9.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "u32", into = "u32")]
+#[schemars(with = "u32")]
+pub struct Window(pub u32);
+
+impl Window {
+    const MIN: u32 = 65_535;
+    const MAX: u32 = i32::MAX as u32;
+}
+
+impl TryFrom<u32> for Window {
+    type Error = String;
+
+    fn try_from(bytes: u32) -> Result<Self, String> {
+        if (Self::MIN..=Self::MAX).contains(&bytes) {
+            return Ok(Self(bytes));
+        }
+        Err(format!(
+            "{bytes} is no window; use {} to {}",
+            Self::MIN,
+            Self::MAX
+        ))
+    }
+}
+
+impl From<Window> for u32 {
+    fn from(window: Window) -> Self {
+        window.0
+    }
+}
+
+/// A number of things: at least one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "u32", into = "u32")]
+#[schemars(with = "u32")]
+pub struct Count(pub u32);
+
+impl TryFrom<u32> for Count {
+    type Error = String;
+
+    fn try_from(count: u32) -> Result<Self, String> {
+        if count > 0 {
+            Ok(Self(count))
+        } else {
+            Err("must be at least 1".into())
+        }
+    }
+}
+
+impl From<Count> for u32 {
+    fn from(count: Count) -> Self {
+        count.0
+    }
+}
+
 /// Length of a queue: at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(try_from = "usize", into = "usize")]
@@ -412,7 +499,11 @@ impl TryFrom<usize> for QueueLength {
     type Error = String;
 
     fn try_from(length: usize) -> Result<Self, String> {
-        if length > 0 { Ok(Self(length)) } else { Err("a queue holds at least 1".into()) }
+        if length > 0 {
+            Ok(Self(length))
+        } else {
+            Err("a queue holds at least 1".into())
+        }
     }
 }
 
@@ -434,13 +525,20 @@ mod tests {
     fn the_shipped_file_lists_every_default() {
         let text = include_str!("../../config/agent.yaml");
         assert_eq!(parse(text).expect("it parses"), Config::default());
-        let shipped: serde_json::Value = parse_document(Path::new("agent.yaml"), text).expect("yaml");
+        let shipped: serde_json::Value =
+            parse_document(Path::new("agent.yaml"), text).expect("yaml");
         let full = serde_json::to_value(Config::default()).expect("json");
-        assert_eq!(keys(&shipped), keys(&full), "a key is missing in config/agent.yaml");
+        assert_eq!(
+            keys(&shipped),
+            keys(&full),
+            "a key is missing in config/agent.yaml"
+        );
     }
 
     fn keys(value: &serde_json::Value) -> Vec<String> {
-        let Some(map) = value.as_object() else { return Vec::new() };
+        let Some(map) = value.as_object() else {
+            return Vec::new();
+        };
         map.iter()
             .flat_map(|(key, value)| {
                 let below = keys(value);
@@ -456,9 +554,18 @@ mod tests {
     fn errors_name_file_line_and_key() {
         for (text, expected) in [
             ("enrol:\n  defualt: enabled\n", ["agent.yaml:2", "defualt"]),
-            ("transport:\n  idleTimeout: soon\n", ["transport.idleTimeout", "90s"]),
-            ("listen:\n  admin: 0.0.0.0:15000\n", ["listen.admin", "loopback"]),
-            ("kernel:\n  ringBytes: 5000\n", ["kernel.ringBytes", "power of two"]),
+            (
+                "transport:\n  idleTimeout: soon\n",
+                ["transport.idleTimeout", "90s"],
+            ),
+            (
+                "listen:\n  admin: 0.0.0.0:15000\n",
+                ["listen.admin", "loopback"],
+            ),
+            (
+                "kernel:\n  ringBytes: 5000\n",
+                ["kernel.ringBytes", "power of two"],
+            ),
             ("trustDomain: Not Valid\n", ["trustDomain", "agent.yaml:1"]),
         ] {
             let error = parse(text).expect_err(text).to_string();

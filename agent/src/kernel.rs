@@ -11,10 +11,11 @@ mod maps;
 mod netns;
 
 pub use cgroup::{
-    CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id, processes,
+    CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
+    processes,
 };
 pub use events::{Event, EventKind, decode, text};
-pub use load::{Kernel, KernelError, cleanup, mount_bpffs};
+pub use load::{Kernel, KernelError, cleanup, own_cgroup};
 pub use maps::{ClientEntry, from_abi, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
 

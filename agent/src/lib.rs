@@ -2,15 +2,15 @@
 //! -> identity -> policy -> hbone => hbone -> proxy::inbound -> policy ->
 //! application`; a kernel event flows `kernel -> audit`. Only `app` wires parts.
 
+pub mod app;
+pub mod audit;
 pub mod config;
+pub mod doctor;
 pub mod identity;
+pub mod kernel;
+pub mod lifecycle;
 pub mod objects;
 pub mod policy;
-pub mod workload;
-pub mod kernel;
-pub mod audit;
-pub mod lifecycle;
-pub mod telemetry;
 pub mod proxy;
-pub mod app;
-pub mod doctor;
+pub mod telemetry;
+pub mod workload;

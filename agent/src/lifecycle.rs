@@ -30,7 +30,16 @@ pub struct Watcher {
 pub fn drain() -> (Trigger, Watcher) {
     let (sender, stage) = watch::channel(Stage::Running);
     let (alive, gone) = mpsc::channel(1);
-    (Trigger { stage: sender, gone }, Watcher { stage, _alive: alive })
+    (
+        Trigger {
+            stage: sender,
+            gone,
+        },
+        Watcher {
+            stage,
+            _alive: alive,
+        },
+    )
 }
 
 impl Trigger {

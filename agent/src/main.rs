@@ -63,7 +63,11 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("postern: {error:#}");
-            if error.is::<app::Misconfigured>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+            if error.is::<app::Misconfigured>() {
+                ExitCode::from(2)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }
@@ -74,14 +78,22 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Status { config, output } => status(&load(&config)?, output)?,
         Command::Doctor(file) => return Ok(examine(&load_or_default(&file)?)),
         Command::Cleanup(file) => {
-            for path in kernel::cleanup(&load_or_default(&file)?.kernel.pin)? {
+            let config = load_or_default(&file)?;
+            for path in kernel::cleanup(&config.kernel.pin, &config.state)? {
                 println!("removed {}", path.display());
             }
         }
-        Command::Config { command: ConfigCommand::Schema } => {
-            println!("{}", serde_json::to_string_pretty(&schemars::schema_for!(Config))?);
+        Command::Config {
+            command: ConfigCommand::Schema,
+        } => {
+            println!(
+                "{}",
+                serde_json::to_string_pretty(&schemars::schema_for!(Config))?
+            );
         }
-        Command::Config { command: ConfigCommand::Check(file) } => {
+        Command::Config {
+            command: ConfigCommand::Check(file),
+        } => {
             load(&file)?;
             println!("{}: valid", file.config.display());
         }
@@ -95,7 +107,11 @@ fn load(file: &ConfigFile) -> Result<Config> {
 
 /// For commands that make sense on a host without configuration.
 fn load_or_default(file: &ConfigFile) -> Result<Config> {
-    if file.config.exists() { load(file) } else { Ok(Config::default()) }
+    if file.config.exists() {
+        load(file)
+    } else {
+        Ok(Config::default())
+    }
 }
 
 fn agent(file: &ConfigFile) -> Result<()> {
@@ -120,10 +136,17 @@ fn status(config: &Config, output: Output) -> Result<()> {
             println!("connections  {}", status.connections);
             println!("policies     {}", status.policies);
             println!("trust roots  {}", status.roots);
-            println!("workloads    {} here, {} known", status.workloads.len(), status.known_workloads);
+            println!(
+                "workloads    {} here, {} known",
+                status.workloads.len(),
+                status.known_workloads
+            );
             for workload in &status.workloads {
                 let addresses = workload.addresses.join(",");
-                println!("  {:<32} {:<10} {} {}", workload.pod, workload.state, addresses, workload.identity);
+                println!(
+                    "  {:<32} {:<10} {} {}",
+                    workload.pod, workload.state, addresses, workload.identity
+                );
             }
             for problem in &status.problems {
                 println!("problem      {problem}");
@@ -148,7 +171,10 @@ fn get(address: std::net::SocketAddr, path: &str) -> Result<String> {
     stream.read_to_string(&mut answer)?;
     match answer.split_once("\r\n\r\n") {
         Some((head, body)) if head.contains(" 200 ") => Ok(body.to_owned()),
-        _ => bail!("the agent at {address} answered {:?}", answer.lines().next().unwrap_or("")),
+        _ => bail!(
+            "the agent at {address} answered {:?}",
+            answer.lines().next().unwrap_or("")
+        ),
     }
 }
 
@@ -163,5 +189,9 @@ fn examine(config: &Config) -> ExitCode {
         fit &= finding.ok || !finding.required;
         println!("{mark}  {}", finding.what);
     }
-    if fit { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if fit {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }

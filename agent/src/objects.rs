@@ -22,9 +22,17 @@ const MAX_FILE: u64 = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     #[error("{path}: {source}")]
-    Read { path: PathBuf, source: std::io::Error },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{path}:{line}: {field}{message}")]
-    Parse { path: PathBuf, line: u64, field: String, message: String },
+    Parse {
+        path: PathBuf,
+        line: u64,
+        field: String,
+        message: String,
+    },
 }
 
 /// What an object says of itself before it is known what it is.
@@ -36,9 +44,10 @@ pub struct Head {
     pub kind: String,
 }
 
-/// Kubernetes' ObjectMeta, as far as it is used.
+/// Kubernetes' ObjectMeta. All its fields are listed, so that a misspelt one is
+/// refused: a policy without `namespace` is another policy.
 #[derive(Clone, Debug, Default, Deserialize)]
-#[serde(default, rename_all = "camelCase")]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Meta {
     #[serde(deserialize_with = "or_default")]
     pub name: String,
@@ -54,6 +63,20 @@ pub struct Meta {
     pub deletion_timestamp: Option<String>,
     #[serde(deserialize_with = "or_default")]
     pub owner_references: Vec<OwnerReference>,
+    #[serde(rename = "generateName")]
+    _generate_name: IgnoredAny,
+    #[serde(rename = "resourceVersion")]
+    _resource_version: IgnoredAny,
+    #[serde(rename = "generation")]
+    _generation: IgnoredAny,
+    #[serde(rename = "selfLink")]
+    _self_link: IgnoredAny,
+    #[serde(rename = "deletionGracePeriodSeconds")]
+    _deletion_grace_period_seconds: IgnoredAny,
+    #[serde(rename = "finalizers")]
+    _finalizers: IgnoredAny,
+    #[serde(rename = "managedFields")]
+    _managed_fields: IgnoredAny,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -97,12 +120,19 @@ pub struct Located<T> {
 /// All objects of a directory, in the order of file names. Files whose names
 /// begin with a dot are passed over: Kubernetes' projected volumes keep theirs there.
 pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, LoadError> {
-    let fail = |source| LoadError::Read { path: directory.to_owned(), source };
+    let fail = |source| LoadError::Read {
+        path: directory.to_owned(),
+        source,
+    };
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(fail)? {
         let path = entry.map_err(fail)?.path();
-        let hidden = path.file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
-        let ours = path.extension().is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let hidden = path
+            .file_name()
+            .is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+        let ours = path
+            .extension()
+            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
         if ours && !hidden && path.is_file() {
             paths.push(path);
         }
@@ -110,7 +140,10 @@ pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, Lo
     paths.sort();
     let mut objects = Vec::new();
     for path in paths {
-        let fail = |source| LoadError::Read { path: path.clone(), source };
+        let fail = |source| LoadError::Read {
+            path: path.clone(),
+            source,
+        };
         let size = std::fs::metadata(&path).map_err(fail)?.len();
         if size > MAX_FILE {
             let why = format!("{size} bytes are more than the {MAX_FILE} that are read");
@@ -127,9 +160,16 @@ pub fn load_text<T: Object>(path: &Path, text: &str) -> Result<Vec<Located<T>>, 
     let mut objects = Vec::new();
     for document in documents(text) {
         let heads: Heads = parse(path, &document, |de| Heads::deserialize(de))?;
-        let head = Head { api_version: heads.api_version, kind: heads.kind };
+        let head = Head {
+            api_version: heads.api_version,
+            kind: heads.kind,
+        };
         let read: Vec<Option<T>> = parse(path, &document, |de| match &heads.items {
-            Some(items) => ListSeed { items, next: std::marker::PhantomData }.deserialize(de),
+            Some(items) => ListSeed {
+                items,
+                next: std::marker::PhantomData,
+            }
+            .deserialize(de),
             None => Ok(vec![T::read(&head, de)?]),
         })?;
         objects.extend(read.into_iter().flatten().map(|object| Located {
@@ -143,7 +183,10 @@ pub fn load_text<T: Object>(path: &Path, text: &str) -> Result<Vec<Located<T>>, 
 
 /// One document, such as the agent's configuration.
 pub fn parse_document<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, LoadError> {
-    let document = Document { text: text.to_owned(), first_line: 1 };
+    let document = Document {
+        text: text.to_owned(),
+        first_line: 1,
+    };
     parse(path, &document, |de| T::deserialize(de))
 }
 
@@ -156,19 +199,29 @@ struct Document {
 /// Splits at document markers (YAML 1.2.2, 9.1.2): a line of `---` at column 0
 /// cannot be content. Documents of comments and blanks only are left out.
 fn documents(text: &str) -> Vec<Document> {
-    let mut all = vec![Document { text: String::new(), first_line: 1 }];
+    let mut all = vec![Document {
+        text: String::new(),
+        first_line: 1,
+    }];
     for (number, line) in text.lines().enumerate() {
         let marker = line == "---" || line.starts_with("--- ");
         if marker {
-            let first_line = number as u64 + 2;
-            all.push(Document { text: "\n".repeat(number + 1), first_line });
+            // What stands behind the marker is content.
+            let rest = format!("{}   {}\n", "\n".repeat(number), &line[3..]);
+            all.push(Document {
+                text: rest,
+                first_line: number as u64 + 1,
+            });
         } else if let Some(last) = all.last_mut() {
             last.text.push_str(line);
             last.text.push('\n');
         }
     }
     all.retain(|document| {
-        document.text.lines().any(|l| !l.trim().is_empty() && !l.trim_start().starts_with('#'))
+        document
+            .text
+            .lines()
+            .any(|l| !l.trim().is_empty() && !l.trim_start().starts_with('#'))
     });
     all
 }
@@ -189,7 +242,11 @@ fn parse<T>(
         LoadError::Parse {
             path: path.to_owned(),
             line: error.location().map_or(document.first_line, |at| at.line()),
-            field: if field == "." { String::new() } else { format!("{field}: ") },
+            field: if field == "." {
+                String::new()
+            } else {
+                format!("{field}: ")
+            },
             message: plain(&error),
         }
     })
@@ -271,7 +328,10 @@ impl<'de, T: Object> Visitor<'de> for Items<'_, T> {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         let mut objects = Vec::new();
         for head in self.0.items {
-            let seed = ItemSeed { head, next: std::marker::PhantomData::<T> };
+            let seed = ItemSeed {
+                head,
+                next: std::marker::PhantomData::<T>,
+            };
             objects.extend(seq.next_element_seed(seed)?);
         }
         Ok(objects)
@@ -329,8 +389,10 @@ mod tests {
     fn reads_documents_lists_and_json() {
         let cat = "apiVersion: v1\nkind: Cat\nlives: 9\n";
         let dog = "apiVersion: v1\nkind: Dog\nbones: [1]\n";
-        let both = format!("# cats\n---\n{cat}---\n{dog}---\n# nothing\n--- # again\n{cat}");
-        assert_eq!(lives(&both).expect("reads"), [(3, 9), (13, 9)]);
+        let both = format!(
+            "# cats\n---\n{cat}---\n{dog}---\n# nothing\n--- # again\n{cat}--- {{apiVersion: v1, kind: Cat, lives: 4}}\n"
+        );
+        assert_eq!(lives(&both).expect("reads"), [(2, 9), (12, 9), (16, 4)]);
         let list = "kind: List\napiVersion: v1\nitems:\n- {kind: Dog}\n- {apiVersion: v1, kind: Cat, lives: 2}\n";
         assert_eq!(lives(list).expect("reads"), [(1, 2)]);
         let json = r#"{"apiVersion": "v1", "kind": "Cat", "lives": 3}"#;
@@ -345,7 +407,10 @@ mod tests {
         assert!(error.starts_with("cats.yaml:5: lives: "), "{error}");
         let listed = "kind: List\nitems:\n- kind: Cat\n  apiVersion: v1\n  tails: 1\n";
         let error = lives(listed).expect_err("unknown field").to_string();
-        assert!(error.contains("cats.yaml:5") && error.contains("tails"), "{error}");
+        assert!(
+            error.contains("cats.yaml:5") && error.contains("tails"),
+            "{error}"
+        );
         assert!(lives("kind: [\n").is_err());
     }
 }

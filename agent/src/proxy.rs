@@ -12,10 +12,21 @@ mod pods;
 mod splice;
 mod story;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::Semaphore,
+};
 
 use crate::{
     audit::Audit,
@@ -37,6 +48,9 @@ pub const OUTBOUND_PORT: u16 = 15001;
 pub const INBOUND_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
 
+/// TLS handshakes of peers at once, over all pods.
+pub const MAX_HANDSHAKES: usize = 512;
+
 /// Whether no application can be meant by this port.
 pub fn is_agent_port(port: u16) -> bool {
     matches!(port, OUTBOUND_PORT | INBOUND_PORT | HBONE_PORT)
@@ -53,6 +67,8 @@ pub struct Proxy {
     pub pods: ArcSwap<LocalPods>,
     pub connections: Connections,
     pub tunnels: Tunnels,
+    /// TLS handshakes that peers may have under way.
+    pub handshakes: Semaphore,
     pub audit: Audit,
     pub metrics: Metrics,
 }
@@ -104,10 +120,15 @@ async fn last_hop(
     destination: SocketAddr,
     client: SocketAddr,
 ) -> io::Result<(TcpStream, ClientEntry)> {
-    /// Istio's inbound passthrough address; any of 127.0.0.0/8 would do.
-    const SOURCE_V4: [u8; 4] = [127, 0, 0, 6];
+    // Each from another address, so that ports in TIME_WAIT never run out. (IPv6 has
+    // one loopback address only.)
+    static NEXT: AtomicU32 = AtomicU32::new(0);
     let source = match destination {
-        SocketAddr::V4(_) => SocketAddr::from((SOURCE_V4, 0)),
+        SocketAddr::V4(_) => {
+            let [_, b, c, d] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+            // 127.64.0.0/10: far from what applications use.
+            SocketAddr::from(([127, 64 | b & 0x3f, c, d.max(1)], 0))
+        }
         SocketAddr::V6(_) => SocketAddr::from((std::net::Ipv6Addr::LOCALHOST, 0)),
     };
     let socket = socket(&pod.netns, Some(source), destination)?;

@@ -27,8 +27,14 @@ fn each_side_sees_the_address_that_it_means() -> Result<()> {
             echo.says("end=eof")?;
             let log = echo.output()[before..].to_owned();
             // accept(2) and getpeername(2) at the server: the real client.
-            assert!(log.contains(&format!("accept={seen_as}:")), "{address}: {log}");
-            assert!(log.contains(&format!("peername={seen_as}:")), "{address}: {log}");
+            assert!(
+                log.contains(&format!("accept={seen_as}:")),
+                "{address}: {log}"
+            );
+            assert!(
+                log.contains(&format!("peername={seen_as}:")),
+                "{address}: {log}"
+            );
         }
     }
     Ok(())
@@ -42,7 +48,10 @@ fn a_service_address_reaches_all_endpoints_evenly() -> Result<()> {
         ports: "{name: http, containerPort: 8081}".into(),
         ..PodOptions::default()
     };
-    let (a, b) = (lab.pod_with(2, "a", options.clone())?, lab.pod_with(2, "b", options.clone())?);
+    let (a, b) = (
+        lab.pod_with(2, "a", options.clone())?,
+        lab.pod_with(2, "b", options.clone())?,
+    );
     let near = lab.pod_with(1, "near", options)?;
     let client = lab.pod(1, "client")?;
     let mut servers = Vec::new();
@@ -54,9 +63,15 @@ fn a_service_address_reaches_all_endpoints_evenly() -> Result<()> {
     let address = lab.service("web", 7, &format!(
         "{selector}, ports: [{{name: http, port: 80, targetPort: http}}, {{name: alt, port: 81, targetPort: 8082}}]"
     ))?;
-    postern_tests::eventually("the service is known", std::time::Duration::from_secs(5), || {
-        client.curl(&["-m", "2", &format!("http://{address}/")]).is_ok_and(|(code, _)| code == 0)
-    })?;
+    postern_tests::eventually(
+        "the service is known",
+        std::time::Duration::from_secs(5),
+        || {
+            client
+                .curl(&["-m", "2", &format!("http://{address}/")])
+                .is_ok_and(|(code, _)| code == 0)
+        },
+    )?;
     let mut counts: HashMap<String, usize> = HashMap::new();
     for _ in 0..30 {
         let (code, body) = client.curl(&[&format!("http://{address}/")])?;
@@ -72,7 +87,12 @@ fn a_service_address_reaches_all_endpoints_evenly() -> Result<()> {
     let record = lab.nodes[0].record("the service is on record", |r| r["service"] == "shop/web")?;
     assert_eq!(record["dialled"], format!("{address}:80"));
     // Headless: clients dial the pods that the name resolves to.
-    assert!(client.curl(&[&format!("http://{}:8081/", a.ip)])?.1.contains('a'));
+    assert!(
+        client
+            .curl(&[&format!("http://{}:8081/", a.ip)])?
+            .1
+            .contains('a')
+    );
     Ok(())
 }
 
@@ -80,19 +100,35 @@ fn a_service_address_reaches_all_endpoints_evenly() -> Result<()> {
 fn an_unmeshed_destination_never_enters_the_agent() -> Result<()> {
     let mut lab = Lab::started()?;
     let client = lab.pod(1, "client")?;
-    let outside = PodOptions { mesh: Some(false), ..PodOptions::default() };
+    let outside = PodOptions {
+        mesh: Some(false),
+        ..PodOptions::default()
+    };
     let server = lab.pod_with(2, "server", outside)?;
     let echo = server.serve("echo", ECHO)?;
     let seen = client.dial(&at(&server, ECHO), &["--send", "x", "--half-close"])?;
     // Its own socket, from its own address: nothing was steered.
-    assert!(seen["local"].as_str().is_some_and(|l| l.starts_with(&client.ip)), "{seen}");
+    assert!(
+        seen["local"]
+            .as_str()
+            .is_some_and(|l| l.starts_with(&client.ip)),
+        "{seen}"
+    );
     echo.says(&format!("accept=[::ffff:{}]", client.ip))?;
-    assert!(lab.nodes[0].metrics()?.contains("postern_kernel_total{name=\"steered\"} 0"));
+    assert!(
+        lab.nodes[0]
+            .metrics()?
+            .contains("postern_kernel_total{name=\"steered\"} 0")
+    );
     assert!(!lab.nodes[0].audit()?.iter().any(crate::kit::is_connection));
     let inside = lab.pod(2, "inside")?;
     let _echo = inside.serve("echo", ECHO)?;
     assert!(echoes(&client, &at(&inside, ECHO))?);
-    assert!(lab.nodes[0].metrics()?.contains("postern_kernel_total{name=\"steered\"} 1"));
+    assert!(
+        lab.nodes[0]
+            .metrics()?
+            .contains("postern_kernel_total{name=\"steered\"} 1")
+    );
     Ok(())
 }
 
@@ -103,8 +139,17 @@ fn a_stolen_dial_is_turned_away() -> Result<()> {
     let (client, server, _echo) = pair(&mut lab)?;
     let own = client.ip.clone();
     for port in [15001, 15006, 15008] {
-        for host in ["127.0.0.1", "[::1]", own.as_str(), server.ip.as_str(), "192.0.2.1"] {
-            let seen = client.dial(&format!("{host}:{port}"), &["--send", "GET / HTTP/1.1\r\n\r\n", "--limit", "15"])?;
+        for host in [
+            "127.0.0.1",
+            "[::1]",
+            own.as_str(),
+            server.ip.as_str(),
+            "192.0.2.1",
+        ] {
+            let seen = client.dial(
+                &format!("{host}:{port}"),
+                &["--send", "GET / HTTP/1.1\r\n\r\n", "--limit", "15"],
+            )?;
             let nothing = seen["connect"] != "ok" || seen["received"].as_u64() < Some(64);
             assert!(nothing && seen["end"] != "timeout", "{host}:{port} {seen}");
         }

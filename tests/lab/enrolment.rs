@@ -23,20 +23,31 @@ fn two_hundred_pods_come_and_go() -> Result<()> {
             lab.remove_manifest(&format!("pod-{}", pod.name))?;
         }
         eventually("all have left", Duration::from_secs(10), || {
-            lab.nodes[0].status().is_ok_and(|s| s["workloads"].as_array().is_some_and(|w| w.len() == 1))
+            lab.nodes[0]
+                .status()
+                .is_ok_and(|s| s["workloads"].as_array().is_some_and(|w| w.len() == 1))
         })
     };
     round(&mut lab, 0..20)?;
-    eventually("connections have ended", Duration::from_secs(5), || lab.nodes[0].status().is_ok_and(|s| s["connections"] == 0))?;
+    eventually("connections have ended", Duration::from_secs(5), || {
+        lab.nodes[0].status().is_ok_and(|s| s["connections"] == 0)
+    })?;
     let before = files();
     for start in (20..200).step_by(20) {
         round(&mut lab, start..start + 20)?;
     }
     assert!(echoes(&client, &at(&server, ECHO))?);
     // Idle tunnels of pods that are gone may still be closing.
-    eventually(&format!("{before} open files again"), Duration::from_secs(20), || files() <= before + 40)?;
+    eventually(
+        &format!("{before} open files again"),
+        Duration::from_secs(20),
+        || files() <= before + 40,
+    )?;
     let metrics = lab.nodes[0].metrics()?;
-    for entry in ["postern_map_entries{name=\"WORKLOADS\"} 1", "postern_enrolled_workloads 1"] {
+    for entry in [
+        "postern_map_entries{name=\"WORKLOADS\"} 1",
+        "postern_enrolled_workloads 1",
+    ] {
         assert!(metrics.contains(entry), "{entry}\n{metrics}");
     }
     Ok(())
@@ -46,22 +57,42 @@ fn two_hundred_pods_come_and_go() -> Result<()> {
 fn a_connection_from_before_enrolment_goes_on() -> Result<()> {
     let mut lab = Lab::started()?;
     let (_client, server, _echo) = pair(&mut lab)?;
-    let late = lab.pod_with(1, "late", PodOptions { mesh: Some(false), ..PodOptions::default() })?;
+    let late = lab.pod_with(
+        1,
+        "late",
+        PodOptions {
+            mesh: Some(false),
+            ..PodOptions::default()
+        },
+    )?;
     let mut stay = late.command(binary("probe")?)?;
     let stay = late.start("stay", stay.args(["stay", &at(&server, ECHO)]))?;
     stay.says("beat 000001")?;
-    lab.manifest("pod-late", &late.manifest().replace("mesh: disabled", "mesh: enabled"))?;
-    lab.known(&late)?;
+    lab.manifest(
+        "pod-late",
+        &late.manifest().replace("mesh: disabled", "mesh: enabled"),
+    )?;
+    eventually("it is enrolled", Duration::from_secs(5), || {
+        lab.nodes[0]
+            .status()
+            .is_ok_and(|s| !s["workloads"].to_string().contains("disabled"))
+    })?;
     let identity = "spiffe://cluster.local/ns/shop/sa/late";
     assert!(echoes(&late, &at(&server, ECHO))?);
-    lab.nodes[1].record("the new one has an identity", |r| r["source"]["identity"] == identity)?;
+    lab.nodes[1].record("the new one has an identity", |r| {
+        r["source"]["identity"] == identity
+    })?;
     stay.says("beat 000020")?;
     assert!(!stay.output().contains("ended"));
     // And back: the next one is plaintext again.
     lab.manifest("pod-late", &late.manifest())?;
     eventually("it has left", Duration::from_secs(5), || {
         late.dial(&at(&server, ECHO), &["--send", "x", "--half-close"])
-            .is_ok_and(|seen| seen["local"].as_str().is_some_and(|l| l.starts_with(&late.ip)))
+            .is_ok_and(|seen| {
+                seen["local"]
+                    .as_str()
+                    .is_some_and(|l| l.starts_with(&late.ip))
+            })
     })
 }
 
@@ -78,15 +109,25 @@ fn a_workload_that_is_not_known_is_refused_or_let_through() -> Result<()> {
         }
         let server = lab.pod(2, "server")?;
         let _echo = server.serve("echo", ECHO)?;
-        let stranger = lab.pod_with(1, "stranger", PodOptions { mesh: Some(false), ..PodOptions::default() })?;
+        let stranger = lab.pod_with(
+            1,
+            "stranger",
+            PodOptions {
+                mesh: Some(false),
+                ..PodOptions::default()
+            },
+        )?;
         lab.remove_manifest("pod-stranger")?;
         eventually("it is not known", Duration::from_secs(5), || {
-            lab.nodes[0].status().is_ok_and(|s| s["workloads"].as_array().is_some_and(Vec::is_empty))
+            lab.nodes[0]
+                .status()
+                .is_ok_and(|s| s["workloads"].as_array().is_some_and(Vec::is_empty))
         })?;
         let seen = stranger.dial(&at(&server, ECHO), &["--send", "x", "--half-close"])?;
         assert_eq!(seen["connect"], expected, "{unknown} {seen}");
         let refused = u8::from(unknown == "refuse");
-        let counter = format!("postern_kernel_total{{name=\"refused_unknown_workload\"}} {refused}");
+        let counter =
+            format!("postern_kernel_total{{name=\"refused_unknown_workload\"}} {refused}");
         assert!(lab.nodes[0].metrics()?.contains(&counter));
     }
     Ok(())
@@ -96,7 +137,10 @@ fn a_workload_that_is_not_known_is_refused_or_let_through() -> Result<()> {
 fn host_network_pods_are_known_by_their_cgroup() -> Result<()> {
     let mut lab = Lab::started()?;
     let (_client, server, _echo) = pair(&mut lab)?;
-    let host = PodOptions { host_network: true, ..PodOptions::default() };
+    let host = PodOptions {
+        host_network: true,
+        ..PodOptions::default()
+    };
     let host = lab.pod_with(1, "host", host)?;
     assert!(echoes(&host, &at(&server, ECHO))?, "{}", lab.nodes[0].log());
     lab.nodes[1].record("its own identity", |r| {
@@ -106,7 +150,12 @@ fn host_network_pods_are_known_by_their_cgroup() -> Result<()> {
     let mut probe = lab.nodes[0].command(binary("probe")?)?;
     probe.args(["dial", &at(&server, ECHO), "--send", "x", "--half-close"]);
     let seen: serde_json::Value = serde_json::from_slice(&probe.output()?.stdout)?;
-    assert!(seen["local"].as_str().is_some_and(|l| l.starts_with("192.0.2.1:")), "{seen}");
+    assert!(
+        seen["local"]
+            .as_str()
+            .is_some_and(|l| l.starts_with("192.0.2.1:")),
+        "{seen}"
+    );
     Ok(())
 }
 
@@ -122,7 +171,6 @@ fn guaranteed_pods_and_namespace_labels() -> Result<()> {
         ..PodOptions::default()
     };
     let pod = lab.pod_with(1, "labelled", options)?;
-    lab.known(&pod)?;
     assert!(echoes(&pod, &at(&server, ECHO))?);
     lab.nodes[1].record("its identity", |r| {
         r["source"]["identity"] == "spiffe://cluster.local/ns/team/sa/labelled"

@@ -16,21 +16,46 @@ fn the_wrong_identity_at_the_right_address_gets_nothing() -> Result<()> {
     for node in &mut lab.nodes {
         node.start()?;
     }
-    let server = lab.pod_with(2, "server", postern_tests::PodOptions { mesh: None, ..Default::default() })?;
-    let enrolled = server.manifest().replace("{app: server", "{app: server, postern.dev/mesh: enabled");
+    let server = lab.pod_with(
+        2,
+        "server",
+        postern_tests::PodOptions {
+            mesh: None,
+            wait: false,
+            ..Default::default()
+        },
+    )?;
+    let enrolled = server
+        .manifest()
+        .replace("{app: server", "{app: server, postern.dev/mesh: enabled");
     lab.manifest("pod-server", &enrolled)?;
     let impostor = enrolled.replace("serviceAccountName: server", "serviceAccountName: impostor");
     lab.manifest_in("elsewhere", "pod-server", &impostor)?;
-    let client = lab.pod_with(1, "client", postern_tests::PodOptions::default())?;
+    let client = lab.pod_with(
+        1,
+        "client",
+        postern_tests::PodOptions {
+            wait: false,
+            ..Default::default()
+        },
+    )?;
     lab.manifest_in("elsewhere", "pod-client", &client.manifest())?;
-    lab.known(&server)?;
+    postern_tests::eventually("node 2 has enrolled it", Duration::from_secs(5), || {
+        lab.nodes[1]
+            .status()
+            .is_ok_and(|s| s["workloads"][0]["state"] == "enrolled")
+    })?;
+    std::thread::sleep(Duration::from_millis(300));
     let echo = server.serve("echo", ECHO)?;
     let seen = client.dial(&at(&server, ECHO), &["--send", "SECRET"])?;
     assert_eq!(seen["end"], "ECONNRESET", "{seen}");
     assert!(!echo.output().contains("accept"));
     let record = lab.nodes[0].record("it is on record", |r| r["verdict"] == "failed")?;
     let end = record["end"].as_str().unwrap_or_default();
-    assert!(end.contains("sa/impostor") && end.contains("not spiffe://cluster.local/ns/shop/sa/server"), "{record}");
+    assert!(
+        end.contains("sa/impostor") && end.contains("not spiffe://cluster.local/ns/shop/sa/server"),
+        "{record}"
+    );
     Ok(())
 }
 
@@ -44,7 +69,9 @@ fn another_trust_domain_or_root_is_turned_away() -> Result<()> {
     let (client, server, echo) = pair(&mut lab)?;
     assert!(!echoes(&client, &at(&server, ECHO))?);
     lab.nodes[0].record("the domain is on record", |r| {
-        r["end"].as_str().is_some_and(|e| e.contains("other.example"))
+        r["end"]
+            .as_str()
+            .is_some_and(|e| e.contains("other.example"))
     })?;
     lab.make_root("foreign", "cluster.local")?;
     lab.nodes[1].stop()?;
@@ -53,7 +80,9 @@ fn another_trust_domain_or_root_is_turned_away() -> Result<()> {
     lab.nodes[1].start()?;
     assert!(!echoes(&client, &at(&server, ECHO))?);
     lab.nodes[0].record("the root is on record", |r| {
-        r["end"].as_str().is_some_and(|e| e.contains("UnknownIssuer"))
+        r["end"]
+            .as_str()
+            .is_some_and(|e| e.contains("UnknownIssuer"))
     })?;
     assert!(!echo.output().contains("accept"), "{}", echo.output());
     Ok(())
@@ -65,30 +94,65 @@ fn the_server_checks_authority_domain_and_policy() -> Result<()> {
     let mut lab = Lab::started()?;
     let (client, server, _echo) = pair(&mut lab)?;
     let root = lab.path().join("root");
+    let outside = postern_tests::PodOptions {
+        mesh: Some(false),
+        ..Default::default()
+    };
+    let outside = lab.pod_with(1, "outside", outside)?;
     let ask = |id: &str, authority: &str| -> Result<String> {
-        let mut hbone = client.command(binary("probe")?)?;
-        hbone.args(["hbone", &format!("{}:15008", server.ip), "--authority", authority, "--id", id]);
+        let mut hbone = outside.command(binary("probe")?)?;
+        hbone.args([
+            "hbone",
+            &format!("{}:15008", server.ip),
+            "--authority",
+            authority,
+            "--id",
+            id,
+        ]);
         hbone.arg("--root").arg(&root);
         Ok(text(&output(&mut hbone)?.stdout).trim().to_owned())
     };
     let friend = "spiffe://cluster.local/ns/shop/sa/friend";
     let here = at(&server, ECHO);
     assert_eq!(ask(friend, &here)?, "200");
-    for elsewhere in ["10.0.2.200:9000", "127.0.0.1:9000", "example.com:80", &at(&client, ECHO)] {
+    for elsewhere in [
+        "10.0.2.200:9000",
+        "127.0.0.1:9000",
+        "example.com:80",
+        &at(&client, ECHO),
+    ] {
         assert_eq!(ask(friend, elsewhere)?, "400", "{elsewhere}");
     }
     for port in [15001, 15006, 15008] {
         assert_eq!(ask(friend, &at(&server, port))?, "400", "{port}");
     }
     assert_eq!(ask(friend, &at(&server, 9999))?, "503");
-    assert_eq!(ask("spiffe://other.example/ns/shop/sa/friend", &here)?, "401");
-    for no_identity in ["spiffe://cluster.local/friend", "https://cluster.local/ns/shop/sa/friend"] {
-        assert!(ask(no_identity, &here)?.starts_with("error"), "{no_identity}");
+    assert_eq!(
+        ask("spiffe://other.example/ns/shop/sa/friend", &here)?,
+        "401"
+    );
+    for no_identity in [
+        "spiffe://cluster.local/friend",
+        "https://cluster.local/ns/shop/sa/friend",
+    ] {
+        assert!(
+            ask(no_identity, &here)?.starts_with("error"),
+            "{no_identity}"
+        );
     }
-    lab.policy("p", &authorization("p", "{rules: [{from: [{source: {serviceAccounts: [client]}}]}]}"))?;
+    lab.policy(
+        "p",
+        &authorization(
+            "p",
+            "{rules: [{from: [{source: {serviceAccounts: [client]}}]}]}",
+        ),
+    )?;
     lab.policies(1)?;
     assert_eq!(ask(friend, &here)?, "403");
-    assert_eq!(ask("spiffe://cluster.local/ns/shop/sa/client", &here)?, "200");
+    assert_eq!(
+        ask("spiffe://cluster.local/ns/shop/sa/client", &here)?,
+        "200"
+    );
     Ok(())
 }
 
@@ -110,13 +174,24 @@ fn certificates_are_renewed_under_load() -> Result<()> {
     let end = Instant::now() + Duration::from_secs(10);
     let mut good = 0;
     while Instant::now() < end {
-        assert!(echoes(&client, &at(&server, ECHO))?, "after {good}: {}", lab.nodes[0].log());
+        assert!(
+            echoes(&client, &at(&server, ECHO))?,
+            "after {good}: {}",
+            lab.nodes[0].log()
+        );
         good += 1;
     }
     let renewals = lab.nodes[0].log().matches("certificate renewed").count();
-    assert!(renewals >= 3, "{renewals} renewals while {good} connections were made");
+    assert!(
+        renewals >= 3,
+        "{renewals} renewals while {good} connections were made"
+    );
     // New certificates are used: more handshakes than the first one.
-    let hellos = postern_tests::tshark(&capture.stop()?, "tls.handshake.type == 1", &["frame.number"])?;
+    let hellos = postern_tests::tshark(
+        &capture.stop()?,
+        "tls.handshake.type == 1",
+        &["frame.number"],
+    )?;
     assert!(hellos.len() >= 3, "{hellos:?}");
     // And the connection that was there all the time has not been lost.
     assert!(!stay.output().contains("ended"), "{}", stay.output());
@@ -133,7 +208,9 @@ fn a_root_is_rotated_by_a_bundle_of_both() -> Result<()> {
     let pem = |name: &str| std::fs::read_to_string(dir.join(format!("{name}.pem")));
     std::fs::write(lab.path().join("bundle/roots.pem"), pem("root")?)?;
     let identity = |root: &str| {
-        format!("identity: {{bundle: {files}/bundle/roots.pem, rootCertificate: {files}/{root}.pem, rootKey: {files}/{root}.key}}\n")
+        format!(
+            "identity: {{bundle: {files}/bundle/roots.pem, rootCertificate: {files}/{root}.pem, rootKey: {files}/{root}.key}}\n"
+        )
     };
     for node in &mut lab.nodes {
         node.options.more = identity("root");
@@ -142,7 +219,10 @@ fn a_root_is_rotated_by_a_bundle_of_both() -> Result<()> {
     let (client, server, _echo) = pair(&mut lab)?;
     assert!(echoes(&client, &at(&server, ECHO))?);
     // 1. The new root is trusted everywhere. The file is replaced as it stands.
-    std::fs::write(lab.path().join("bundle/roots.pem"), pem("root")? + &pem("next")?)?;
+    std::fs::write(
+        lab.path().join("bundle/roots.pem"),
+        pem("root")? + &pem("next")?,
+    )?;
     for node in &lab.nodes {
         postern_tests::eventually("both roots are trusted", Duration::from_secs(5), || {
             node.status().is_ok_and(|s| s["roots"] == 3)
@@ -152,7 +232,11 @@ fn a_root_is_rotated_by_a_bundle_of_both() -> Result<()> {
     lab.nodes[1].stop()?;
     lab.nodes[1].options.more = identity("next");
     lab.nodes[1].start()?;
-    assert!(echoes(&client, &at(&server, ECHO))?, "{}", lab.nodes[0].log());
+    assert!(
+        echoes(&client, &at(&server, ECHO))?,
+        "{}",
+        lab.nodes[0].log()
+    );
     lab.nodes[0].stop()?;
     lab.nodes[0].options.more = identity("next");
     lab.nodes[0].start()?;
@@ -167,7 +251,12 @@ fn keys_reach_neither_logs_nor_records() -> Result<()> {
     assert!(echoes(&client, &at(&server, ECHO))?);
     let pem = std::fs::read_to_string(lab.path().join("root.key"))?;
     let secret = pem.lines().nth(1).unwrap_or("no key").as_bytes().to_owned();
-    let entries = ["node1/agent.log", "node1/audit.jsonl", "node2/agent.log", "node2/audit.jsonl"];
+    let entries = [
+        "node1/agent.log",
+        "node1/audit.jsonl",
+        "node2/agent.log",
+        "node2/audit.jsonl",
+    ];
     for file in entries {
         let path = lab.path().join(file);
         assert_eq!(count_bytes(&path, &secret)?, 0, "{file}");

@@ -14,7 +14,10 @@ fn when_the_agent_is_killed_nothing_leaves_in_plaintext() -> Result<()> {
     let mut lab = Lab::started()?;
     let (client, server, _echo) = pair(&mut lab)?;
     let mut stay = client.command(binary("probe")?)?;
-    let stay = client.start("stay", stay.args(["stay", &at(&server, ECHO), "--every", "5"]))?;
+    let stay = client.start(
+        "stay",
+        stay.args(["stay", &at(&server, ECHO), "--every", "5"]),
+    )?;
     stay.says("beat 000010")?;
     let capture = Capture::start(&lab.nodes[0], lab.path().join("wire.pcap"))?;
     lab.nodes[0].kill();
@@ -35,7 +38,11 @@ fn when_the_agent_is_killed_nothing_leaves_in_plaintext() -> Result<()> {
     // The next agent takes over what is pinned, and traffic resumes.
     lab.nodes[0].start()?;
     lab.known(&client)?;
-    assert!(echoes(&client, &at(&server, ECHO))?, "{}", lab.nodes[0].log());
+    assert!(
+        echoes(&client, &at(&server, ECHO))?,
+        "{}",
+        lab.nodes[0].log()
+    );
     Ok(())
 }
 
@@ -45,7 +52,11 @@ fn a_second_agent_is_refused() -> Result<()> {
     let node = &lab.nodes[0];
     let config = std::fs::read_to_string(node.config_path())?;
     let other = lab.path().join("second.yaml");
-    std::fs::write(&other, config + "listen: {admin: '127.0.0.1:16000', metrics: '127.0.0.1:16020', ready: '127.0.0.1:16021'}\n")?;
+    std::fs::write(
+        &other,
+        config
+            + "listen: {admin: '127.0.0.1:16000', metrics: '127.0.0.1:16020', ready: '127.0.0.1:16021'}\n",
+    )?;
     let mut second = node.command(binary("postern")?)?;
     let refused = second.arg("run").arg("--config").arg(&other).output()?;
     assert_eq!(refused.status.code(), Some(1));
@@ -66,17 +77,26 @@ fn sigterm_drains_and_what_is_open_goes_on() -> Result<()> {
     let stay = client.start("stay", stay.args(["stay", &at(&server, ECHO)]))?;
     stay.says("beat 000001")?;
     let pid = lab.nodes[1].agent_pid().unwrap_or_default();
-    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
+    nix::sys::signal::kill(
+        nix::unistd::Pid::from_raw(pid),
+        nix::sys::signal::Signal::SIGTERM,
+    )?;
     let at_signal = stay.output().lines().count();
     std::thread::sleep(Duration::from_millis(1500));
-    assert!(stay.output().lines().count() > at_signal + 10, "it goes on: {}", stay.output());
+    assert!(
+        stay.output().lines().count() > at_signal + 10,
+        "it goes on: {}",
+        stay.output()
+    );
     assert!(!stay.output().contains("ended"));
     lab.nodes[1].stop()?;
     stay.says("ended")?;
     lab.nodes[1].record("it says how it ended", |r| {
         r["end"].as_str().is_some_and(|e| e.contains("shutdown"))
     })?;
-    lab.nodes[1].record("the agent says that it stopped", |r| r["event"] == "stopped")?;
+    lab.nodes[1].record("the agent says that it stopped", |r| {
+        r["event"] == "stopped"
+    })?;
     Ok(())
 }
 
@@ -90,7 +110,11 @@ fn a_drain_without_connections_is_short() -> Result<()> {
         node.stop()?;
     }
     // The default limit is 30 s each: idle tunnels must not be waited for.
-    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(15),
+        "{:?}",
+        began.elapsed()
+    );
     Ok(())
 }
 
@@ -102,7 +126,10 @@ fn cleanup_leaves_nothing_and_traffic_is_direct() -> Result<()> {
     for node in &mut lab.nodes {
         node.stop()?;
     }
-    assert!(!echoes(&client, &at(&server, ECHO))?, "stopped, but still attached: refused");
+    assert!(
+        !echoes(&client, &at(&server, ECHO))?,
+        "stopped, but still attached: refused"
+    );
     for node in &lab.nodes {
         output(&mut node.postern(&["cleanup"])?)?;
         assert!(!node.pin().exists());
@@ -110,6 +137,8 @@ fn cleanup_leaves_nothing_and_traffic_is_direct() -> Result<()> {
     assert!(echoes(&client, &at(&server, ECHO))?);
     echo.says(&format!("accept=[::ffff:{}]", client.ip))?;
     eventually("cleanup can be repeated", Duration::from_secs(1), || {
-        lab.nodes[0].postern(&["cleanup"]).is_ok_and(|mut c| output(&mut c).is_ok())
+        lab.nodes[0]
+            .postern(&["cleanup"])
+            .is_ok_and(|mut c| output(&mut c).is_ok())
     })
 }

@@ -22,7 +22,11 @@ fn a_wrong_configuration_is_refused_with_code_2() -> Result<()> {
     node.options.more.clear();
     lab.policy("bad", "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: r, namespace: shop}\n")?;
     assert_eq!(lab.nodes[0].start_refused()?, Some(2));
-    assert!(lab.nodes[0].log().contains("kind RequestAuthentication is not supported yet"));
+    assert!(
+        lab.nodes[0]
+            .log()
+            .contains("kind RequestAuthentication is not supported yet")
+    );
     Ok(())
 }
 
@@ -37,7 +41,11 @@ fn a_record_joins_process_identities_policy_and_bytes() -> Result<()> {
     assert_eq!(source["node"], "node1");
     assert_eq!(source["reporter"], "source");
     assert_eq!(source["process"]["comm"], "curl");
-    assert!(source["process"]["exe"].as_str().is_some_and(|exe| exe.ends_with("/curl")));
+    assert!(
+        source["process"]["exe"]
+            .as_str()
+            .is_some_and(|exe| exe.ends_with("/curl"))
+    );
     let cgroup = client.cgroup().display().to_string();
     let recorded = source["process"]["cgroup"].as_str().unwrap_or("none");
     assert!(cgroup.ends_with(recorded), "{recorded} in {cgroup}");
@@ -46,9 +54,15 @@ fn a_record_joins_process_identities_policy_and_bytes() -> Result<()> {
         assert_eq!(record["transport"], "hbone");
         assert_eq!(record["verdict"], "allow");
         assert_eq!(record["dialled"], format!("{}:8080", web.ip));
-        assert_eq!(record["source"]["identity"], "spiffe://cluster.local/ns/shop/sa/client");
+        assert_eq!(
+            record["source"]["identity"],
+            "spiffe://cluster.local/ns/shop/sa/client"
+        );
         assert_eq!(record["source"]["pod"], "client");
-        assert_eq!(record["destination"]["identity"], "spiffe://cluster.local/ns/shop/sa/web");
+        assert_eq!(
+            record["destination"]["identity"],
+            "spiffe://cluster.local/ns/shop/sa/web"
+        );
         assert_eq!(record["destination"]["pod"], "web");
         assert_eq!(record["tls"]["version"], "TLSv1.3");
         assert_eq!(record["tls"]["group"], "X25519MLKEM768");
@@ -64,7 +78,10 @@ fn a_record_joins_process_identities_policy_and_bytes() -> Result<()> {
 fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
     let mut lab = Lab::started()?;
     let (client, server, _echo) = pair(&mut lab)?;
-    let outside = postern_tests::PodOptions { mesh: Some(false), ..Default::default() };
+    let outside = postern_tests::PodOptions {
+        mesh: Some(false),
+        ..Default::default()
+    };
     let outside = lab.pod_with(1, "outside", outside)?;
     assert_eq!(outside.curl(&["-V"])?.0, 0);
     assert_eq!(client.curl(&["-V"])?.0, 0);
@@ -75,7 +92,9 @@ fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
     })?;
     assert_eq!(exec["pod"], "client");
     lab.nodes[0].record("its exit", |r| event(r, "exit") && r["pid"] == exec["pid"])?;
-    lab.nodes[0].record("the connect", |r| event(r, "socket") && r["new"] == "SYN-SENT")?;
+    lab.nodes[0].record("the connect", |r| {
+        event(r, "socket") && r["new"] == "SYN-SENT"
+    })?;
     lab.nodes[1].record("the server's socket", |r| {
         event(r, "socket") && r["pod"] == "server" && r["new"] == "ESTAB"
     })?;
@@ -91,8 +110,15 @@ fn metrics_have_istios_names_and_labels() -> Result<()> {
     lab.nodes[1].record("it has ended", is_connection)?;
     for (node, reporter) in [(0, "source"), (1, "destination")] {
         let metrics = lab.nodes[node].metrics()?;
-        for name in ["connections_opened_total", "connections_closed_total", "sent_bytes_total", "received_bytes_total"] {
-            let line = metrics.lines().find(|l| l.starts_with(&format!("istio_tcp_{name}{{")));
+        for name in [
+            "connections_opened_total",
+            "connections_closed_total",
+            "sent_bytes_total",
+            "received_bytes_total",
+        ] {
+            let line = metrics
+                .lines()
+                .find(|l| l.starts_with(&format!("istio_tcp_{name}{{")));
             let line = line.unwrap_or_else(|| panic!("{name} is missing:\n{metrics}"));
             for label in [
                 &format!("reporter=\"{reporter}\"") as &str,
@@ -105,7 +131,12 @@ fn metrics_have_istios_names_and_labels() -> Result<()> {
                 assert!(line.contains(label), "{label}: {line}");
             }
         }
-        for own in ["postern_tls_handshakes_total", "postern_map_entries", "postern_kernel_total{name=\"lost_exec_events\"} 0", "postern_tunnels"] {
+        for own in [
+            "postern_tls_handshakes_total",
+            "postern_map_entries",
+            "postern_kernel_total{name=\"lost_exec_events\"} 0",
+            "postern_tunnels",
+        ] {
             assert!(metrics.contains(own), "{own}");
         }
         assert!(metrics.ends_with("# EOF\n"));
@@ -119,10 +150,19 @@ fn status_readiness_configuration_and_log_level() -> Result<()> {
     let _pod = lab.pod(1, "client")?;
     let node = &lab.nodes[0];
     let said = text(&output(&mut node.postern(&["status"])?)?.stdout);
-    assert!(said.contains("shop/client") && said.contains("enrolled"), "{said}");
+    assert!(
+        said.contains("shop/client") && said.contains("enrolled"),
+        "{said}"
+    );
     let ask = |arguments: &[&str]| -> Result<String> {
         let mut curl = node.command("curl")?;
-        Ok(text(&output(curl.args(["-sS", "-m", "5", "-w", " %{http_code}"]).args(arguments))?.stdout))
+        Ok(text(
+            &output(
+                curl.args(["-sS", "-m", "5", "-w", " %{http_code}"])
+                    .args(arguments),
+            )?
+            .stdout,
+        ))
     };
     assert!(ask(&["http://127.0.0.1:15021/ready"])?.ends_with("200"));
     assert!(ask(&["http://127.0.0.1:15000/config"])?.contains("\"trustDomain\":\"cluster.local\""));
@@ -130,6 +170,9 @@ fn status_readiness_configuration_and_log_level() -> Result<()> {
     assert!(ask(&["-X", "POST", "http://127.0.0.1:15000/log?level=a=b=c"])?.ends_with("400"));
     assert!(ask(&["http://127.0.0.1:15000/log"])?.starts_with("warn"));
     let doctor = text(&node.postern(&["doctor"])?.output()?.stdout);
-    assert!(doctor.contains("cgroup v2 at") && !doctor.contains("FAIL"), "{doctor}");
+    assert!(
+        doctor.contains("cgroup v2 at") && !doctor.contains("FAIL"),
+        "{doctor}"
+    );
     Ok(())
 }

@@ -14,7 +14,10 @@ fn a_server_that_speaks_first() -> Result<()> {
     let mut lab = Lab::started()?;
     let (client, server, _echo) = pair(&mut lab)?;
     let _greet = server.serve("greet", 9001)?;
-    let seen = client.dial(&at(&server, 9001), &["--wait", "300", "--send", "thanks", "--half-close"])?;
+    let seen = client.dial(
+        &at(&server, 9001),
+        &["--wait", "300", "--send", "thanks", "--half-close"],
+    )?;
     assert_eq!(seen["text"], "hello from the server\nthanks");
     assert_eq!(seen["end"], "eof");
     Ok(())
@@ -25,7 +28,10 @@ fn a_gibibyte_each_way_arrives_whole() -> Result<()> {
     let mut lab = Lab::started()?;
     let (client, server, _echo) = pair(&mut lab)?;
     let (_sink, _source) = (server.serve("sink", 9001)?, server.serve("source", 9002)?);
-    let up = client.dial(&at(&server, 9001), &["--pattern", GIB, "--half-close", "--limit", "120"])?;
+    let up = client.dial(
+        &at(&server, 9001),
+        &["--pattern", GIB, "--half-close", "--limit", "120"],
+    )?;
     let hash = up["sent_hash"].as_str().unwrap_or_default();
     assert_eq!(up["text"], format!("{GIB} {hash}\n"), "{up}");
     let down = client.dial(&at(&server, 9002), &["--limit", "120"])?;
@@ -44,7 +50,10 @@ fn on_each_path(test: impl Fn(&Pod, &Pod, &str) -> Result<()>) -> Result<()> {
     let server = lab.pod(2, "server")?;
     let remote = lab.pod(1, "remote")?;
     let local = lab.pod(2, "local")?;
-    let outside = postern_tests::PodOptions { mesh: Some(false), ..Default::default() };
+    let outside = postern_tests::PodOptions {
+        mesh: Some(false),
+        ..Default::default()
+    };
     let plain = lab.pod_with(1, "plain", outside)?;
     for (client, path) in [(&remote, "hbone"), (&local, "local"), (&plain, "plaintext")] {
         test(client, &server, path)?;
@@ -67,14 +76,23 @@ fn half_close_each_way() -> Result<()> {
         // The client ends first; the answer still comes.
         let (sink, port) = serve(server, "sink", path)?;
         let seen = client.dial(&at(server, port), &["--pattern", "1000000", "--half-close"])?;
-        assert!(seen["text"].as_str().is_some_and(|t| t.starts_with("1000000 ")), "{path} {seen}");
+        assert!(
+            seen["text"]
+                .as_str()
+                .is_some_and(|t| t.starts_with("1000000 ")),
+            "{path} {seen}"
+        );
         assert_eq!(seen["end"], "eof", "{path}");
         drop(sink);
         // The server ends first; what the client sends still arrives.
         let (server_side, port) = serve(server, "half-close", path)?;
         let arguments = ["--wait", "300", "--pattern", "1000000", "--half-close"];
         let seen = client.dial(&at(server, port), &arguments)?;
-        assert_eq!((&seen["text"], &seen["end"]), (&"my last word\n".into(), &"eof".into()), "{path}");
+        assert_eq!(
+            (&seen["text"], &seen["end"]),
+            (&"my last word\n".into(), &"eof".into()),
+            "{path}"
+        );
         server_side.says("end=eof bytes=1000000")
     })
 }
@@ -110,9 +128,15 @@ fn two_thousand_connections_at_once() -> Result<()> {
     let mut many = client.command(binary("probe")?)?;
     many.args(["many", &at(&server, ECHO), "--count", "2000"]);
     let seen = text(&output(&mut many)?.stdout);
-    assert!(seen.contains("\"good\":2000"), "{seen}\n{}", lab.nodes[0].log());
+    assert!(
+        seen.contains("\"good\":2000"),
+        "{seen}\n{}",
+        lab.nodes[0].log()
+    );
     eventually("all have ended", Duration::from_secs(10), || {
-        lab.nodes.iter().all(|n| n.status().is_ok_and(|s| s["connections"] == 0))
+        lab.nodes
+            .iter()
+            .all(|n| n.status().is_ok_and(|s| s["connections"] == 0))
     })
 }
 
@@ -135,7 +159,10 @@ fn a_receiver_that_stops_reading_stalls_only_itself() -> Result<()> {
     for node in &lab.nodes {
         let pid = node.agent_pid().unwrap_or_default();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let rss = status.lines().find_map(|l| l.strip_prefix("VmRSS:")).unwrap_or_default();
+        let rss = status
+            .lines()
+            .find_map(|l| l.strip_prefix("VmRSS:"))
+            .unwrap_or_default();
         let kib: u64 = rss.trim().trim_end_matches(" kB").parse()?;
         assert!(kib < 150_000, "{} holds {kib} KiB", node.name);
     }

@@ -16,18 +16,29 @@ use anyhow::{Context as _, Result, bail};
 
 /// A program of this project, beside the running one or named by the environment.
 pub fn binary(name: &str) -> Result<PathBuf> {
-    let variable = format!("POSTERN_{}", if name == "postern" { "BIN" } else { "PROBE" });
+    let variable = format!(
+        "POSTERN_{}",
+        if name == "postern" { "BIN" } else { "PROBE" }
+    );
     if let Some(path) = std::env::var_os(&variable) {
         return Ok(path.into());
     }
     let own = std::env::current_exe()?;
-    let beside = own.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|p| p.is_file());
+    let beside = own
+        .ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|p| p.is_file());
     beside.with_context(|| format!("no {name} beside {}; set {variable}", own.display()))
 }
 
 /// Runs to its end and wants success.
 pub fn output(command: &mut Command) -> Result<Output> {
-    let result = command.stdin(Stdio::null()).output().with_context(|| format!("{command:?}"))?;
+    let result = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("{command:?}"))?;
     if !result.status.success() {
         let (out, err) = (text(&result.stdout), text(&result.stderr));
         bail!("{command:?}: {}\n{out}{err}", result.status);
@@ -83,7 +94,9 @@ pub fn cgroup_mount() -> Result<PathBuf> {
 
 /// Puts a program into a cgroup and a network namespace before it starts.
 pub fn place(command: &mut Command, cgroup: &Path, netns: &str) -> Result<()> {
-    let procs = File::options().write(true).open(cgroup.join("cgroup.procs"))?;
+    let procs = File::options()
+        .write(true)
+        .open(cgroup.join("cgroup.procs"))?;
     let namespace = OwnedFd::from(File::open(netns_path(netns))?);
     let enter = move || {
         // SAFETY: plain system calls on descriptors that outlive the fork.
@@ -109,7 +122,10 @@ pub struct Running {
 impl Running {
     pub fn start(command: &mut Command, log: PathBuf) -> Result<Self> {
         let file = File::options().create(true).append(true).open(&log)?;
-        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        command
+            .stdin(Stdio::null())
+            .stdout(file.try_clone()?)
+            .stderr(file);
         let child = command.spawn().with_context(|| format!("{command:?}"))?;
         Ok(Self { child, log })
     }
@@ -119,7 +135,10 @@ impl Running {
     }
 
     pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
-        Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal)?)
+        Ok(nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.pid()),
+            signal,
+        )?)
     }
 
     pub fn output(&self) -> String {
@@ -128,9 +147,11 @@ impl Running {
 
     /// Waits until its output contains something.
     pub fn says(&self, what: &str) -> Result<()> {
-        crate::eventually(&format!("{} says {what:?}: {}", self.log.display(), self.output()), Duration::from_secs(20), || {
-            self.output().contains(what)
-        })
+        crate::eventually(
+            &format!("{} says {what:?}: {}", self.log.display(), self.output()),
+            Duration::from_secs(20),
+            || self.output().contains(what),
+        )
         .with_context(|| self.output())
     }
 }

@@ -61,7 +61,12 @@ impl Lab {
         for name in ["manifests", "policies"] {
             std::fs::create_dir(dir.path().join(name))?;
         }
-        let mut lab = Self { id, dir, cgroup, nodes: Vec::new() };
+        let mut lab = Self {
+            id,
+            dir,
+            cgroup,
+            nodes: Vec::new(),
+        };
         lab.make_root("root", "cluster.local")?;
         let switch = lab.switch();
         host::add_netns(&switch)?;
@@ -100,7 +105,9 @@ impl Lab {
         use std::os::unix::fs::OpenOptionsExt as _;
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
-        params.distinguished_name.push(DnType::CommonName, format!("{name} of {domain}"));
+        params
+            .distinguished_name
+            .push(DnType::CommonName, format!("{name} of {domain}"));
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
         let certificate = params.self_signed(&key)?;
@@ -131,11 +138,15 @@ impl Lab {
     }
 
     pub fn remove_policy(&self, name: &str) -> Result<()> {
-        Ok(std::fs::remove_file(self.path().join("policies").join(format!("{name}.yaml")))?)
+        Ok(std::fs::remove_file(
+            self.path().join("policies").join(format!("{name}.yaml")),
+        )?)
     }
 
     pub fn remove_manifest(&self, name: &str) -> Result<()> {
-        Ok(std::fs::remove_file(self.path().join("manifests").join(format!("{name}.yaml")))?)
+        Ok(std::fs::remove_file(
+            self.path().join("manifests").join(format!("{name}.yaml")),
+        )?)
     }
 
     /// Writes beside and renames, as tools that write configuration do.
@@ -154,7 +165,7 @@ impl Lab {
     pub fn pod_with(&mut self, node: usize, name: &str, options: PodOptions) -> Result<Pod> {
         let pod = Pod::new(self, node, name, options)?;
         self.manifest(&format!("pod-{name}"), &pod.manifest())?;
-        if pod.enrolled() {
+        if pod.wait() {
             self.known(&pod)?;
         }
         Ok(pod)
@@ -163,9 +174,11 @@ impl Lab {
     /// Waits until its own agent has enrolled a pod and all others know of it.
     pub fn known(&self, pod: &Pod) -> Result<()> {
         for node in self.nodes.iter().filter(|node| node.running()) {
-            eventually(&format!("{} knows {}", node.name, pod.name), Duration::from_secs(10), || {
-                node.knows(pod).unwrap_or(false)
-            })?;
+            eventually(
+                &format!("{} knows {}", node.name, pod.name),
+                Duration::from_secs(10),
+                || node.knows(pod).unwrap_or(false),
+            )?;
         }
         Ok(())
     }
@@ -173,9 +186,11 @@ impl Lab {
     /// Waits until all running agents have as many policies.
     pub fn policies(&self, count: u64) -> Result<()> {
         for node in self.nodes.iter().filter(|node| node.running()) {
-            eventually(&format!("{} has {count} policies", node.name), Duration::from_secs(5), || {
-                node.status().is_ok_and(|s| s["policies"] == count)
-            })?;
+            eventually(
+                &format!("{} has {count} policies", node.name),
+                Duration::from_secs(5),
+                || node.status().is_ok_and(|s| s["policies"] == count),
+            )?;
         }
         Ok(())
     }

@@ -44,7 +44,12 @@ pub struct NodeOptions {
 
 impl Default for NodeOptions {
     fn default() -> Self {
-        Self { trust_domain: "cluster.local".into(), root: "root".into(), manifests: "manifests".into(), more: String::new() }
+        Self {
+            trust_domain: "cluster.local".into(),
+            root: "root".into(),
+            manifests: "manifests".into(),
+            more: String::new(),
+        }
     }
 }
 
@@ -53,7 +58,11 @@ impl Node {
         let netns = format!("{}-n{number}", lab.id);
         let cgroup = lab.cgroup().join(format!("node{number}"));
         let dir = lab.path().join(format!("node{number}"));
-        for path in [&dir, &cgroup.join("system"), &cgroup.join("kubepods/burstable")] {
+        for path in [
+            &dir,
+            &cgroup.join("system"),
+            &cgroup.join("kubepods/burstable"),
+        ] {
             std::fs::create_dir_all(path).with_context(|| format!("{}", path.display()))?;
         }
         host::add_netns(&netns)?;
@@ -69,14 +78,20 @@ impl Node {
         ];
         for other in (1..=nodes).filter(|other| *other != number) {
             commands.push(format!("route add 10.0.{other}.0/24 via 192.0.2.{other}"));
-            commands.push(format!("route add fd00:0:0:{other}::/64 via fd00:2::{other}"));
+            commands.push(format!(
+                "route add fd00:0:0:{other}::/64 via fd00:2::{other}"
+            ));
         }
         host::ip(&netns, &commands)?;
-        host::ip(switch, &[
-            format!("link set port{number} master wire"),
-            format!("link set port{number} up"),
-        ])?;
-        let forward = "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding";
+        host::ip(
+            switch,
+            &[
+                format!("link set port{number} master wire"),
+                format!("link set port{number} up"),
+            ],
+        )?;
+        let forward =
+            "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding";
         host::output(Command::new("ip").args(["netns", "exec", &netns, "sh", "-c", forward]))?;
         Ok(Self {
             number,
@@ -118,7 +133,12 @@ impl Node {
 
     fn config(&self) -> String {
         let (lab, dir) = (self.lab_dir.display(), self.dir.display());
-        let NodeOptions { trust_domain, root, manifests, more } = &self.options;
+        let NodeOptions {
+            trust_domain,
+            root,
+            manifests,
+            more,
+        } = &self.options;
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
              workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies}}\n\
@@ -130,7 +150,9 @@ impl Node {
             if more.contains("identity:") {
                 String::new()
             } else {
-                format!("identity: {{rootCertificate: {lab}/{root}.pem, rootKey: {lab}/{root}.key}}\n")
+                format!(
+                    "identity: {{rootCertificate: {lab}/{root}.pem, rootKey: {lab}/{root}.key}}\n"
+                )
             },
         )
     }
@@ -143,10 +165,17 @@ impl Node {
         let seen = self.log().len();
         let mut agent = Running::start(&mut command, self.dir.join("agent.log"))?;
         let mut ready = false;
-        eventually(&format!("{} is ready, or ends", self.name), Duration::from_secs(60), || {
-            ready = self.log().get(seen..).is_some_and(|new| new.contains(" ready"));
-            ready || agent.child.try_wait().is_ok_and(|status| status.is_some())
-        })
+        eventually(
+            &format!("{} is ready, or ends", self.name),
+            Duration::from_secs(60),
+            || {
+                ready = self
+                    .log()
+                    .get(seen..)
+                    .is_some_and(|new| new.contains(" ready"));
+                ready || agent.child.try_wait().is_ok_and(|status| status.is_some())
+            },
+        )
         .with_context(|| self.log())?;
         if !ready {
             bail!("the agent of {} ended: {}", self.name, self.log());
@@ -162,7 +191,10 @@ impl Node {
         command.arg("run").arg("--config").arg(self.config_path());
         let mut running = Running::start(&mut command, self.dir.join("agent.log"))?;
         eventually("the agent ends", Duration::from_secs(10), || {
-            running.child.try_wait().is_ok_and(|status| status.is_some())
+            running
+                .child
+                .try_wait()
+                .is_ok_and(|status| status.is_some())
         })?;
         Ok(running.child.wait()?.code())
     }
@@ -195,7 +227,10 @@ impl Node {
     /// `postern` on this node, with its configuration.
     pub fn postern(&self, arguments: &[&str]) -> Result<Command> {
         let mut command = self.command(binary("postern")?)?;
-        command.args(arguments).arg("--config").arg(self.config_path());
+        command
+            .args(arguments)
+            .arg("--config")
+            .arg(self.config_path());
         Ok(command)
     }
 
@@ -214,20 +249,26 @@ impl Node {
         if pod.node != self.number {
             let dump = self.status()?;
             let files = std::fs::read_dir(self.lab_dir.join(&self.options.manifests))?;
-            let pods = files.flatten().filter(|f| f.file_name().to_string_lossy().starts_with("pod-"));
+            let pods = files
+                .flatten()
+                .filter(|f| f.file_name().to_string_lossy().starts_with("pod-"));
             return Ok(dump["knownWorkloads"].as_u64() >= Some(pods.count() as u64));
         }
         let wanted = format!("{}/{}", pod.namespace(), pod.name);
         let status = self.status()?;
         let all = status["workloads"].as_array().context("workloads")?;
-        Ok(all.iter().any(|w| w["pod"] == wanted && w["state"] == "enrolled"))
+        let settled = |w: &serde_json::Value| w["state"] == "enrolled" || w["state"] == "disabled";
+        Ok(all.iter().any(|w| w["pod"] == wanted && settled(w)))
     }
 
     /// The audit log so far, a value a line. Every line must be whole.
     pub fn audit(&self) -> Result<Vec<serde_json::Value>> {
         let text = std::fs::read_to_string(self.audit_path()).unwrap_or_default();
         let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole.lines().map(|line| serde_json::from_str(line).context(line.to_owned())).collect()
+        whole
+            .lines()
+            .map(|line| serde_json::from_str(line).context(line.to_owned()))
+            .collect()
     }
 
     /// The first record that fits; waits for it.
@@ -243,7 +284,9 @@ impl Node {
         });
         if result.is_err() {
             let all = std::fs::read_to_string(self.audit_path()).unwrap_or_default();
-            return result.map(|()| serde_json::Value::Null).with_context(|| format!("{all}\n{}", self.log()));
+            return result
+                .map(|()| serde_json::Value::Null)
+                .with_context(|| format!("{all}\n{}", self.log()));
         }
         found.context("a record")
     }

@@ -42,6 +42,8 @@ pub struct PodOptions {
     pub labels: String,
     /// Container ports, as YAML flow entries.
     pub ports: String,
+    /// Whether to wait until all agents know it.
+    pub wait: bool,
 }
 
 impl Default for PodOptions {
@@ -54,6 +56,7 @@ impl Default for PodOptions {
             host_network: false,
             labels: String::new(),
             ports: String::new(),
+            wait: true,
         }
     }
 }
@@ -76,23 +79,39 @@ impl Pod {
         let host = at.next_pod;
         at.next_pod = if host == 254 { 10 } else { host + 1 };
         let (netns, ip, ip6) = if options.host_network {
-            (at.netns.clone(), format!("192.0.2.{node}"), format!("fd00:2::{node}"))
+            (
+                at.netns.clone(),
+                format!("192.0.2.{node}"),
+                format!("fd00:2::{node}"),
+            )
         } else {
             let netns = format!("{id}-p{sequence}");
-            let (ip, ip6) = (format!("10.0.{node}.{host}"), format!("fd00:0:0:{node}::{host}"));
+            let (ip, ip6) = (
+                format!("10.0.{node}.{host}"),
+                format!("fd00:0:0:{node}::{host}"),
+            );
             host::add_netns(&netns)?;
-            host::ip(&netns, &[
-                format!("link add eth0 type veth peer name v{sequence} netns {}", at.netns),
-                format!("address add {ip}/24 dev eth0"),
-                format!("address add {ip6}/64 dev eth0 nodad"),
-                "link set eth0 up".into(),
-                format!("route add default via 10.0.{node}.1"),
-                format!("route add default via fd00:0:0:{node}::1"),
-            ])?;
-            host::ip(&at.netns, &[
-                format!("link set v{sequence} master pods"),
-                format!("link set v{sequence} up"),
-            ])?;
+            host::ip(
+                &netns,
+                &[
+                    format!(
+                        "link add eth0 type veth peer name v{sequence} netns {}",
+                        at.netns
+                    ),
+                    format!("address add {ip}/24 dev eth0"),
+                    format!("address add {ip6}/64 dev eth0 nodad"),
+                    "link set eth0 up".into(),
+                    format!("route add default via 10.0.{node}.1"),
+                    format!("route add default via fd00:0:0:{node}::1"),
+                ],
+            )?;
+            host::ip(
+                &at.netns,
+                &[
+                    format!("link set v{sequence} master pods"),
+                    format!("link set v{sequence} up"),
+                ],
+            )?;
             (netns, ip, ip6)
         };
         let pods = at.cgroup.join("kubepods");
@@ -127,24 +146,45 @@ impl Pod {
         &self.options.namespace
     }
 
-    pub fn enrolled(&self) -> bool {
-        self.options.mesh == Some(true)
+    pub fn wait(&self) -> bool {
+        self.options.wait
     }
 
     pub fn service_account(&self) -> &str {
-        self.options.service_account.as_deref().unwrap_or(&self.name)
+        self.options
+            .service_account
+            .as_deref()
+            .unwrap_or(&self.name)
     }
 
     /// Its Pod object, as `kubectl get -o yaml` would print the parts that matter.
     pub fn manifest(&self) -> String {
-        let Self { name, uid, node_name, ip, ip6, .. } = self;
-        let PodOptions { mesh, namespace, labels, ports, host_network, .. } = &self.options;
+        let Self {
+            name,
+            uid,
+            node_name,
+            ip,
+            ip6,
+            ..
+        } = self;
+        let PodOptions {
+            mesh,
+            namespace,
+            labels,
+            ports,
+            host_network,
+            ..
+        } = &self.options;
         let mesh = match mesh {
             Some(true) => ", postern.dev/mesh: enabled",
             Some(false) => ", postern.dev/mesh: disabled",
             None => "",
         };
-        let labels = if labels.is_empty() { String::new() } else { format!(", {labels}") };
+        let labels = if labels.is_empty() {
+            String::new()
+        } else {
+            format!(", {labels}")
+        };
         format!(
             "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {namespace}\n  uid: {uid}\n  \
              labels: {{app: {name}{mesh}{labels}}}\nspec:\n  nodeName: {node_name}\n  serviceAccountName: {}\n  \
@@ -194,25 +234,36 @@ impl Pod {
         std::fs::create_dir_all(&dir)?;
         std::fs::write(dir.join("index.html"), page)?;
         let root = dir.display();
-        std::fs::write(dir.join("nginx.conf"), format!(
-            "daemon off; master_process off; user root; pid {root}/pid; error_log stderr;\n\
+        std::fs::write(
+            dir.join("nginx.conf"),
+            format!(
+                "daemon off; master_process off; user root; pid {root}/pid; error_log stderr;\n\
              events {{ worker_connections 4096; }}\nhttp {{ access_log {root}/access.log;\n\
              client_body_temp_path {root}/b; proxy_temp_path {root}/p; fastcgi_temp_path {root}/f;\n\
              uwsgi_temp_path {root}/u; scgi_temp_path {root}/s; keepalive_requests 1000000;\n\
              server {{ listen [::]:{port} ipv6only=off; root {root};\n\
              location = /peer {{ return 200 \"$remote_addr:$remote_port $server_addr:$server_port\\n\"; }} }} }}\n"
-        ))?;
+            ),
+        )?;
         let mut command = self.command("/usr/sbin/nginx")?;
-        command.arg("-p").arg(&dir).arg("-c").arg(dir.join("nginx.conf"));
+        command
+            .arg("-p")
+            .arg(&dir)
+            .arg("-c")
+            .arg(dir.join("nginx.conf"));
         let running = self.start(&format!("nginx-{port}"), &mut command)?;
-        eventually("nginx listens", Duration::from_secs(20), || self.listens(port))
-            .with_context(|| running.output())?;
+        eventually("nginx listens", Duration::from_secs(20), || {
+            self.listens(port)
+        })
+        .with_context(|| running.output())?;
         Ok(running)
     }
 
     /// Whether something listens on a port in the pod's namespace.
     pub fn listens(&self, port: u16) -> bool {
-        let Ok(mut ss) = self.command("ss") else { return false };
+        let Ok(mut ss) = self.command("ss") else {
+            return false;
+        };
         ss.args(["-Hltn", &format!("sport = :{port}")]);
         ss.output().is_ok_and(|out| !out.stdout.is_empty())
     }
@@ -220,9 +271,13 @@ impl Pod {
     /// curl in the pod: exit code and output.
     pub fn curl(&self, arguments: &[&str]) -> Result<(i32, String)> {
         let mut curl = self.command("curl")?;
-        curl.args(["-sS", "-m", "20", "--noproxy", "*"]).args(arguments);
+        curl.args(["-sS", "-m", "20", "--noproxy", "*"])
+            .args(arguments);
         let output = curl.output()?;
-        Ok((output.status.code().unwrap_or(-1), host::text(&output.stdout) + &host::text(&output.stderr)))
+        Ok((
+            output.status.code().unwrap_or(-1),
+            host::text(&output.stdout) + &host::text(&output.stderr),
+        ))
     }
 
     pub fn cgroup(&self) -> &Path {
@@ -236,7 +291,9 @@ impl Drop for Pod {
         let _reaped = self._pause.child.wait();
         crate::sweep::remove_cgroup(&self.pod_cgroup);
         if !self.options.host_network {
-            let _gone = Command::new("ip").args(["netns", "del", &self.netns]).status();
+            let _gone = Command::new("ip")
+                .args(["netns", "del", &self.netns])
+                .status();
         }
     }
 }

@@ -34,10 +34,19 @@ fn owner(id: &str) -> Option<u32> {
 fn ids() -> Vec<String> {
     let mut ids = Vec::new();
     let cgroups = host::cgroup_mount().ok();
-    let dirs = [Some(Path::new("/run/netns").to_owned()), cgroups, Some(BPF.into()), Some("/tmp".into())];
+    let dirs = [
+        Some(Path::new("/run/netns").to_owned()),
+        cgroups,
+        Some(BPF.into()),
+        Some("/tmp".into()),
+    ];
     for name in dirs.into_iter().flatten().flat_map(|dir| names(&dir)) {
         let id: Vec<&str> = name.splitn(3, '-').take(2).collect();
-        let sequence = id.get(1).map(|s| s.chars().take_while(char::is_ascii_digit).collect::<String>());
+        let sequence = id.get(1).map(|s| {
+            s.chars()
+                .take_while(char::is_ascii_digit)
+                .collect::<String>()
+        });
         if let (Some(_), Some(sequence)) = (owner(&name), sequence) {
             let id = format!("{}-{sequence}", id[0]);
             if !ids.contains(&id) {
@@ -59,7 +68,8 @@ fn names(dir: &Path) -> Vec<String> {
 /// Removes one lab: processes, pins, namespaces, cgroups, files.
 pub fn remove(id: &str) {
     let ours = |name: &String| {
-        name.strip_prefix(id).is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
+        name.strip_prefix(id)
+            .is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_digit()))
     };
     if let Ok(mount) = host::cgroup_mount() {
         let dir = mount.join(id);

@@ -19,12 +19,12 @@ pub fn exec(program: &str, args: &[OsString]) -> Result<()> {
     Err(error).with_context(|| format!("cannot run {}", path.display()))
 }
 
+/// The agent and the lab. Always both, whichever of them is wanted: cargo chooses
+/// the features of dependencies by what is selected, and builds them anew for
+/// every choice.
+pub const SELECTED: &[&str] = &["--release", "-p", "postern", "-p", "postern-tests"];
+
 /// Build the agent and the programs of the lab.
 pub fn build_release() -> Result<()> {
-    let packages = ["-p", "postern", "-p", "postern-tests"];
-    cmd::run(
-        cmd::cargo()
-            .args(["build", "--release", "--bins"])
-            .args(packages),
-    )
+    cmd::run(cmd::cargo().arg("build").args(SELECTED).arg("--bins"))
 }

@@ -113,7 +113,9 @@ fn lab(filter: &[String]) -> Result<Count> {
     bench::build_release()?;
     let mut count = Count::default();
     let mut test = cmd::cargo();
-    test.args(["test", "--release", "-p", "postern-tests", "--test", "lab"]);
+    test.arg("test")
+        .args(bench::SELECTED)
+        .args(["--test", "lab"]);
     test.args(["--", "--test-threads=2"]).args(filter);
     test.envs(programs());
     cmd::run_lines(&mut test, |line| count.line(line))?;

@@ -55,8 +55,8 @@ pub fn run_command(command: &[String]) -> Result<()> {
 /// Build the test program `name` and find out where cargo put it.
 fn test_program(name: &str) -> Result<String> {
     let mut build = cmd::cargo();
-    build.args(["test", "--release", "-p", "postern-tests", "--test", name]);
-    build.arg("--no-run");
+    build.arg("test").args(bench::SELECTED);
+    build.args(["--test", name, "--no-run"]);
     build.arg("--message-format=json-render-diagnostics");
     executable(&cmd::output(&mut build)?, name)
         .with_context(|| format!("postern-tests has no test program {name}"))

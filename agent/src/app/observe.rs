@@ -59,7 +59,9 @@ fn record(proxy: &Proxy, bytes: &[u8]) {
     let Some(seen) = decode(bytes) else { return };
     let pods = proxy.pods.load();
     // A pod that has left since: nobody to attribute it to.
-    let Some(pod) = pods.in_netns(seen.netns) else { return };
+    let Some(pod) = pods.in_netns(seen.netns) else {
+        return;
+    };
     let workload = pod.workload.load();
     proxy.audit.record(event(seen, &workload));
 }

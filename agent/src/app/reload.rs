@@ -38,7 +38,10 @@ pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
         trust_domain: &config.trust_domain,
         aliases: &config.trust_domain_aliases,
     };
-    Ok(PolicySet::compile(load_directory(&config.policies.directory)?, &mesh)?)
+    Ok(PolicySet::compile(
+        load_directory(&config.policies.directory)?,
+        &mesh,
+    )?)
 }
 
 /// Several files change together; they are read when no more come for this long.
@@ -66,7 +69,10 @@ pub async fn watch(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher)
         }
         let again = state.clone();
         // Reading files and compiling is not the runtime's business.
-        if tokio::task::spawn_blocking(move || reload(&again)).await.is_ok() {
+        if tokio::task::spawn_blocking(move || reload(&again))
+            .await
+            .is_ok()
+        {
             let _due = wake.try_send(());
         }
     }
@@ -108,7 +114,10 @@ fn refused(state: &State, what: &'static str, error: &str) {
     state.proxy.metrics.reload_error(what);
     state.problem(what, Some(error.to_owned()));
     let detail = format!("{what}: {error}");
-    state.proxy.audit.record(Record::Agent { event: "refused", detail });
+    state.proxy.audit.record(Record::Agent {
+        event: "refused",
+        detail,
+    });
 }
 
 fn watcher(
@@ -122,7 +131,10 @@ fn watcher(
         }
     })?;
     let bundle = config.identity.bundle.as_deref().and_then(Path::parent);
-    let watched = [config.workloads.directory.as_path(), config.policies.directory.as_path()];
+    let watched = [
+        config.workloads.directory.as_path(),
+        config.policies.directory.as_path(),
+    ];
     for directory in watched.into_iter().chain(bundle) {
         watcher.watch(directory, RecursiveMode::NonRecursive)?;
     }

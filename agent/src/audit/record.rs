@@ -19,9 +19,15 @@ pub enum Record {
     /// What the kernel saw of an enrolled pod.
     Event(Box<KernelEvent>),
     /// Something is missing from this log.
-    Gap { lost: Lost, count: u64 },
+    Gap {
+        lost: Lost,
+        count: u64,
+    },
     /// The agent itself: started, policies changed, and so on.
-    Agent { event: &'static str, detail: String },
+    Agent {
+        event: &'static str,
+        detail: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -149,7 +155,10 @@ pub struct Bytes {
 pub struct KernelEvent {
     pub pod: String,
     pub namespace: String,
+    /// 0 and empty where the kernel was not in the process's own context.
+    #[serde(skip_serializing_if = "is_zero")]
     pub pid: u32,
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub comm: String,
     #[serde(flatten)]
     what: What,
@@ -158,17 +167,36 @@ pub struct KernelEvent {
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "lowercase")]
 enum What {
-    Socket { cookie: u64, local: SocketAddr, remote: SocketAddr, old: &'static str, new: &'static str },
-    Exec { uid: u32, path: String },
+    Socket {
+        cookie: u64,
+        local: SocketAddr,
+        remote: SocketAddr,
+        old: &'static str,
+        new: &'static str,
+    },
+    Exec {
+        uid: u32,
+        path: String,
+    },
     Exit,
 }
 
 /// The record of a kernel event.
 pub fn event(event: Event, workload: &Workload) -> Record {
     let what = match event.kind {
-        EventKind::Socket { cookie, local, remote, old, new } => {
-            What::Socket { cookie, local, remote, old, new }
-        }
+        EventKind::Socket {
+            cookie,
+            local,
+            remote,
+            old,
+            new,
+        } => What::Socket {
+            cookie,
+            local,
+            remote,
+            old,
+            new,
+        },
         EventKind::Exec { uid, path } => What::Exec { uid, path },
         EventKind::Exit => What::Exit,
     };
@@ -196,7 +224,11 @@ impl Record {
 
     /// The record as it stands in the log, with its line end.
     pub fn line(&self, node: &str) -> String {
-        let line = Line { time: timestamp(SystemTime::now()), node, record: self };
+        let line = Line {
+            time: timestamp(SystemTime::now()),
+            node,
+            record: self,
+        };
         let mut text = serde_json::to_string(&line).expect("records have string keys only");
         text.push('\n');
         text
@@ -204,7 +236,13 @@ impl Record {
 }
 
 fn timestamp(time: SystemTime) -> String {
-    OffsetDateTime::from(time).format(&Rfc3339).expect("a time of this century")
+    OffsetDateTime::from(time)
+        .format(&Rfc3339)
+        .expect("a time of this century")
+}
+
+fn is_zero(pid: &u32) -> bool {
+    *pid == 0
 }
 
 fn rfc3339<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {

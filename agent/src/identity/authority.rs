@@ -28,7 +28,10 @@ const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
 #[derive(Debug, thiserror::Error)]
 pub enum IdentityError {
     #[error("{path}: {source}")]
-    File { path: PathBuf, source: std::io::Error },
+    File {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{path}: {message}")]
     Content { path: PathBuf, message: String },
     #[error("{path} is readable by others (mode {mode:o}); private keys must be 0600")]
@@ -122,8 +125,10 @@ impl Authority {
         params.use_authority_key_identifier_extension = true;
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages =
-            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
         let leaf = params.signed_by(&key, &above.issuer)?;
         Ok(Svid {
             id: id.clone(),
@@ -136,10 +141,7 @@ impl Authority {
 
     /// The node's intermediate, made anew at half of its lifetime, so that no leaf
     /// is cut short by it in normal operation.
-    fn intermediate(
-        &self,
-        now: SystemTime,
-    ) -> Result<Arc<Intermediate>, IdentityError> {
+    fn intermediate(&self, now: SystemTime) -> Result<Arc<Intermediate>, IdentityError> {
         let mut slot = self.intermediate.lock().expect("no panic while it is held");
         if let Some(current) = slot.as_ref()
             && current.not_after > now + self.node_lifetime / 2
@@ -149,7 +151,10 @@ impl Authority {
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
         let not_after = now + self.node_lifetime;
         let mut params = dated(now, not_after);
-        params.distinguished_name.push(DnType::CommonName, format!("Postern node {}", self.node_name));
+        params.distinguished_name.push(
+            DnType::CommonName,
+            format!("Postern node {}", self.node_name),
+        );
         params.use_authority_key_identifier_extension = true;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
@@ -174,12 +179,18 @@ impl Root {
         let der = CertificateDer::from_pem_slice(&pem)
             .map_err(|_malformed| content(certificate, "holds no PEM certificate".into()))?;
         let mode = std::fs::metadata(key)
-            .map_err(|source| IdentityError::File { path: key.to_owned(), source })?
+            .map_err(|source| IdentityError::File {
+                path: key.to_owned(),
+                source,
+            })?
             .permissions()
             .mode()
             & 0o777;
         if mode & 0o077 != 0 {
-            return Err(IdentityError::Exposed { path: key.to_owned(), mode });
+            return Err(IdentityError::Exposed {
+                path: key.to_owned(),
+                mode,
+            });
         }
         // The parser's own error could quote the key.
         let pair = String::from_utf8(read(key)?)
@@ -189,14 +200,23 @@ impl Root {
         let (_rest, parsed) = x509_parser::parse_x509_certificate(&der)
             .map_err(|e| content(certificate, format!("is no certificate: {e}")))?;
         if !parsed.is_ca() {
-            return Err(content(certificate, "is not a certificate authority".into()));
+            return Err(content(
+                certificate,
+                "is not a certificate authority".into(),
+            ));
         }
         use rcgen::PublicKeyData as _;
         if parsed.public_key().raw != pair.subject_public_key_info() {
-            return Err(content(key, format!("is not the key of {}", certificate.display())));
+            return Err(content(
+                key,
+                format!("is not the key of {}", certificate.display()),
+            ));
         }
         let issuer = Issuer::from_ca_cert_der(&der, pair)?;
-        Ok(Self { certificate: der, issuer })
+        Ok(Self {
+            certificate: der,
+            issuer,
+        })
     }
 }
 
@@ -204,7 +224,9 @@ fn make_root(certificate: &Path, key: &Path, domain: &str) -> Result<(), Identit
     let now = SystemTime::now();
     let pair = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P384_SHA384)?;
     let mut params = dated(now, now + ROOT_LIFETIME);
-    params.distinguished_name.push(DnType::CommonName, format!("Postern root of {domain}"));
+    params
+        .distinguished_name
+        .push(DnType::CommonName, format!("Postern root of {domain}"));
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     let made = params.self_signed(&pair)?;
@@ -222,12 +244,18 @@ fn dated(now: SystemTime, not_after: SystemTime) -> CertificateParams {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
-    std::fs::read(path).map_err(|source| IdentityError::File { path: path.to_owned(), source })
+    std::fs::read(path).map_err(|source| IdentityError::File {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Writes a file that is whole or absent, whatever happens in between.
 fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), IdentityError> {
-    let fail = |source| IdentityError::File { path: path.to_owned(), source };
+    let fail = |source| IdentityError::File {
+        path: path.to_owned(),
+        source,
+    };
     let partial = path.with_extension("new");
     let _absent = std::fs::remove_file(&partial);
     let mut file = std::fs::OpenOptions::new()
@@ -236,7 +264,9 @@ fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), IdentityError
         .mode(mode)
         .open(&partial)
         .map_err(fail)?;
-    file.write_all(content).and_then(|()| file.sync_all()).map_err(fail)?;
+    file.write_all(content)
+        .and_then(|()| file.sync_all())
+        .map_err(fail)?;
     std::fs::rename(&partial, path).map_err(fail)
 }
 
@@ -245,7 +275,10 @@ mod tests {
     use super::*;
 
     fn authority(dir: &Path) -> Authority {
-        let config = config::Config { state: dir.to_owned(), ..config::Config::default() };
+        let config = config::Config {
+            state: dir.to_owned(),
+            ..config::Config::default()
+        };
         Authority::open(&config, "n1").expect("opens")
     }
 
@@ -258,10 +291,18 @@ mod tests {
         let mode = std::fs::metadata(&key).expect("key").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o640)).expect("chmod");
-        let config =
-            config::Config { state: dir.path().to_owned(), ..config::Config::default() };
-        let error = Authority::open(&config, "n1").err().expect("refused").to_string();
-        assert!(error.contains("root.key") && error.contains("0600"), "{error}");
+        let config = config::Config {
+            state: dir.path().to_owned(),
+            ..config::Config::default()
+        };
+        let error = Authority::open(&config, "n1")
+            .err()
+            .expect("refused")
+            .to_string();
+        assert!(
+            error.contains("root.key") && error.contains("0600"),
+            "{error}"
+        );
     }
 
     #[test]
@@ -282,6 +323,9 @@ mod tests {
     fn half_a_root_is_refused() {
         let mut config = config::Config::default();
         config.identity.root_key = Some("/nowhere".into());
-        assert!(matches!(Authority::open(&config, "n"), Err(IdentityError::HalfRoot)));
+        assert!(matches!(
+            Authority::open(&config, "n"),
+            Err(IdentityError::HalfRoot)
+        ));
     }
 }

@@ -7,14 +7,18 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// A trust domain: lower-case letters, digits, `.`, `-`, `_` (SPIFFE-ID 2.1).
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize, JsonSchema)]
+#[derive(
+    Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize, JsonSchema,
+)]
 #[serde(try_from = "String", into = "String")]
 #[schemars(with = "String")]
 pub struct TrustDomain(String);
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SpiffeError {
-    #[error("`{0}` is not a trust domain: lower-case letters, digits, `.`, `-` and `_` only, at most 255")]
+    #[error(
+        "`{0}` is not a trust domain: lower-case letters, digits, `.`, `-` and `_` only, at most 255"
+    )]
     TrustDomain(String),
     #[error("`{0}` is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
     Form(String),
@@ -68,7 +72,11 @@ pub struct SpiffeId {
 impl SpiffeId {
     /// The ID without its scheme: what Istio calls a principal.
     pub fn principal(&self) -> String {
-        let Self { trust_domain, namespace, service_account } = self;
+        let Self {
+            trust_domain,
+            namespace,
+            service_account,
+        } = self;
         format!("{trust_domain}/ns/{namespace}/sa/{service_account}")
     }
 }

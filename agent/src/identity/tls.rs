@@ -5,7 +5,7 @@
 use std::{
     path::Path,
     sync::{Arc, LazyLock},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -63,7 +63,10 @@ fn anchors(
 ) -> Result<Vec<TrustAnchor<'static>>, IdentityError> {
     let mut certificates = vec![authority.root().clone()];
     if let Some(path) = more {
-        let content = |message: String| IdentityError::Content { path: path.to_owned(), message };
+        let content = |message: String| IdentityError::Content {
+            path: path.to_owned(),
+            message,
+        };
         let listed = CertificateDer::pem_file_iter(path)
             .and_then(Iterator::collect::<Result<Vec<_>, _>>)
             .map_err(|e| content(e.to_string()))?;
@@ -128,7 +131,12 @@ impl Credentials {
         server.alpn_protocols = vec![H2.to_vec()];
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
-        Ok(Self { id, current, client: Arc::new(client), server: Arc::new(server) })
+        Ok(Self {
+            id,
+            current,
+            client: Arc::new(client),
+            server: Arc::new(server),
+        })
     }
 
     pub fn renew(&self, svid: Svid) -> Result<(), IdentityError> {
@@ -148,11 +156,19 @@ impl Credentials {
 fn held(svid: Svid) -> Result<Held, IdentityError> {
     let (renew_at, not_after) = (svid.renew_at(), svid.not_after);
     let key = PROVIDER.key_provider.load_private_key(svid.key)?;
-    Ok(Held { key: Arc::new(CertifiedKey::new(svid.chain, key)), renew_at, not_after })
+    Ok(Held {
+        key: Arc::new(CertifiedKey::new(svid.chain, key)),
+        renew_at,
+        not_after,
+    })
 }
 
 impl rustls::client::ResolvesClientCert for Current {
-    fn resolve(&self, _issuers: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+    fn resolve(
+        &self,
+        _issuers: &[&[u8]],
+        _schemes: &[SignatureScheme],
+    ) -> Option<Arc<CertifiedKey>> {
         Some(self.0.load().key.clone())
     }
 
@@ -288,15 +304,29 @@ pub fn peer_identity(leaf: &CertificateDer<'_>) -> Option<SpiffeId> {
     use x509_parser::extensions::GeneralName;
     let (_rest, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
     let names = certificate.subject_alternative_name().ok()??;
-    let mut uris = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    });
+    let mut uris = names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        });
     let uri = uris.next()?;
     if uris.next().is_some() {
         return None;
     }
     uri.parse().ok()
+}
+
+/// How long a leaf is still valid.
+pub fn valid_for(leaf: &CertificateDer<'_>) -> Duration {
+    let parsed = x509_parser::parse_x509_certificate(leaf);
+    let left = parsed
+        .ok()
+        .and_then(|(_rest, certificate)| certificate.validity().time_to_expiration());
+    left.and_then(|left| left.try_into().ok())
+        .unwrap_or_default()
 }
 
 /// What a finished handshake agreed on, for the record.

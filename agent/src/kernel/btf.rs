@@ -39,9 +39,8 @@ impl Btf {
 
     fn read(path: &Path) -> io::Result<Self> {
         let data = std::fs::read(path)?;
-        Self::parse(data).ok_or_else(|| {
-            io::Error::other(format!("{}: not BTF as documented", path.display()))
-        })
+        Self::parse(data)
+            .ok_or_else(|| io::Error::other(format!("{}: not BTF as documented", path.display())))
     }
 
     fn parse(data: Vec<u8>) -> Option<Self> {
@@ -59,7 +58,11 @@ impl Btf {
             let info = word(&data, at + 4)?;
             at += 12 + kind::extra(info >> 24 & 0x1f, (info & 0xffff) as usize)?;
         }
-        Some(Self { data, types, strings })
+        Some(Self {
+            data,
+            types,
+            strings,
+        })
     }
 
     fn name(&self, offset: u32) -> &[u8] {
@@ -118,7 +121,8 @@ pub fn offsets(btf: &Btf) -> Result<Offsets, String> {
     let structs = btf.structs(&["sock", "net", "task_struct", "nsproxy", "linux_binprm"]);
     let of = |of: &str, field: &str| {
         let at = structs.get(of);
-        at.and_then(|at| btf.member(*at, field)).ok_or_else(|| format!("struct {of} has no {field}"))
+        at.and_then(|at| btf.member(*at, field))
+            .ok_or_else(|| format!("struct {of} has no {field}"))
     };
     Ok(Offsets {
         sock_net: of("sock", "skc_net")?,
@@ -166,7 +170,13 @@ mod tests {
         .concat();
         let mut data = MAGIC.to_le_bytes().to_vec();
         data.extend([1, 0]);
-        let sizes = [24, 0, types.len() as u32 * 4, types.len() as u32 * 4, strings.len() as u32];
+        let sizes = [
+            24,
+            0,
+            types.len() as u32 * 4,
+            types.len() as u32 * 4,
+            strings.len() as u32,
+        ];
         data.extend(sizes.iter().chain(&types).flat_map(|w| w.to_le_bytes()));
         data.extend(strings);
         let btf = Btf::parse(data).expect("valid");

@@ -27,7 +27,10 @@ fn parse_mounts(text: &str) -> Vec<CgroupMount> {
             let mut words = line.split(' ');
             let (_device, path, kind) = (words.next()?, words.next()?, words.next()?);
             let v2 = kind == "cgroup2";
-            (v2 || kind == "cgroup").then(|| CgroupMount { path: path.into(), v2 })
+            (v2 || kind == "cgroup").then(|| CgroupMount {
+                path: path.into(),
+                v2,
+            })
         })
         .collect();
     mounts.sort_by_key(|mount| !mount.v2);
@@ -62,7 +65,9 @@ pub fn find_pods_roots(mounts: &[CgroupMount], below: Option<&Path>) -> Vec<Pods
             Some(_) => continue,
             None => &mount.path,
         };
-        let level = start.strip_prefix(&mount.path).map_or(0, |p| p.components().count() as u32);
+        let level = start
+            .strip_prefix(&mount.path)
+            .map_or(0, |p| p.components().count() as u32);
         search(start, mount.v2, level, SEARCH_DEPTH, &mut roots);
     }
     roots
@@ -70,10 +75,18 @@ pub fn find_pods_roots(mounts: &[CgroupMount], below: Option<&Path>) -> Vec<Pods
 
 fn search(dir: &Path, v2: bool, level: u32, depth: u32, roots: &mut Vec<PodsRoot>) {
     for path in directories(dir) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let stem = name.strip_suffix(".slice").unwrap_or(&name);
         if stem == "kubepods" || stem.ends_with("-kubepods") {
-            roots.push(PodsRoot { path, v2, level: level + 1 });
+            roots.push(PodsRoot {
+                path,
+                v2,
+                level: level + 1,
+            });
         } else if depth > 1 {
             search(&path, v2, level + 1, depth - 1, roots);
         }
@@ -133,7 +146,10 @@ pub fn processes(dir: &Path) -> Vec<i32> {
 
 fn directories(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    entries.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()).collect()
+    entries
+        .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+        .map(|e| e.path())
+        .collect()
 }
 
 #[cfg(test)]
@@ -143,15 +159,28 @@ mod tests {
     #[test]
     fn both_layouts_are_found_by_uid() {
         let tmp = tempfile::tempdir().expect("directory");
-        let mount = CgroupMount { path: tmp.path().to_owned(), v2: true };
+        let mount = CgroupMount {
+            path: tmp.path().to_owned(),
+            v2: true,
+        };
         let uid = "0a1b2c3d-0000-4000-8000-00000000000f";
         let flat = uid.replace('-', "_");
         for (layout, level) in [
             (format!("kubepods/burstable/pod{uid}"), 1),
             (format!("kubepods/pod{uid}"), 1),
-            (format!("kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{flat}.slice"), 1),
+            (
+                format!(
+                    "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{flat}.slice"
+                ),
+                1,
+            ),
             (format!("kubepods.slice/kubepods-pod{flat}.slice"), 1),
-            (format!("kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{flat}.slice"), 2),
+            (
+                format!(
+                    "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{flat}.slice"
+                ),
+                2,
+            ),
             (format!("docker/k3d/kubepods/pod{uid}"), 3),
         ] {
             let dir = tmp.path().join(&layout);

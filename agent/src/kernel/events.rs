@@ -30,7 +30,10 @@ pub enum EventKind {
         old: &'static str,
         new: &'static str,
     },
-    Exec { uid: u32, path: String },
+    Exec {
+        uid: u32,
+        path: String,
+    },
     Exit,
 }
 
@@ -39,7 +42,8 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
     let kind = match header.kind {
         EVENT_SOCKET => {
             let event: SocketEvent = read(bytes)?;
-            let address = |ip, port: u32| Some(SocketAddr::new(from_abi(ip), u16::try_from(port).ok()?));
+            let address =
+                |ip, port: u32| Some(SocketAddr::new(from_abi(ip), u16::try_from(port).ok()?));
             EventKind::Socket {
                 cookie: event.cookie,
                 local: address(event.local, event.local_port)?,
@@ -51,7 +55,10 @@ pub fn decode(bytes: &[u8]) -> Option<Event> {
         EVENT_EXEC => {
             let event: ExecEvent = read(bytes)?;
             let path = event.path.get(..event.path_len as usize)?;
-            EventKind::Exec { uid: event.uid, path: String::from_utf8_lossy(path).into_owned() }
+            EventKind::Exec {
+                uid: event.uid,
+                path: String::from_utf8_lossy(path).into_owned(),
+            }
         }
         EVENT_EXIT => {
             let _whole: ExitEvent = read(bytes)?;

@@ -2,7 +2,8 @@
 //! agent dies: connects are refused then, and never leave in plaintext. The next
 //! agent attaches its own programs beside the old ones (a connect that is steered
 //! twice stays steered once: the second sees loopback), takes over the maps, and
-//! only then removes the old links. At no time is a hook missing.
+//! only when it has told them all that it knows ([`Kernel::commit`]) replaces the old
+//! links. At no time is a hook missing.
 
 use std::{
     fs::{self, File},
@@ -21,7 +22,7 @@ use aya::{
         links::{FdLink, LinkError},
     },
 };
-use postern_ebpf::ABI;
+use postern_ebpf::{ABI, Config};
 
 use super::{
     btf::{self, Btf},
@@ -39,15 +40,24 @@ pub enum KernelError {
     #[error("cannot load the kernel programs: {0}")]
     Load(#[from] EbpfError),
     #[error("program {name}: {source}")]
-    Program { name: &'static str, source: ProgramError },
+    Program {
+        name: &'static str,
+        source: ProgramError,
+    },
     #[error("program {name}: {source}")]
-    Link { name: &'static str, source: LinkError },
+    Link {
+        name: &'static str,
+        source: LinkError,
+    },
     #[error("the kernel programs lack the map {0}")]
     NoMap(&'static str),
     #[error("the kernel programs lack the program {0}")]
     NoProgram(&'static str),
     #[error("map {name}: {source}")]
-    Map { name: &'static str, source: MapError },
+    Map {
+        name: &'static str,
+        source: MapError,
+    },
     #[error("cannot pin {path}: {source}")]
     Pin { path: PathBuf, source: PinError },
     #[error("{path}: {source}")]
@@ -61,6 +71,7 @@ pub struct Kernel {
     /// Holds the programs; `sk_lookup` is attached to each pod that comes.
     ebpf: Mutex<Ebpf>,
     links: PathBuf,
+    maps_dir: PathBuf,
     /// Why there are no kernel events, if there are none.
     pub blind: Option<String>,
     /// Released when the agent ends, however it ends.
@@ -68,11 +79,25 @@ pub struct Kernel {
 }
 
 const MAPS: [&str; 12] = [
-    "CONFIG", "WORKLOADS", "CGROUPS", "MESH", "DIALS", "FLOWS", "CLIENTS", "ORIGINS", "PROBES",
-    "LISTENERS", "EVENTS", "COUNTERS",
+    "CONFIG",
+    "WORKLOADS",
+    "CGROUPS",
+    "MESH",
+    "DIALS",
+    "FLOWS",
+    "CLIENTS",
+    "ORIGINS",
+    "PROBES",
+    "LISTENERS",
+    "EVENTS",
+    "COUNTERS",
 ];
-const SOCK_ADDR: [&str; 4] =
-    ["postern_connect4", "postern_connect6", "postern_peer4", "postern_peer6"];
+const SOCK_ADDR: [&str; 4] = [
+    "postern_connect4",
+    "postern_connect6",
+    "postern_peer4",
+    "postern_peer6",
+];
 const SOCK_OPS: &str = "postern_sockops";
 const RELEASE: &str = "postern_release";
 const LOOKUP: &str = "postern_lookup";
@@ -89,21 +114,29 @@ impl Kernel {
         config: &config::Kernel,
         cgroup: &Path,
         state: &Path,
+        observe: bool,
     ) -> Result<(Arc<Self>, RingBuf<MapData>), KernelError> {
         let lock = lock(state)?;
         mount_bpffs(&config.pin)?;
         // Maps of another ABI or size cannot be adopted.
         let shape = format!(
             "maps-{ABI}-{}-{}-{}-{}",
-            config.max_destinations, config.max_workloads, config.max_connections, config.ring_bytes.0
+            config.max_destinations,
+            config.max_workloads,
+            config.max_connections,
+            config.ring_bytes.0
         );
         let pins = config.pin.join(shape);
         let links = config.pin.join("links");
         for dir in [&pins, &links] {
-            fs::create_dir_all(dir)
-                .map_err(|source| KernelError::Path { path: dir.clone(), source })?;
+            fs::create_dir_all(dir).map_err(|source| KernelError::Path {
+                path: dir.clone(),
+                source,
+            })?;
         }
-        let offsets = Btf::of_kernel().map_err(|e| e.to_string()).and_then(|b| btf::offsets(&b));
+        let offsets = Btf::of_kernel()
+            .map_err(|e| e.to_string())
+            .and_then(|b| btf::offsets(&b));
         let known = offsets.as_ref().copied().unwrap_or_default();
         let mut loader = EbpfLoader::new();
         loader
@@ -123,39 +156,91 @@ impl Kernel {
         let mut ebpf = loader.load(PROGRAMS)?;
         let maps = Maps::take(&mut ebpf)?;
         let events = named(&mut ebpf, "EVENTS")?;
-        let root = File::open(cgroup)
-            .map_err(|source| KernelError::Path { path: cgroup.to_owned(), source })?;
-        let mut kernel =
-            Self { maps, ebpf: Mutex::new(ebpf), links, blind: offsets.err(), _lock: lock };
+        let root = File::open(cgroup).map_err(|source| KernelError::Path {
+            path: cgroup.to_owned(),
+            source,
+        })?;
+        let mut kernel = Self {
+            maps,
+            ebpf: Mutex::new(ebpf),
+            links,
+            maps_dir: pins,
+            blind: offsets.err(),
+            _lock: lock,
+        };
+        kernel.forget_connections()?;
+        let before = kernel.configured();
+        if before.agent_tgid != 0 {
+            // Before anything listens: what this agent dials must not be steered to it.
+            let (agent_tgid, agent_cgroup) = (std::process::id(), own_cgroup(cgroup));
+            kernel.configure(Config {
+                agent_tgid,
+                agent_cgroup,
+                ..before
+            })?;
+        }
         kernel.attach_hooks(&root)?;
-        if kernel.blind.is_none()
+        if observe
+            && kernel.blind.is_none()
             && let Err(error) = kernel.attach_observers()
         {
             kernel.blind = Some(error.to_string());
         }
-        remove_other_maps(&config.pin, &pins);
         Ok((Arc::new(kernel), events))
+    }
+
+    /// Puts this agent's hooks in the place of an earlier one's, once the maps say all
+    /// that they should.
+    pub fn commit(&self) -> Result<(), KernelError> {
+        for name in SOCK_ADDR.iter().chain([&SOCK_OPS, &RELEASE]) {
+            replace_pin(name, &self.links)?;
+        }
+        remove_other_maps(&self.maps_dir);
+        Ok(())
     }
 
     fn attach_hooks(&mut self, root: &File) -> Result<(), KernelError> {
         // Links always stand beside others; they take no flags (bpf_link_create).
         let multi = CgroupAttachMode::Single;
         let links = self.links.clone();
-        let ebpf = self.ebpf.get_mut().expect("no panic while programs are held");
+        let ebpf = self
+            .ebpf
+            .get_mut()
+            .expect("no panic while programs are held");
         // What finds the way back comes before what steers.
         let program: &mut SockOps = program(ebpf, SOCK_OPS)?;
-        let fail = |source| KernelError::Program { name: SOCK_OPS, source };
+        let fail = |source| KernelError::Program {
+            name: SOCK_OPS,
+            source,
+        };
         program.load().map_err(fail)?;
         let id = program.attach(root, multi).map_err(fail)?;
         let link = program.take_link(id).map_err(fail)?;
-        pin(SOCK_OPS, &links, FdLink::try_from(link).map_err(|source| KernelError::Link { name: SOCK_OPS, source })?)?;
+        pin(
+            SOCK_OPS,
+            &links,
+            FdLink::try_from(link).map_err(|source| KernelError::Link {
+                name: SOCK_OPS,
+                source,
+            })?,
+        )?;
 
         let program: &mut CgroupSock = self::program(ebpf, RELEASE)?;
-        let fail = |source| KernelError::Program { name: RELEASE, source };
+        let fail = |source| KernelError::Program {
+            name: RELEASE,
+            source,
+        };
         program.load().map_err(fail)?;
         let id = program.attach(root, multi).map_err(fail)?;
         let link = program.take_link(id).map_err(fail)?;
-        pin(RELEASE, &links, FdLink::try_from(link).map_err(|source| KernelError::Link { name: RELEASE, source })?)?;
+        pin(
+            RELEASE,
+            &links,
+            FdLink::try_from(link).map_err(|source| KernelError::Link {
+                name: RELEASE,
+                source,
+            })?,
+        )?;
 
         for name in SOCK_ADDR.iter().rev() {
             let program: &mut CgroupSockAddr = self::program(ebpf, name)?;
@@ -163,16 +248,26 @@ impl Kernel {
             program.load().map_err(fail)?;
             let id = program.attach(root, multi).map_err(fail)?;
             let link = program.take_link(id).map_err(fail)?;
-            pin(name, &links, FdLink::try_from(link).map_err(|source| KernelError::Link { name, source })?)?;
+            pin(
+                name,
+                &links,
+                FdLink::try_from(link).map_err(|source| KernelError::Link { name, source })?,
+            )?;
         }
         let program: &mut SkLookup = self::program(ebpf, LOOKUP)?;
-        program.load().map_err(|source| KernelError::Program { name: LOOKUP, source })
+        program.load().map_err(|source| KernelError::Program {
+            name: LOOKUP,
+            source,
+        })
     }
 
     /// Not pinned: without an agent nobody reads what they see.
     fn attach_observers(&mut self) -> Result<(), KernelError> {
         let btf = aya::Btf::from_sys_fs().map_err(EbpfError::from)?;
-        let ebpf = self.ebpf.get_mut().expect("no panic while programs are held");
+        let ebpf = self
+            .ebpf
+            .get_mut()
+            .expect("no panic while programs are held");
         for (name, tracepoint) in OBSERVERS {
             let program: &mut aya::programs::BtfTracePoint = program(ebpf, name)?;
             let fail = |source| KernelError::Program { name, source };
@@ -186,10 +281,15 @@ impl Kernel {
     pub fn attach_lookup(&self, netns: &Netns) -> Result<(), KernelError> {
         let mut ebpf = self.ebpf.lock().expect("no panic while programs are held");
         let program: &mut SkLookup = program(&mut ebpf, LOOKUP)?;
-        let fail = |source| KernelError::Program { name: LOOKUP, source };
+        let fail = |source| KernelError::Program {
+            name: LOOKUP,
+            source,
+        };
         let id = program.attach(netns.fd().as_fd()).map_err(fail)?;
         let link = program.take_link(id).map_err(fail)?;
-        pin(&lookup_name(netns.cookie), &self.links, FdLink::from(link))
+        let name = lookup_name(netns.cookie);
+        pin(&name, &self.links, FdLink::from(link))?;
+        replace_pin(&name, &self.links)
     }
 
     /// Leaves a pod's inbound connections to itself.
@@ -224,20 +324,47 @@ where
         .map_err(|source| KernelError::Program { name, source })
 }
 
-/// Pins a link in place of the one that an earlier agent left there. The new one
-/// is pinned before the old one goes: whoever dies in between, a hook remains.
-fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
-    let path = dir.join(name);
-    // bpffs allows no dot in a name.
-    let fresh = dir.join(format!("{name}-new"));
-    let _absent = fs::remove_file(&fresh);
-    link.pin(&fresh).map_err(|source| KernelError::Pin { path: fresh.clone(), source })?;
-    let _absent = fs::remove_file(&path);
-    fs::rename(&fresh, &path).map_err(|source| KernelError::Path { path, source })
+/// Where a link stands until it replaces an earlier one. bpffs allows no dot.
+fn fresh(name: &str, dir: &Path) -> PathBuf {
+    dir.join(format!("{name}-new"))
 }
 
-fn remove_other_maps(pin: &Path, keep: &Path) {
-    for entry in fs::read_dir(pin).into_iter().flatten().flatten() {
+/// Pins a link beside the one that an earlier agent left.
+fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
+    let path = fresh(name, dir);
+    let _absent = fs::remove_file(&path);
+    link.pin(&path)
+        .map_err(|source| KernelError::Pin { path, source })
+        .map(|_pinned| ())
+}
+
+/// Puts the new link in the old one's place: whoever dies in between, one remains.
+fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
+    let path = dir.join(name);
+    let _absent = fs::remove_file(&path);
+    fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })
+}
+
+/// The agent's cgroup as the hooks see it: `bpf_get_current_cgroup_id`.
+pub fn own_cgroup(hooks: &Path) -> u64 {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let path = own
+        .lines()
+        .find_map(|line| line.strip_prefix("0::/"))
+        .unwrap_or_default();
+    // The mount is the part of the hooks' path that the agent's own is relative to.
+    let mounts = super::cgroup::cgroup_mounts().unwrap_or_default();
+    let mount = mounts
+        .into_iter()
+        .find(|m| m.v2 && hooks.starts_with(&m.path));
+    mount
+        .and_then(|m| super::cgroup::id(&m.path.join(path)).ok())
+        .unwrap_or(0)
+}
+
+fn remove_other_maps(keep: &Path) {
+    let entries = keep.parent().and_then(|pin| fs::read_dir(pin).ok());
+    for entry in entries.into_iter().flatten().flatten() {
         let maps = entry.file_name().to_string_lossy().starts_with("maps-");
         if maps && entry.path() != keep {
             let _gone = fs::remove_dir_all(entry.path());
@@ -249,13 +376,22 @@ fn remove_other_maps(pin: &Path, keep: &Path) {
 /// should and none is there.
 pub fn mount_bpffs(pin: &Path) -> Result<(), KernelError> {
     let mount_point = Path::new("/sys/fs/bpf");
-    let fail = |source: io::Error| KernelError::Path { path: mount_point.to_owned(), source };
+    let fail = |source: io::Error| KernelError::Path {
+        path: mount_point.to_owned(),
+        source,
+    };
     if pin.starts_with(mount_point) {
         let found = nix::sys::statfs::statfs(mount_point).map_err(|e| fail(e.into()))?;
         if found.filesystem_type().0 != BPF_FS_MAGIC {
             use nix::mount::{MsFlags, mount};
-            mount(Some("bpf"), mount_point, Some("bpf"), MsFlags::empty(), None::<&str>)
-                .map_err(|e| fail(e.into()))?;
+            mount(
+                Some("bpf"),
+                mount_point,
+                Some("bpf"),
+                MsFlags::empty(),
+                None::<&str>,
+            )
+            .map_err(|e| fail(e.into()))?;
         }
     }
     Ok(())
@@ -264,23 +400,30 @@ pub fn mount_bpffs(pin: &Path) -> Result<(), KernelError> {
 /// One agent a node: the lock goes with the process, even when it is killed.
 fn lock(state: &Path) -> Result<nix::fcntl::Flock<File>, KernelError> {
     let path = state.join("agent.lock");
-    let file = File::create(&path)
-        .map_err(|source| KernelError::Path { path: path.clone(), source })?;
+    let file = File::create(&path).map_err(|source| KernelError::Path {
+        path: path.clone(),
+        source,
+    })?;
     nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
         .map_err(|_held| KernelError::Busy(path))
 }
 
 /// Removes all that is pinned: programs are detached, traffic is direct again.
-/// Says what it removed.
-pub fn cleanup(pin: &Path) -> Result<Vec<PathBuf>, KernelError> {
+/// Refused while an agent runs. Says what it removed.
+pub fn cleanup(pin: &Path, state: &Path) -> Result<Vec<PathBuf>, KernelError> {
+    let _lock = state.exists().then(|| lock(state)).transpose()?;
     let fail = |path: &Path| {
         let path = path.to_owned();
         move |source| KernelError::Path { path, source }
     };
     let mut removed = Vec::new();
     // Links first: a hook without its maps would have to refuse.
-    let mut dirs: Vec<PathBuf> =
-        fs::read_dir(pin).into_iter().flatten().flatten().map(|e| e.path()).collect();
+    let mut dirs: Vec<PathBuf> = fs::read_dir(pin)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|e| e.path())
+        .collect();
     dirs.sort();
     for dir in dirs {
         for entry in fs::read_dir(&dir).map_err(fail(&dir))?.flatten() {

@@ -12,8 +12,8 @@ use aya::{
     maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash},
 };
 use postern_ebpf::{
-    Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, Listener, MESH_LOCAL, MESH_REMOTE,
-    MeshKey, Probe, Workload,
+    Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE, LISTENER_PLAINTEXT,
+    Listener, MESH_LOCAL, MESH_REMOTE, MeshKey, Probe, Workload,
 };
 
 use socket2::Socket;
@@ -37,7 +37,12 @@ pub fn from_abi(address: Address) -> IpAddr {
 }
 
 fn endpoint(netns: u64, address: SocketAddr) -> Endpoint {
-    Endpoint { netns, address: to_abi(address.ip()), port: u32::from(address.port()), _pad: 0 }
+    Endpoint {
+        netns,
+        address: to_abi(address.ip()),
+        port: u32::from(address.port()),
+        _pad: 0,
+    }
 }
 
 type Guarded<K, V> = Mutex<HashMap<MapData, K, V>>;
@@ -48,9 +53,9 @@ pub struct Maps {
     cgroups: Guarded<u64, Workload>,
     mesh: Guarded<MeshKey, u32>,
     dials: Guarded<u64, Dial>,
-    flows: Guarded<Endpoint, u64>,
+    flows: Guarded<Endpoint, Dial>,
     clients: Guarded<Endpoint, Client>,
-    probes: Guarded<Probe, u32>,
+    probes: Guarded<Probe, u64>,
     listeners: Mutex<SockHash<MapData, Listener>>,
     counters: PerCpuArray<MapData, u64>,
 }
@@ -99,7 +104,9 @@ pub const FILLED: [&str; 6] = ["MESH", "WORKLOADS", "CGROUPS", "DIALS", "FLOWS",
 
 impl Kernel {
     pub fn configure(&self, config: Config) -> Result<(), KernelError> {
-        hold(&self.maps.config).set(0, config, 0).map_err(failed("CONFIG"))
+        hold(&self.maps.config)
+            .set(0, config, 0)
+            .map_err(failed("CONFIG"))
     }
 
     /// The configuration that the programs work by, all zero before the first.
@@ -126,8 +133,18 @@ impl Kernel {
         let wanted = destinations
             .iter()
             .map(|(ip, port)| {
-                let place = if local.contains(ip) { MESH_LOCAL } else { MESH_REMOTE };
-                (MeshKey { address: to_abi(*ip), port: u32::from(port.unwrap_or(0)) }, place)
+                let place = if local.contains(ip) {
+                    MESH_LOCAL
+                } else {
+                    MESH_REMOTE
+                };
+                (
+                    MeshKey {
+                        address: to_abi(*ip),
+                        port: u32::from(port.unwrap_or(0)),
+                    },
+                    place,
+                )
             })
             .collect();
         replace(&self.maps.mesh, &wanted).map_err(failed("MESH"))
@@ -139,16 +156,40 @@ impl Kernel {
         kind: u32,
         socket: &Socket,
     ) -> Result<(), KernelError> {
-        let key = Listener { address: to_abi(address), kind };
-        hold(&self.maps.listeners).insert(key, socket.as_raw_fd(), 0).map_err(failed("LISTENERS"))
+        let key = Listener {
+            address: to_abi(address),
+            kind,
+        };
+        hold(&self.maps.listeners)
+            .insert(key, socket.as_raw_fd(), 0)
+            .map_err(failed("LISTENERS"))
     }
 
     /// What an accepted connection was dialled as. Each answer is given once.
-    pub fn take_dial(&self, netns: u64, source: SocketAddr) -> Option<(u64, Dial)> {
+    pub fn take_dial(&self, netns: u64, source: SocketAddr) -> Option<Dial> {
         let flow = endpoint(netns, source);
-        let cookie = hold(&self.maps.flows).get(&flow, 0).ok()?;
-        forget(&self.maps.flows, &flow);
-        Some((cookie, hold(&self.maps.dials).get(&cookie, 0).ok()?))
+        let mut flows = hold(&self.maps.flows);
+        let dial = flows.get(&flow, 0).ok()?;
+        let _absent = flows.remove(&flow);
+        Some(dial)
+    }
+
+    /// Forgets what an earlier agent knew of connections that ended with it.
+    pub(super) fn forget_connections(&self) -> Result<(), KernelError> {
+        replace(&self.maps.flows, &StdMap::new()).map_err(failed("FLOWS"))?;
+        replace(&self.maps.clients, &StdMap::new()).map_err(failed("CLIENTS"))?;
+        replace(&self.maps.probes, &StdMap::new()).map_err(failed("PROBES"))
+    }
+
+    /// Stops handing over connections to an address.
+    pub fn remove_listener(&self, address: IpAddr) {
+        for kind in [LISTENER_PLAINTEXT, LISTENER_HBONE] {
+            let key = Listener {
+                address: to_abi(address),
+                kind,
+            };
+            let _absent = hold(&self.maps.listeners).remove(&key);
+        }
     }
 
     /// Shows the application behind a last hop its real client, until dropped.
@@ -159,9 +200,17 @@ impl Kernel {
         client: SocketAddr,
     ) -> Result<ClientEntry, KernelError> {
         let key = endpoint(netns, last_hop);
-        let value = Client { address: to_abi(client.ip()), port: u32::from(client.port()) };
-        hold(&self.maps.clients).insert(key, value, 0).map_err(failed("CLIENTS"))?;
-        Ok(ClientEntry { kernel: self.clone(), key })
+        let value = Client {
+            address: to_abi(client.ip()),
+            port: u32::from(client.port()),
+        };
+        hold(&self.maps.clients)
+            .insert(key, value, 0)
+            .map_err(failed("CLIENTS"))?;
+        Ok(ClientEntry {
+            kernel: self.clone(),
+            key,
+        })
     }
 
     /// Whether the kernel saw a process of the node itself open this connection.
@@ -172,8 +221,13 @@ impl Kernel {
             source_port: u32::from(source.port()),
             destination_port: u32::from(destination.port()),
         };
-        // Each proof counts once: the port may be another process's next.
-        hold(&self.maps.probes).remove(&key).is_ok()
+        let mut probes = hold(&self.maps.probes);
+        let Ok(at) = probes.get(&key, 0) else {
+            return false;
+        };
+        // Each proof counts once, and not for long: the port may be another's next.
+        let _absent = probes.remove(&key);
+        monotonic().saturating_sub(at) < PROBE_LIFETIME
     }
 
     /// Sum over all CPUs of each counter.
@@ -203,6 +257,17 @@ impl Kernel {
     }
 }
 
+/// How long after its `connect` a probe's proof is good, nanoseconds.
+const PROBE_LIFETIME: u64 = 5_000_000_000;
+
+/// `CLOCK_MONOTONIC`, nanoseconds, as `bpf_ktime_get_ns` has it.
+fn monotonic() -> u64 {
+    let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
+    now.map_or(0, |now| {
+        now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
+    })
+}
+
 /// Makes a map hold exactly what is wanted, touching only what differs: entries
 /// that stay are never absent in between.
 fn replace<K: Pod + std::hash::Hash + Eq, V: Pod + PartialEq>(
@@ -211,13 +276,14 @@ fn replace<K: Pod + std::hash::Hash + Eq, V: Pod + PartialEq>(
 ) -> Result<(), MapError> {
     let mut map = hold(map);
     let present: StdMap<K, V> = map.iter().collect::<Result<_, _>>()?;
+    // Removed first, so that a map that is nearly full has room for what comes.
+    for key in present.keys().filter(|key| !wanted.contains_key(key)) {
+        let _gone_by_itself = map.remove(key);
+    }
     for (key, value) in wanted {
         if present.get(key) != Some(value) {
             map.insert(key, value, 0)?;
         }
-    }
-    for key in present.keys().filter(|key| !wanted.contains_key(key)) {
-        map.remove(key)?;
     }
     Ok(())
 }

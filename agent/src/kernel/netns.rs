@@ -34,7 +34,11 @@ impl Netns {
         let file = File::open(path)?;
         let inode = file.metadata()?.ino();
         let cookie = within(&file, cookie)??;
-        Ok(Self { file, cookie, inode })
+        Ok(Self {
+            file,
+            cookie,
+            inode,
+        })
     }
 
     /// The agent's own.
@@ -62,13 +66,21 @@ fn within<T>(namespace: &File, action: impl FnOnce() -> T) -> io::Result<T> {
         }
     };
     setns(namespace, CloneFlags::CLONE_NEWNET)?;
-    let result = action();
-    if let Err(error) = setns(home, CloneFlags::CLONE_NEWNET) {
-        // A thread in a pod's namespace would open the next pod's sockets there.
-        eprintln!("cannot return to the node's network namespace: {error}");
-        std::process::abort();
+    let _back = Return(home);
+    Ok(action())
+}
+
+/// Brings the thread home, also from a panic.
+struct Return<'a>(&'a File);
+
+impl Drop for Return<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = setns(self.0, CloneFlags::CLONE_NEWNET) {
+            // A thread in a pod's namespace would open the next pod's sockets there.
+            eprintln!("cannot return to the node's network namespace: {error}");
+            std::process::abort();
+        }
     }
-    Ok(result)
 }
 
 fn cookie() -> io::Result<u64> {
@@ -85,7 +97,11 @@ fn cookie() -> io::Result<u64> {
             &raw mut size,
         )
     };
-    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(cookie)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Inode of a process's network namespace.
@@ -97,7 +113,9 @@ pub fn namespace_inode(pid: i32) -> io::Result<u64> {
 pub fn addresses() -> io::Result<Vec<IpAddr>> {
     let mut all = Vec::new();
     for interface in nix::ifaddrs::getifaddrs()? {
-        let Some(address) = interface.address else { continue };
+        let Some(address) = interface.address else {
+            continue;
+        };
         let ip = if let Some(v4) = address.as_sockaddr_in() {
             IpAddr::V4(v4.ip())
         } else if let Some(v6) = address.as_sockaddr_in6() {

@@ -5,15 +5,12 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use super::{
     evaluate::{
-        Authorization, Denial, Facts, Match, Mode, Operation, Pattern, Permitted, PolicyRef,
-        Reach, Rule, Source, Verdict,
+        Authorization, Denial, Facts, Match, Mode, Operation, Pattern, Permitted, PolicyRef, Reach,
+        Rule, Source, Verdict,
     },
     schema::{self, Action, MtlsMode, PolicyObject, Resource, Selector},
 };
-use crate::{
-    identity::TrustDomain,
-    objects::Located,
-};
+use crate::{identity::TrustDomain, objects::Located};
 
 #[derive(Debug, thiserror::Error)]
 #[error("{path}:{line}: {kind} {name}: {message}", path = path.display())]
@@ -69,18 +66,39 @@ impl PolicySet {
                 PolicyObject::AuthorizationPolicy(p) => {
                     let name = p.metadata.name.clone();
                     let compiled = authorization(*p, mesh);
-                    ("AuthorizationPolicy", name, compiled.map(|a| set.authorizations.push(a)))
+                    (
+                        "AuthorizationPolicy",
+                        name,
+                        compiled.map(|a| set.authorizations.push(a)),
+                    )
                 }
                 PolicyObject::PeerAuthentication(p) => {
                     let name = p.metadata.name.clone();
                     let compiled = peer(*p, mesh);
-                    ("PeerAuthentication", name, compiled.map(|p| set.peers.extend(p)))
+                    (
+                        "PeerAuthentication",
+                        name,
+                        compiled.map(|p| set.peers.extend(p)),
+                    )
                 }
             };
-            result.map_err(|message| PolicyError { path, line, kind, name, message })?;
+            result.map_err(|message| PolicyError {
+                path,
+                line,
+                kind,
+                name,
+                message,
+            })?;
         }
         set.peers.sort_by(|a, b| {
-            let order = |p: &Peer| (p.level, p.created.is_none(), p.created.clone(), p.policy.name.clone());
+            let order = |p: &Peer| {
+                (
+                    p.level,
+                    p.created.is_none(),
+                    p.created.clone(),
+                    p.policy.name.clone(),
+                )
+            };
             order(a).cmp(&order(b))
         });
         Ok(set)
@@ -109,7 +127,9 @@ impl PolicySet {
         if let Some(rule) = selecting(Action::Deny).find_map(|a| a.matching(facts)) {
             return Verdict::Deny(Denial::Rule(rule));
         }
-        let Some(first) = selecting(Action::Allow).next() else { return Verdict::Allow(None) };
+        let Some(first) = selecting(Action::Allow).next() else {
+            return Verdict::Allow(None);
+        };
         match selecting(Action::Allow).find_map(|a| a.matching(facts)) {
             Some(rule) => Verdict::Allow(Some(rule)),
             None => Verdict::Deny(Denial::Implicit(first.policy.clone())),
@@ -127,21 +147,31 @@ impl PolicySet {
     /// For a probe of the node itself, which the kernel vouches for: no policy
     /// applies to it.
     pub fn probe() -> Permitted {
-        Permitted { by: None, _private: () }
+        Permitted {
+            by: None,
+            _private: (),
+        }
     }
 
     /// What the port accepts: the narrowest level that says anything; without any,
     /// both.
     fn mode(&self, facts: &Facts) -> Mode {
-        let reaching =
-            || self.peers.iter().filter(|p| p.reach.selects(&facts.namespace, &facts.labels));
+        let reaching = || {
+            self.peers
+                .iter()
+                .filter(|p| p.reach.selects(&facts.namespace, &facts.labels))
+        };
         // Per level only the winner counts, and the workload's winner has the ports.
         let winner = |level| reaching().find(|p| p.level == level);
         let workload = winner(Level::Workload);
         let on_port = workload.and_then(|p| Some((p, *p.ports.get(&facts.destination_port)?)));
         let levels = [Level::Workload, Level::Namespace, Level::Mesh];
         let whole = levels.into_iter().filter_map(winner).map(|p| (p, p.mode));
-        match on_port.into_iter().chain(whole).find(|(_, mode)| *mode != MtlsMode::Unset) {
+        match on_port
+            .into_iter()
+            .chain(whole)
+            .find(|(_, mode)| *mode != MtlsMode::Unset)
+        {
             Some((peer, MtlsMode::Strict)) => Mode::Strict(peer.policy.clone()),
             _ => Mode::Permissive,
         }
@@ -170,11 +200,16 @@ fn reach(policy: &PolicyRef, selector: Option<Selector>, mesh: &Mesh<'_>) -> Res
     let labels = selector.unwrap_or_default().match_labels;
     for (key, value) in &labels {
         if key.is_empty() || key.contains('*') || value.contains('*') {
-            return Err(format!("selector {key}: {value}: labels are matched exactly, without `*`"));
+            return Err(format!(
+                "selector {key}: {value}: labels are matched exactly, without `*`"
+            ));
         }
     }
     let root = policy.namespace == mesh.root_namespace;
-    Ok(Reach { namespace: (!root).then(|| policy.namespace.clone()), labels })
+    Ok(Reach {
+        namespace: (!root).then(|| policy.namespace.clone()),
+        labels,
+    })
 }
 
 fn authorization(
@@ -190,7 +225,9 @@ fn authorization(
         .rules
         .into_iter()
         .enumerate()
-        .map(|(index, rule)| compile_rule(rule, &policy.namespace, mesh).map_err(|e| format!("rules[{index}]: {e}")))
+        .map(|(index, rule)| {
+            compile_rule(rule, &policy.namespace, mesh).map_err(|e| format!("rules[{index}]: {e}"))
+        })
         .collect::<Result<_, _>>()?;
     Ok(Authorization {
         reach: reach(&policy, spec.selector, mesh)?,
@@ -206,16 +243,22 @@ fn compile_rule(rule: schema::Rule, namespace: &str, mesh: &Mesh<'_>) -> Result<
             entries
                 .into_iter()
                 .enumerate()
-                .map(|(i, f)| source(f.source, namespace, mesh).map_err(|e| format!("from[{i}].source: {e}")))
+                .map(|(i, f)| {
+                    source(f.source, namespace, mesh).map_err(|e| format!("from[{i}].source: {e}"))
+                })
                 .collect::<Result<_, _>>()?,
         ),
         None => None,
     };
     let to = rule.to.map(|entries| {
         let operation = |t: schema::To| {
-            let ports = |list: schema::List<schema::Port>| list.0.into_iter().map(|p| p.0).collect();
+            let ports =
+                |list: schema::List<schema::Port>| list.0.into_iter().map(|p| p.0).collect();
             Operation {
-                ports: Match { any: ports(t.operation.ports), none: ports(t.operation.not_ports) },
+                ports: Match {
+                    any: ports(t.operation.ports),
+                    none: ports(t.operation.not_ports),
+                },
             }
         };
         entries.into_iter().map(operation).collect()
@@ -241,7 +284,10 @@ fn source(source: schema::Source, namespace: &str, mesh: &Mesh<'_>) -> Result<So
         list.0.iter().map(|text| Pattern::parse(&text.0)).collect()
     };
     let principals = |list: schema::List<schema::Text>| -> Vec<Pattern> {
-        list.0.iter().flat_map(|text| principal(&text.0, mesh)).collect()
+        list.0
+            .iter()
+            .flat_map(|text| principal(&text.0, mesh))
+            .collect()
     };
     let accounts = |list: schema::List<schema::ServiceAccount>| -> Vec<(String, String)> {
         list.0
@@ -255,25 +301,37 @@ fn source(source: schema::Source, namespace: &str, mesh: &Mesh<'_>) -> Result<So
             any: principals(source.principals),
             none: principals(source.not_principals),
         },
-        namespaces: Match { any: patterns(source.namespaces), none: patterns(source.not_namespaces) },
+        namespaces: Match {
+            any: patterns(source.namespaces),
+            none: patterns(source.not_namespaces),
+        },
         service_accounts: Match {
             any: accounts(source.service_accounts),
             none: accounts(source.not_service_accounts),
         },
-        ip_blocks: Match { any: blocks(source.ip_blocks), none: blocks(source.not_ip_blocks) },
+        ip_blocks: Match {
+            any: blocks(source.ip_blocks),
+            none: blocks(source.not_ip_blocks),
+        },
     })
 }
 
 /// A principal of the local trust domain, of an alias or of `cluster.local` stands
 /// for the same account in all of {local, aliases} (Istio trust-domain migration).
 fn principal(text: &str, mesh: &Mesh<'_>) -> Vec<Pattern> {
-    let ours = || std::iter::once(mesh.trust_domain).chain(mesh.aliases).map(TrustDomain::as_str);
+    let ours = || {
+        std::iter::once(mesh.trust_domain)
+            .chain(mesh.aliases)
+            .map(TrustDomain::as_str)
+    };
     match text.split_once('/') {
         Some((domain, rest))
             if rest.split('/').count() == 4
                 && (domain == "cluster.local" || ours().any(|d| d == domain)) =>
         {
-            ours().map(|domain| Pattern::parse(&format!("{domain}/{rest}"))).collect()
+            ours()
+                .map(|domain| Pattern::parse(&format!("{domain}/{rest}")))
+                .collect()
         }
         _ => vec![Pattern::parse(text)],
     }
@@ -301,6 +359,17 @@ fn peer(
             return Ok(None);
         }
     };
-    let ports = spec.port_level_mtls.iter().map(|(port, mtls)| (port.0, mtls.mode)).collect();
-    Ok(Some(Peer { policy, level, reach, created, mode: spec.mtls.mode, ports }))
+    let ports = spec
+        .port_level_mtls
+        .iter()
+        .map(|(port, mtls)| (port.0, mtls.mode))
+        .collect();
+    Ok(Some(Peer {
+        policy,
+        level,
+        reach,
+        created,
+        mode: spec.mtls.mode,
+        ports,
+    }))
 }

@@ -113,7 +113,10 @@ pub(super) struct Reach {
 impl Reach {
     pub fn selects(&self, namespace: &str, labels: &BTreeMap<String, String>) -> bool {
         self.namespace.as_ref().is_none_or(|n| n == namespace)
-            && self.labels.iter().all(|(key, value)| labels.get(key) == Some(value))
+            && self
+                .labels
+                .iter()
+                .all(|(key, value)| labels.get(key) == Some(value))
     }
 }
 
@@ -147,7 +150,11 @@ pub(super) struct Match<T> {
 impl<T> Match<T> {
     /// An absent attribute fails every positive match and passes every negative one.
     fn accepts<V>(&self, value: Option<V>, fits: impl Fn(&T, &V) -> bool) -> bool {
-        let hit = |list: &[T]| value.as_ref().is_some_and(|v| list.iter().any(|t| fits(t, v)));
+        let hit = |list: &[T]| {
+            value
+                .as_ref()
+                .is_some_and(|v| list.iter().any(|t| fits(t, v)))
+        };
         (self.any.is_empty() || hit(&self.any)) && !hit(&self.none)
     }
 }
@@ -189,7 +196,10 @@ impl Authorization {
     /// The first rule that matches.
     pub fn matching(&self, facts: &Facts) -> Option<PolicyRef> {
         let rule = self.rules.iter().position(|rule| rule.matches(facts))?;
-        Some(PolicyRef { rule: Some(rule), ..self.policy.clone() })
+        Some(PolicyRef {
+            rule: Some(rule),
+            ..self.policy.clone()
+        })
     }
 }
 
@@ -204,17 +214,23 @@ impl Rule {
 impl Source {
     fn matches(&self, facts: &Facts) -> bool {
         let id = facts.source.as_ref();
-        self.principals.accepts(id.map(SpiffeId::principal), |p, v| p.fits(v))
-            && self.namespaces.accepts(id.map(|i| &i.namespace), |p, v| p.fits(v))
+        self.principals
+            .accepts(id.map(SpiffeId::principal), |p, v| p.fits(v))
+            && self
+                .namespaces
+                .accepts(id.map(|i| &i.namespace), |p, v| p.fits(v))
             && self.service_accounts.accepts(id, |(namespace, name), v| {
                 *namespace == v.namespace && *name == v.service_account
             })
-            && self.ip_blocks.accepts(Some(facts.source_ip), |net, ip| net.contains(ip))
+            && self
+                .ip_blocks
+                .accepts(Some(facts.source_ip), |net, ip| net.contains(ip))
     }
 }
 
 impl Operation {
     fn matches(&self, facts: &Facts) -> bool {
-        self.ports.accepts(Some(facts.destination_port), |a, b| a == b)
+        self.ports
+            .accepts(Some(facts.destination_port), |a, b| a == b)
     }
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de::Error as _};
 
-use crate::objects::{Head, Meta, Object, ignore};
+use crate::objects::{Head, Meta, Object};
 
 #[derive(Clone, Debug)]
 pub enum PolicyObject {
@@ -61,10 +61,12 @@ impl<'de> Deserialize<'de> for Action {
         match String::deserialize(from)?.as_str() {
             "ALLOW" => Ok(Self::Allow),
             "DENY" => Ok(Self::Deny),
-            other @ ("AUDIT" | "CUSTOM") => {
-                Err(D::Error::custom(format!("action {other} is not supported yet")))
-            }
-            other => Err(D::Error::custom(format!("`{other}` is no action; use ALLOW or DENY"))),
+            other @ ("AUDIT" | "CUSTOM") => Err(D::Error::custom(format!(
+                "action {other} is not supported yet"
+            ))),
+            other => Err(D::Error::custom(format!(
+                "`{other}` is no action; use ALLOW or DENY"
+            ))),
         }
     }
 }
@@ -179,7 +181,11 @@ impl TryFrom<String> for Text {
     type Error = &'static str;
 
     fn try_from(text: String) -> Result<Self, Self::Error> {
-        if text.is_empty() { Err("an empty string matches nothing") } else { Ok(Self(text)) }
+        if text.is_empty() {
+            Err("an empty string matches nothing")
+        } else {
+            Ok(Self(text))
+        }
     }
 }
 
@@ -209,7 +215,10 @@ impl TryFrom<String> for ServiceAccount {
                 "`{text}` is no service account; use `namespace/name` or `name`, without `*`"
             ));
         }
-        Ok(Self { namespace: namespace.map(str::to_owned), name: name.to_owned() })
+        Ok(Self {
+            namespace: namespace.map(str::to_owned),
+            name: name.to_owned(),
+        })
     }
 }
 
@@ -225,7 +234,9 @@ impl TryFrom<String> for Block {
         let net = text
             .parse::<IpNet>()
             .or_else(|_| text.parse::<std::net::IpAddr>().map(IpNet::from))
-            .map_err(|_| format!("`{text}` is no address or CIDR such as 10.0.0.0/8 or fd00::/8"))?;
+            .map_err(|_| {
+                format!("`{text}` is no address or CIDR such as 10.0.0.0/8 or fd00::/8")
+            })?;
         Ok(Self(net.trunc()))
     }
 }
@@ -242,7 +253,9 @@ impl TryFrom<String> for Port {
         let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         match text.parse() {
             Ok(port) if digits => Ok(Self(port)),
-            _ => Err(format!("`{text}` is no port; use a number from 0 to 65535, in quotes")),
+            _ => Err(format!(
+                "`{text}` is no port; use a number from 0 to 65535, in quotes"
+            )),
         }
     }
 }
@@ -282,7 +295,9 @@ impl TryFrom<String> for PortKey {
     fn try_from(text: String) -> Result<Self, String> {
         match text.parse() {
             Ok(port) if port > 0 => Ok(Self(port)),
-            _ => Err(format!("`{text}` is no workload port; use a number from 1 to 65535")),
+            _ => Err(format!(
+                "`{text}` is no workload port; use a number from 1 to 65535"
+            )),
         }
     }
 }
@@ -290,22 +305,33 @@ impl TryFrom<String> for PortKey {
 impl Object for PolicyObject {
     fn read<'de, D: Deserializer<'de>>(head: &Head, from: D) -> Result<Option<Self>, D::Error> {
         let ours = head.api_version.starts_with("security.istio.io/");
-        let version = matches!(head.api_version.as_str(), "security.istio.io/v1" | "security.istio.io/v1beta1");
+        let version = matches!(
+            head.api_version.as_str(),
+            "security.istio.io/v1" | "security.istio.io/v1beta1"
+        );
         if ours && !version {
-            let message = format!("{} is not served; use security.istio.io/v1", head.api_version);
+            let message = format!(
+                "{} is not served; use security.istio.io/v1",
+                head.api_version
+            );
             return Err(D::Error::custom(message));
         }
         match head.kind.as_str() {
-            "AuthorizationPolicy" if ours => Deserialize::deserialize(from)
-                .map(|p| Some(Self::AuthorizationPolicy(p))),
-            "PeerAuthentication" if ours => Deserialize::deserialize(from)
-                .map(|p| Some(Self::PeerAuthentication(p))),
-            kind if ours || head.api_version.starts_with("postern.dev/") => {
-                Err(D::Error::custom(format!("kind {kind} is not supported yet")))
+            "AuthorizationPolicy" if ours => {
+                Deserialize::deserialize(from).map(|p| Some(Self::AuthorizationPolicy(p)))
             }
-            _ => {
-                ignore(from)?;
-                Ok(None)
+            "PeerAuthentication" if ours => {
+                Deserialize::deserialize(from).map(|p| Some(Self::PeerAuthentication(p)))
+            }
+            kind if ours || head.api_version.starts_with("postern.dev/") => Err(D::Error::custom(
+                format!("kind {kind} is not supported yet"),
+            )),
+            // A policy under a misspelt apiVersion would be one that is not there.
+            kind => {
+                let version = &head.api_version;
+                let message =
+                    format!("{version} {kind} is no policy; this directory is for policies only");
+                Err(D::Error::custom(message))
             }
         }
     }
@@ -338,7 +364,9 @@ fn some_entries<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
 ) -> Result<Option<Vec<T>>, D::Error> {
     let entries = Vec::deserialize(from)?;
     if entries.is_empty() {
-        return Err(D::Error::custom("an empty list matches nothing; leave it out to match all"));
+        return Err(D::Error::custom(
+            "an empty list matches nothing; leave it out to match all",
+        ));
     }
     Ok(Some(entries))
 }
@@ -348,7 +376,9 @@ fn not_empty<'de, D: Deserializer<'de>, T: Deserialize<'de> + Fields>(
 ) -> Result<T, D::Error> {
     let entry = T::deserialize(from)?;
     if !entry.any() {
-        return Err(D::Error::custom("an entry without any field is ambiguous; leave it out"));
+        return Err(D::Error::custom(
+            "an entry without any field is ambiguous; leave it out",
+        ));
     }
     Ok(entry)
 }

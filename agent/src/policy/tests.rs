@@ -9,16 +9,24 @@ fn load(text: &str) -> Result<PolicySet, String> {
     let domain = TrustDomain::try_from("prod.example".to_owned()).expect("valid");
     let alias = TrustDomain::try_from("old.example".to_owned()).expect("valid");
     let objects = load_text(Path::new("p.yaml"), text).map_err(|e| e.to_string())?;
-    let mesh = Mesh { root_namespace: "istio-system", trust_domain: &domain, aliases: &[alias] };
+    let mesh = Mesh {
+        root_namespace: "istio-system",
+        trust_domain: &domain,
+        aliases: &[alias],
+    };
     PolicySet::compile(objects, &mesh).map_err(|e| e.to_string())
 }
 
 fn policy(namespace: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: {namespace}}}\nspec: {spec}\n"
+    )
 }
 
 fn peer(namespace: &str, name: &str, spec: &str) -> String {
-    format!("---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n")
+    format!(
+        "---\napiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: {name}, namespace: {namespace}}}\nspec: {spec}\n"
+    )
 }
 
 /// A connection to port 80 of a pod `app: web` in namespace `shop`.
@@ -41,15 +49,28 @@ fn allowed(text: &str, source: Option<&str>, ip: &str) -> bool {
 
 #[test]
 fn every_field_and_its_not_form() {
-    let from = |source: &str| policy("shop", &format!("{{rules: [{{from: [{{source: {source}}}]}}]}}"));
-    let to = |op: &str| policy("shop", &format!("{{rules: [{{to: [{{operation: {op}}}]}}]}}"));
+    let from = |source: &str| {
+        policy(
+            "shop",
+            &format!("{{rules: [{{from: [{{source: {source}}}]}}]}}"),
+        )
+    };
+    let to = |op: &str| {
+        policy(
+            "shop",
+            &format!("{{rules: [{{to: [{{operation: {op}}}]}}]}}"),
+        )
+    };
     for (text, expected) in [
         (from("{principals: [prod.example/ns/shop/sa/cart]}"), true),
         (from("{principals: [prod.example/ns/shop/sa/car]}"), false),
         (from("{principals: [cluster.local/ns/shop/sa/cart]}"), true),
         (from("{principals: [old.example/ns/shop/sa/cart]}"), true),
         (from("{principals: [else.example/ns/shop/sa/cart]}"), false),
-        (from("{principals: ['spiffe://prod.example/ns/shop/sa/cart']}"), false),
+        (
+            from("{principals: ['spiffe://prod.example/ns/shop/sa/cart']}"),
+            false,
+        ),
         (from("{principals: ['prod.example/ns/shop/*']}"), true),
         (from("{principals: ['*/sa/cart']}"), true),
         (from("{principals: ['*']}"), true),
@@ -73,11 +94,20 @@ fn every_field_and_its_not_form() {
         (to("{notPorts: ['80']}"), false),
         (policy("shop", "{}"), false),
         (policy("shop", "{rules: [{}]}"), true),
-        (policy("shop", "{selector: {matchLabels: {app: web}}, rules: []}"), false),
-        (policy("shop", "{selector: {matchLabels: {app: db}}, rules: []}"), true),
+        (
+            policy("shop", "{selector: {matchLabels: {app: web}}, rules: []}"),
+            false,
+        ),
+        (
+            policy("shop", "{selector: {matchLabels: {app: db}}, rules: []}"),
+            true,
+        ),
         (policy("other", "{}"), true),
         (policy("istio-system", "{}"), false),
-        (policy("istio-system", "{selector: {matchLabels: {app: web}}}"), false),
+        (
+            policy("istio-system", "{selector: {matchLabels: {app: web}}}"),
+            false,
+        ),
     ] {
         assert_eq!(allowed(&text, CART, "10.1.2.3"), expected, "{text}");
     }
@@ -87,8 +117,10 @@ fn every_field_and_its_not_form() {
 fn plaintext_fails_positive_and_passes_negative_matches() {
     let allow_any = policy("shop", "{rules: [{from: [{source: {principals: ['*']}}]}]}");
     assert!(!allowed(&allow_any, None, "10.1.2.3"));
-    let deny_plain =
-        policy("shop", "{action: DENY, rules: [{from: [{source: {notPrincipals: ['*']}}]}]}");
+    let deny_plain = policy(
+        "shop",
+        "{action: DENY, rules: [{from: [{source: {notPrincipals: ['*']}}]}]}",
+    );
     assert!(!allowed(&deny_plain, None, "10.1.2.3"));
     assert!(allowed(&deny_plain, CART, "10.1.2.3"));
 }
@@ -96,12 +128,20 @@ fn plaintext_fails_positive_and_passes_negative_matches() {
 #[test]
 fn deny_comes_before_allow_and_the_verdict_names_the_rule() {
     let text = policy("shop", "{rules: [{}]}")
-        + &policy("istio-system", "{action: DENY, rules: [{to: [{operation: {ports: ['1']}}]}, {from: [{source: {namespaces: [shop]}}]}]}");
-    let Verdict::Deny(denial) = load(&text).expect("loads").evaluate(&facts(CART, "10.0.0.1"))
+        + &policy(
+            "istio-system",
+            "{action: DENY, rules: [{to: [{operation: {ports: ['1']}}]}, {from: [{source: {namespaces: [shop]}}]}]}",
+        );
+    let Verdict::Deny(denial) = load(&text)
+        .expect("loads")
+        .evaluate(&facts(CART, "10.0.0.1"))
     else {
         panic!("allowed")
     };
-    assert_eq!(denial.to_string(), "denied by AuthorizationPolicy istio-system/p rule 1");
+    assert_eq!(
+        denial.to_string(),
+        "denied by AuthorizationPolicy istio-system/p rule 1"
+    );
 }
 
 #[test]
@@ -111,15 +151,70 @@ fn the_narrowest_peer_authentication_decides() {
     for (text, expected) in [
         (String::new(), true),
         (peer("istio-system", "m", strict), false),
-        (peer("istio-system", "m", strict) + &peer("shop", "n", "{mtls: {mode: PERMISSIVE}}"), true),
-        (peer("istio-system", "m", strict) + &peer("shop", "n", "{mtls: {mode: DISABLE}}"), true),
-        (peer("istio-system", "m", strict) + &peer("shop", "n", "{}"), false),
-        (peer("shop", "n", strict) + &peer("shop", "w", &format!("{{{web}, mtls: {{mode: PERMISSIVE}}}}")), true),
-        (peer("shop", "w", &format!("{{{web}, mtls: {{mode: STRICT}}, portLevelMtls: {{80: {{mode: DISABLE}}}}}}")), true),
-        (peer("shop", "w", &format!("{{{web}, portLevelMtls: {{'80': {{mode: STRICT}}}}}}")), false),
-        (peer("shop", "w", &format!("{{{web}, portLevelMtls: {{81: {{mode: STRICT}}}}}}")), true),
-        (peer("shop", "n", strict) + &peer("shop", "w", &format!("{{{web}, portLevelMtls: {{80: {{mode: UNSET}}}}}}")), false),
-        (peer("istio-system", "m", &format!("{{{web}, mtls: {{mode: STRICT}}}}")), true),
+        (
+            peer("istio-system", "m", strict) + &peer("shop", "n", "{mtls: {mode: PERMISSIVE}}"),
+            true,
+        ),
+        (
+            peer("istio-system", "m", strict) + &peer("shop", "n", "{mtls: {mode: DISABLE}}"),
+            true,
+        ),
+        (
+            peer("istio-system", "m", strict) + &peer("shop", "n", "{}"),
+            false,
+        ),
+        (
+            peer("shop", "n", strict)
+                + &peer(
+                    "shop",
+                    "w",
+                    &format!("{{{web}, mtls: {{mode: PERMISSIVE}}}}"),
+                ),
+            true,
+        ),
+        (
+            peer(
+                "shop",
+                "w",
+                &format!(
+                    "{{{web}, mtls: {{mode: STRICT}}, portLevelMtls: {{80: {{mode: DISABLE}}}}}}"
+                ),
+            ),
+            true,
+        ),
+        (
+            peer(
+                "shop",
+                "w",
+                &format!("{{{web}, portLevelMtls: {{'80': {{mode: STRICT}}}}}}"),
+            ),
+            false,
+        ),
+        (
+            peer(
+                "shop",
+                "w",
+                &format!("{{{web}, portLevelMtls: {{81: {{mode: STRICT}}}}}}"),
+            ),
+            true,
+        ),
+        (
+            peer("shop", "n", strict)
+                + &peer(
+                    "shop",
+                    "w",
+                    &format!("{{{web}, portLevelMtls: {{80: {{mode: UNSET}}}}}}"),
+                ),
+            false,
+        ),
+        (
+            peer(
+                "istio-system",
+                "m",
+                &format!("{{{web}, mtls: {{mode: STRICT}}}}"),
+            ),
+            true,
+        ),
         (peer("other", "n", strict), true),
     ] {
         assert_eq!(allowed(&text, None, "10.0.0.1"), expected, "{text}");
@@ -131,26 +226,88 @@ fn the_narrowest_peer_authentication_decides() {
 fn what_cannot_be_enforced_is_refused_by_name() {
     let rule = |inner: &str| policy("shop", &format!("{{rules: [{inner}]}}"));
     for (text, parts) in [
-        (rule("{to: [{operation: {methods: [GET]}}]}"), ["p.yaml:5", "methods"]),
-        (rule("{from: [{source: {requestPrincipals: ['*']}}]}"), ["p.yaml:5", "requestPrincipals"]),
-        (rule("{when: [{key: source.ip, values: [10.0.0.1]}]}"), ["when", "not supported yet"]),
+        (
+            rule("{to: [{operation: {methods: [GET]}}]}"),
+            ["p.yaml:5", "methods"],
+        ),
+        (
+            rule("{from: [{source: {requestPrincipals: ['*']}}]}"),
+            ["p.yaml:5", "requestPrincipals"],
+        ),
+        (
+            rule("{when: [{key: source.ip, values: [10.0.0.1]}]}"),
+            ["when", "not supported yet"],
+        ),
         (rule("{form: []}"), ["p.yaml:5", "form"]),
         (rule("{from: []}"), ["from", "empty list"]),
-        (rule("{from: [{source: {}}]}"), ["source", "without any field"]),
-        (rule("{from: [{source: {ipBlocks: [10.0.0.0/33]}}]}"), ["ipBlocks[0]", "10.0.0.0/33"]),
-        (rule("{from: [{source: {namespaces: ['']}}]}"), ["namespaces[0]", "empty"]),
-        (rule("{from: [{source: {serviceAccounts: ['a/b/c']}}]}"), ["serviceAccounts[0]", "a/b/c"]),
-        (rule("{from: [{source: {serviceAccounts: [a], namespaces: [b]}}]}"), ["rules[0]", "beside"]),
-        (rule("{to: [{operation: {ports: ['70000']}}]}"), ["ports[0]", "70000"]),
-        (policy("shop", "{action: DENY}"), ["p.yaml:2", "DENY without rules"]),
-        (policy("shop", "{action: AUDIT, rules: [{}]}"), ["action", "AUDIT"]),
-        (policy("shop", "{targetRefs: [{kind: Service, name: x}]}"), ["targetRefs", "not supported"]),
-        (policy("shop", "{selector: {matchLabels: {app: 'w*'}}}"), ["selector", "exactly"]),
-        (peer("shop", "p", "{mtls: {mode: LOOSE}}"), ["mtls.mode", "LOOSE"]),
-        (peer("shop", "p", "{portLevelMtls: {80: {mode: STRICT}}}"), ["portLevelMtls", "selector"]),
-        (peer("shop", "p", "{mtls: {}, portLevelMtls: {0: {}}}"), ["portLevelMtls", "65535"]),
-        (policy("shop", "{}").replace("AuthorizationPolicy", "RequestAuthentication"), ["RequestAuthentication", "not supported yet"]),
-        (policy("shop", "{}").replace("/v1\n", "/v2\n"), ["security.istio.io/v2", "use security.istio.io/v1"]),
+        (
+            rule("{from: [{source: {}}]}"),
+            ["source", "without any field"],
+        ),
+        (
+            rule("{from: [{source: {ipBlocks: [10.0.0.0/33]}}]}"),
+            ["ipBlocks[0]", "10.0.0.0/33"],
+        ),
+        (
+            rule("{from: [{source: {namespaces: ['']}}]}"),
+            ["namespaces[0]", "empty"],
+        ),
+        (
+            rule("{from: [{source: {serviceAccounts: ['a/b/c']}}]}"),
+            ["serviceAccounts[0]", "a/b/c"],
+        ),
+        (
+            rule("{from: [{source: {serviceAccounts: [a], namespaces: [b]}}]}"),
+            ["rules[0]", "beside"],
+        ),
+        (
+            rule("{to: [{operation: {ports: ['70000']}}]}"),
+            ["ports[0]", "70000"],
+        ),
+        (
+            policy("shop", "{action: DENY}"),
+            ["p.yaml:2", "DENY without rules"],
+        ),
+        (
+            policy("shop", "{action: AUDIT, rules: [{}]}"),
+            ["action", "AUDIT"],
+        ),
+        (
+            policy("shop", "{targetRefs: [{kind: Service, name: x}]}"),
+            ["targetRefs", "not supported"],
+        ),
+        (
+            policy("shop", "{selector: {matchLabels: {app: 'w*'}}}"),
+            ["selector", "exactly"],
+        ),
+        (
+            peer("shop", "p", "{mtls: {mode: LOOSE}}"),
+            ["mtls.mode", "LOOSE"],
+        ),
+        (
+            peer("shop", "p", "{portLevelMtls: {80: {mode: STRICT}}}"),
+            ["portLevelMtls", "selector"],
+        ),
+        (
+            peer("shop", "p", "{mtls: {}, portLevelMtls: {0: {}}}"),
+            ["portLevelMtls", "65535"],
+        ),
+        (
+            policy("shop", "{}").replace("AuthorizationPolicy", "RequestAuthentication"),
+            ["RequestAuthentication", "not supported yet"],
+        ),
+        (
+            policy("shop", "{}").replace("security.istio.io", "security.istoi.io"),
+            ["security.istoi.io/v1", "is no policy"],
+        ),
+        (
+            policy("shop", "{}").replace("namespace:", "namepsace:"),
+            ["p.yaml:4", "namepsace"],
+        ),
+        (
+            policy("shop", "{}").replace("/v1\n", "/v2\n"),
+            ["security.istio.io/v2", "use security.istio.io/v1"],
+        ),
     ] {
         let error = load(&text).expect_err(&text);
         for part in parts {

@@ -3,12 +3,17 @@
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     sync::{Arc, Mutex},
 };
 
 use tokio::sync::oneshot;
 
-use crate::policy::{Denial, Facts, PolicySet, Verdict};
+use super::LocalPod;
+use crate::{
+    identity::SpiffeId,
+    policy::{Denial, Facts, PolicySet, Verdict},
+};
 
 #[derive(Clone, Default)]
 pub struct Connections(Arc<Mutex<Live>>);
@@ -16,7 +21,22 @@ pub struct Connections(Arc<Mutex<Live>>);
 #[derive(Default)]
 struct Live {
     next: u64,
-    open: HashMap<u64, (Facts, oneshot::Sender<Denial>)>,
+    open: HashMap<u64, (Subject, oneshot::Sender<Denial>)>,
+}
+
+/// What a connection is judged by. The pod's labels are those that it has by then.
+struct Subject {
+    pod: Arc<LocalPod>,
+    source: Option<SpiffeId>,
+    source_ip: IpAddr,
+    port: u16,
+}
+
+impl Subject {
+    fn facts(&self) -> Facts {
+        self.pod
+            .facts(self.source.clone(), self.source_ip, self.port)
+    }
 }
 
 /// A connection's place among the live ones; dropped at its end.
@@ -28,13 +48,23 @@ pub struct Registered {
 
 impl Connections {
     /// To be called before the connection is judged: policy may change in between.
-    pub fn register(&self, facts: Facts) -> Registered {
+    pub fn register(&self, pod: Arc<LocalPod>, facts: &Facts) -> Registered {
+        let subject = Subject {
+            pod,
+            source: facts.source.clone(),
+            source_ip: facts.source_ip,
+            port: facts.destination_port,
+        };
         let (sender, ended) = oneshot::channel();
         let mut live = self.0.lock().expect("no panic while it is held");
         live.next += 1;
         let id = live.next;
-        live.open.insert(id, (facts, sender));
-        Registered { id, all: self.clone(), ended }
+        live.open.insert(id, (subject, sender));
+        Registered {
+            id,
+            all: self.clone(),
+            ended,
+        }
     }
 
     /// Judges all anew and ends those that are denied now; says how many.
@@ -43,10 +73,12 @@ impl Connections {
         let denied: Vec<(u64, Denial)> = live
             .open
             .iter()
-            .filter_map(|(id, (facts, _))| match policies.evaluate(facts) {
-                Verdict::Deny(denial) => Some((*id, denial)),
-                Verdict::Allow(_) => None,
-            })
+            .filter_map(
+                |(id, (subject, _))| match policies.evaluate(&subject.facts()) {
+                    Verdict::Deny(denial) => Some((*id, denial)),
+                    Verdict::Allow(_) => None,
+                },
+            )
             .collect();
         let count = denied.len();
         for (id, denial) in denied {
@@ -78,6 +110,11 @@ impl Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.all.0.lock().expect("no panic while it is held").open.remove(&self.id);
+        self.all
+            .0
+            .lock()
+            .expect("no panic while it is held")
+            .open
+            .remove(&self.id);
     }
 }

@@ -24,11 +24,11 @@ use super::{
     outbound,
 };
 use crate::{
+    identity::IdentityError,
     kernel::{
         CgroupMount, Kernel, KernelError, Netns, PodDirs, Pods, cgroup_id, find_pods_roots,
         namespace_inode, netns_addresses, processes,
     },
-    identity::IdentityError,
     lifecycle::Watcher,
     telemetry::LocalWorkload,
     workload::{Table, Workload},
@@ -38,14 +38,19 @@ const BACKLOG: i32 = 4_096;
 
 #[derive(Debug, thiserror::Error)]
 enum EnrolError {
-    #[error("no process of it is in a network namespace of its own yet")]
+    #[error("no process of it is in a network namespace with its address yet")]
     NoNamespace,
     #[error("its cgroup is not there yet")]
     NoCgroup,
     #[error("it has no address yet")]
     NoAddress,
+    #[error("host-network pods are told by their cgroup v2, and it is in cgroup v1 only")]
+    HostNetworkOnV1,
     #[error("cannot listen on {address} in its network namespace: {source}")]
-    Listen { address: SocketAddr, source: io::Error },
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
     #[error("its network namespace: {0}")]
     Netns(#[source] io::Error),
     #[error(transparent)]
@@ -57,7 +62,12 @@ enum EnrolError {
 impl EnrolError {
     /// Whether time alone will help.
     fn passes(&self) -> bool {
-        matches!(self, Self::NoNamespace | Self::NoCgroup | Self::NoAddress)
+        match self {
+            Self::NoNamespace | Self::NoCgroup | Self::NoAddress => true,
+            // Listeners of the same pod under another identity are just being closed.
+            Self::Listen { source, .. } => source.kind() == io::ErrorKind::AddrInUse,
+            _ => false,
+        }
     }
 }
 
@@ -69,6 +79,8 @@ pub struct Enroller {
     node: Netns,
     pods: Pods,
     enrolled: HashMap<String, Enrolled>,
+    /// Which pod an address of `LISTENERS` was entered for.
+    owners: HashMap<IpAddr, String>,
     /// The listener that all host-network pods share.
     host: Option<Tasks>,
     drain: Watcher,
@@ -125,6 +137,7 @@ impl Enroller {
             node: Netns::own()?,
             pods: Pods::default(),
             enrolled: HashMap::new(),
+            owners: HashMap::new(),
             host: None,
             drain,
         })
@@ -136,7 +149,9 @@ impl Enroller {
 
     /// Looks for the pods' directories again, and returns them.
     pub fn find_pods(&mut self) -> &Pods {
-        self.pods = Pods { roots: find_pods_roots(&self.mounts, self.below.as_deref()) };
+        self.pods = Pods {
+            roots: find_pods_roots(&self.mounts, self.below.as_deref()),
+        };
         &self.pods
     }
 
@@ -144,31 +159,41 @@ impl Enroller {
     pub fn reconcile(&mut self, table: &Table) -> Result<Outcome, KernelError> {
         let dirs = self.pods.scan();
         let (mut by_netns, mut by_cgroup) = (HashMap::new(), HashMap::new());
-        let mut outcome = Outcome { workloads: Vec::new(), waiting: false };
-        let mut keep = HashSet::new();
-        let node = self.proxy.audit.clone();
-        for workload in table.workloads.iter().filter(|w| w.node == node.node()) {
+        let mut outcome = Outcome {
+            workloads: Vec::new(),
+            waiting: false,
+        };
+        let mut disabled = HashSet::new();
+        let audit = self.proxy.audit.clone();
+        for workload in table.workloads.iter().filter(|w| w.node == audit.node()) {
             let dirs = dirs.get(&workload.uid);
-            let known = postern_ebpf::Workload { enrolled: u32::from(workload.enrolled), _pad: 0 };
-            let result = if workload.enrolled {
-                self.enrol(workload, dirs).map(|pod| Some(pod.netns.cookie))
-            } else {
-                self.namespace(workload, dirs).map(|netns| Some(netns.cookie))
+            let known = postern_ebpf::Workload {
+                enrolled: u32::from(workload.enrolled),
+                _pad: 0,
             };
-            // A pod that cannot be enrolled is not made known: it stays refused.
-            let state = match &result {
+            let result = if workload.enrolled {
+                self.enrol(workload, dirs, table)
+                    .map(|pod| pod.netns.cookie)
+            } else {
+                disabled.insert(workload.uid.clone());
+                self.namespace(workload, dirs).map(|netns| netns.cookie)
+            };
+            let state = match result {
                 Ok(cookie) => {
-                    for (dir, v2) in dirs.into_iter().flatten() {
-                        if *v2 && let Ok(id) = cgroup_id(dir) {
-                            by_cgroup.insert(id, known);
-                        }
+                    for (dir, _) in dirs.into_iter().flatten().filter(|(_, v2)| *v2) {
+                        by_cgroup.extend(cgroup_id(dir).map(|id| (id, known)));
                     }
-                    if let Some(cookie) = cookie.filter(|_| !workload.host_network) {
+                    if !workload.host_network {
                         by_netns.insert(cookie, known);
                     }
-                    keep.insert(workload.uid.clone());
-                    if workload.enrolled { "enrolled".to_owned() } else { "disabled".to_owned() }
+                    if workload.enrolled {
+                        "enrolled".to_owned()
+                    } else {
+                        "disabled".to_owned()
+                    }
                 }
+                // Not made known: what it dials is refused, and what is handed over
+                // stays handed over, until this passes.
                 Err(error) => {
                     outcome.waiting |= error.passes();
                     if !error.passes() {
@@ -184,31 +209,61 @@ impl Enroller {
                 state,
             });
         }
-        let disabled = |uid: &String| {
-            table.workloads.iter().any(|w| &w.uid == uid && !w.enrolled)
-        };
+        // A pod leaves when it is told to or when it is gone. That its object is gone,
+        // or cannot be used, does not open it.
         let leaving: Vec<String> = self
             .enrolled
             .keys()
-            .filter(|uid| !keep.contains(*uid) || disabled(uid))
+            .filter(|uid| disabled.contains(*uid) || !dirs.contains_key(*uid))
             .cloned()
             .collect();
+        // New pods are carried before the kernel steers them, and those that leave
+        // until it no longer does.
+        self.publish();
         self.proxy.kernel.set_workloads(&by_netns, &by_cgroup)?;
         for uid in leaving {
-            if let Some(gone) = self.enrolled.remove(&uid) {
-                self.proxy.kernel.detach_lookup(gone.pod.netns.cookie);
-                tracing::info!(pod = gone.pod.workload.load().name, "left the mesh");
+            if let Some(gone) = self.remove(&uid) {
+                tracing::info!(pod = gone.workload.load().name, "left the mesh");
             }
         }
-        let pods = self.enrolled.values().map(|e| (e.pod.clone(), e.cgroup));
-        self.proxy.pods.store(Arc::new(LocalPods::new(pods)));
-        self.proxy.metrics.enrolled.set(self.enrolled.len() as i64);
+        self.publish();
         Ok(outcome)
     }
 
-    /// Removes the look-ups that an earlier agent left for pods that are gone.
+    fn publish(&self) {
+        let pods = self.enrolled.values().map(|e| (e.pod.clone(), e.cgroup));
+        self.proxy.pods.store(Arc::new(LocalPods::new(pods)));
+        self.proxy.metrics.enrolled.set(self.enrolled.len() as i64);
+    }
+
+    /// Gives a pod's inbound connections back to itself.
+    fn remove(&mut self, uid: &str) -> Option<Arc<LocalPod>> {
+        let gone = self.enrolled.remove(uid)?;
+        self.proxy.kernel.detach_lookup(gone.pod.netns.cookie);
+        for address in gone.serving.iter().flat_map(|serving| &serving.addresses) {
+            // It may be another pod's by now.
+            if self.owners.get(address).is_some_and(|owner| owner == uid) {
+                self.owners.remove(address);
+                self.proxy.kernel.remove_listener(*address);
+            }
+        }
+        Some(gone.pod)
+    }
+
+    /// Removes the look-ups that an earlier agent left for pods that are gone. Those of
+    /// pods that are there but could not be enrolled stay: they fail closed.
     pub fn forget_strangers(&self) {
-        let cookies: Vec<u64> = self.enrolled.values().map(|e| e.pod.netns.cookie).collect();
+        let mut cookies: Vec<u64> = self.enrolled.values().map(|e| e.pod.netns.cookie).collect();
+        for pid in self
+            .pods
+            .scan()
+            .values()
+            .flatten()
+            .flat_map(|(dir, _)| processes(dir))
+        {
+            cookies
+                .extend(Netns::open(Path::new(&format!("/proc/{pid}/ns/net"))).map(|n| n.cookie));
+        }
         self.proxy.kernel.keep_lookups(&cookies);
     }
 
@@ -216,45 +271,66 @@ impl Enroller {
         &mut self,
         workload: &Arc<Workload>,
         dirs: Option<&PodDirs>,
+        table: &Table,
     ) -> Result<Arc<LocalPod>, EnrolError> {
         let cgroup = dirs
             .and_then(|dirs| dirs.iter().find(|(_, v2)| *v2))
             .and_then(|(dir, _)| cgroup_id(dir).ok());
+        if workload.host_network && dirs.is_some() && cgroup.is_none() {
+            return Err(EnrolError::HostNetworkOnV1);
+        }
         let identity = workload.identity(&self.proxy.trust_domains[0]);
-        if workload.addresses.is_empty() {
-            return Err(EnrolError::NoAddress);
-        }
         let netns = self.namespace(workload, dirs)?;
-        if let Some(enrolled) = self.enrolled.get_mut(&workload.uid) {
-            // A restarted sandbox has a new namespace: another pod, to all effects.
-            let same = enrolled.pod.netns.inode == netns.inode
+        let same = self.enrolled.get(&workload.uid).is_some_and(|enrolled| {
+            enrolled.pod.netns.inode == netns.inode
                 && *enrolled.pod.identity() == identity
-                && enrolled.pod.workload.load().host_network == workload.host_network;
-            if same {
-                enrolled.pod.workload.store(workload.clone());
-                enrolled.cgroup = cgroup;
-                if let Some(serving) = &mut enrolled.serving {
-                    serving.update_addresses(&enrolled.pod, &self.proxy.kernel)?;
-                }
-                return Ok(enrolled.pod.clone());
-            }
-            self.enrolled.remove(&workload.uid);
+                && enrolled.serving.is_none() == workload.host_network
+        });
+        if !same {
+            // A restarted sandbox has a new namespace: another pod, to all effects.
+            self.remove(&workload.uid);
+            let credentials = self.identities.get(&identity)?;
+            let pod = Arc::new(LocalPod::new(workload.clone(), netns.clone(), credentials));
+            let serving = if workload.host_network {
+                self.serve_host()?;
+                None
+            } else {
+                Some(self.serve(&pod)?)
+            };
+            tracing::info!(pod = workload.name, namespace = workload.namespace, %identity, "in the mesh");
+            self.enrolled.insert(
+                workload.uid.clone(),
+                Enrolled {
+                    pod,
+                    cgroup,
+                    serving,
+                },
+            );
         }
-        let credentials = self.identities.get(&identity)?;
-        let pod = Arc::new(LocalPod::new(workload.clone(), netns, credentials));
-        let serving = if workload.host_network {
-            self.serve_host()?;
-            None
-        } else {
-            Some(self.serve(&pod)?)
-        };
-        let enrolled = Enrolled { pod: pod.clone(), cgroup, serving };
-        tracing::info!(pod = workload.name, namespace = workload.namespace, %identity, "in the mesh");
-        self.enrolled.insert(workload.uid.clone(), enrolled);
-        Ok(pod)
+        let enrolled = self
+            .enrolled
+            .get_mut(&workload.uid)
+            .expect("inserted above");
+        enrolled.cgroup = cgroup;
+        enrolled.pod.workload.store(workload.clone());
+        if let Some(serving) = &mut enrolled.serving {
+            serving.update_addresses(
+                workload,
+                &netns,
+                table,
+                &mut self.owners,
+                &self.proxy.kernel,
+            )?;
+            if !same {
+                self.proxy.kernel.attach_lookup(&netns)?;
+            }
+        }
+        Ok(enrolled.pod.clone())
     }
 
-    /// The pod's network namespace, by any process in its cgroup.
+    /// The pod's network namespace: that of any process in its cgroup which has one of
+    /// the pod's addresses. (A process may sit in a namespace of its own making, or
+    /// in another pod's.)
     fn namespace(
         &self,
         workload: &Workload,
@@ -268,21 +344,39 @@ impl Enroller {
                 None => Netns::own().map(Arc::new).map_err(EnrolError::Netns),
             };
         }
+        if workload.addresses.is_empty() {
+            return Err(EnrolError::NoAddress);
+        }
+        let mut inodes = HashMap::new();
         for pid in dirs.iter().flat_map(|(dir, _)| processes(dir)) {
             // A container's first process is in the node's namespace for a moment.
-            let Ok(inode) = namespace_inode(pid) else { continue };
-            if inode == self.node.inode {
+            if let Ok(inode) = namespace_inode(pid)
+                && inode != self.node.inode
+            {
+                inodes.entry(inode).or_insert(pid);
+            }
+        }
+        if let Some(netns) = before
+            && (inodes.is_empty() || inodes.contains_key(&netns.inode))
+        {
+            // Between two containers a pod may have no process.
+            return Ok(netns.clone());
+        }
+        for pid in inodes.values() {
+            let Ok(netns) = Netns::open(Path::new(&format!("/proc/{pid}/ns/net"))) else {
                 continue;
-            }
-            if let Some(netns) = before.filter(|netns| netns.inode == inode) {
-                return Ok(netns.clone());
-            }
-            if let Ok(netns) = Netns::open(Path::new(&format!("/proc/{pid}/ns/net"))) {
+            };
+            let Ok(Ok(addresses)) = netns.run(netns_addresses) else {
+                continue;
+            };
+            if addresses
+                .iter()
+                .any(|address| workload.addresses.contains(address))
+            {
                 return Ok(Arc::new(netns));
             }
         }
-        // Between two containers a pod may have no process.
-        before.cloned().ok_or(EnrolError::NoNamespace)
+        Err(EnrolError::NoNamespace)
     }
 
     fn serve(&self, pod: &Arc<LocalPod>) -> Result<Serving, EnrolError> {
@@ -292,17 +386,27 @@ impl Enroller {
         let hbone = listen(netns, HBONE_PORT)?;
         let (proxy, drain) = (self.proxy.clone(), self.drain.clone());
         let to = pod.clone();
-        tasks.0.push(accept(async_listener(&plain)?, drain.clone(), move |stream, client, drain| {
-            inbound::plaintext(proxy.clone(), to.clone(), stream, client, drain)
-        }));
+        tasks.0.push(accept(
+            async_listener(&plain)?,
+            drain.clone(),
+            move |stream, client, drain| {
+                inbound::plaintext(proxy.clone(), to.clone(), stream, client, drain)
+            },
+        ));
         let (proxy, to) = (self.proxy.clone(), pod.clone());
-        tasks.0.push(accept(async_listener(&hbone)?, drain, move |stream, client, drain| {
-            inbound::tunnel(proxy.clone(), to.clone(), stream, client, drain)
-        }));
-        let mut serving = Serving { _tasks: tasks, plain, hbone, addresses: HashSet::new() };
-        serving.update_addresses(pod, &self.proxy.kernel)?;
-        self.proxy.kernel.attach_lookup(netns)?;
-        Ok(serving)
+        tasks.0.push(accept(
+            async_listener(&hbone)?,
+            drain,
+            move |stream, client, drain| {
+                inbound::tunnel(proxy.clone(), to.clone(), stream, client, drain)
+            },
+        ));
+        Ok(Serving {
+            _tasks: tasks,
+            plain,
+            hbone,
+            addresses: HashSet::new(),
+        })
     }
 
     fn serve_host(&mut self) -> Result<(), EnrolError> {
@@ -313,25 +417,33 @@ impl Enroller {
     }
 
     /// Loopback listeners that the connect hooks steer to.
-    fn listen_outbound(
-        &self,
-        netns: &Netns,
-    ) -> Result<Vec<tokio::task::AbortHandle>, EnrolError> {
+    fn listen_outbound(&self, netns: &Netns) -> Result<Vec<tokio::task::AbortHandle>, EnrolError> {
         let mut tasks = Vec::new();
         let cookie = netns.cookie;
-        for ip in [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)] {
+        for ip in [
+            IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ] {
             let address = SocketAddr::new(ip, OUTBOUND_PORT);
             let socket = match bind(netns, address) {
                 Ok(socket) => socket,
                 // No IPv6 in this namespace: nothing can be dialled by it either.
-                Err(source) if ip.is_ipv6() && source.raw_os_error() == Some(libc::EADDRNOTAVAIL) => continue,
+                Err(source)
+                    if ip.is_ipv6() && source.raw_os_error() == Some(libc::EADDRNOTAVAIL) =>
+                {
+                    continue;
+                }
                 Err(source) => return Err(EnrolError::Listen { address, source }),
             };
             let proxy = self.proxy.clone();
             let listener = async_listener(&socket)?;
-            tasks.push(accept(listener, self.drain.clone(), move |stream, client, drain| {
-                outbound::carry(proxy.clone(), cookie, stream, client, drain)
-            }));
+            tasks.push(accept(
+                listener,
+                self.drain.clone(),
+                move |stream, client, drain| {
+                    outbound::carry(proxy.clone(), cookie, stream, client, drain)
+                },
+            ));
         }
         Ok(tasks)
     }
@@ -339,14 +451,37 @@ impl Enroller {
 
 impl Serving {
     /// Enters the pod's addresses: those of its object and all that its interfaces
-    /// have (link-local, secondary networks). What is not entered is dropped.
-    fn update_addresses(&mut self, pod: &LocalPod, kernel: &Kernel) -> Result<(), EnrolError> {
-        let found = pod.netns.run(netns_addresses).and_then(|r| r).map_err(EnrolError::Netns)?;
-        let workload = pod.workload.load();
-        for address in found.into_iter().chain(workload.addresses.iter().copied()) {
-            if self.addresses.insert(address) {
+    /// have (link-local, secondary networks). What is not entered is dropped. An
+    /// address that belongs to another pod is not this one's, whatever its interfaces
+    /// say: a pod may be allowed to change them.
+    fn update_addresses(
+        &mut self,
+        workload: &Workload,
+        netns: &Netns,
+        table: &Table,
+        owners: &mut HashMap<IpAddr, String>,
+        kernel: &Kernel,
+    ) -> Result<(), EnrolError> {
+        let found = netns
+            .run(netns_addresses)
+            .and_then(|r| r)
+            .map_err(EnrolError::Netns)?;
+        let free = |address: &IpAddr| {
+            table.pod(*address).is_none_or(|w| w.uid == workload.uid)
+                && owners
+                    .get(address)
+                    .is_none_or(|owner| *owner == workload.uid)
+        };
+        let found: Vec<IpAddr> = found.into_iter().filter(free).collect();
+        for address in workload.addresses.iter().copied().chain(found) {
+            let owned = owners
+                .get(&address)
+                .is_some_and(|owner| *owner == workload.uid);
+            if !owned || !self.addresses.contains(&address) {
                 kernel.set_listener(address, LISTENER_PLAINTEXT, &self.plain)?;
                 kernel.set_listener(address, LISTENER_HBONE, &self.hbone)?;
+                owners.insert(address, workload.uid.clone());
+                self.addresses.insert(address);
             }
         }
         Ok(())
@@ -355,14 +490,23 @@ impl Serving {
 
 /// A listener for all addresses of the namespace, of both families where it has both.
 fn listen(netns: &Netns, port: u16) -> Result<Socket, EnrolError> {
-    let any = [IpAddr::V6(Ipv6Addr::UNSPECIFIED), IpAddr::V4(Ipv4Addr::UNSPECIFIED)];
+    let any = [
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    ];
     let [dual, v4] = any.map(|ip| SocketAddr::new(ip, port));
     match bind(netns, dual) {
         Ok(socket) => Ok(socket),
         Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-            bind(netns, v4).map_err(|source| EnrolError::Listen { address: v4, source })
+            bind(netns, v4).map_err(|source| EnrolError::Listen {
+                address: v4,
+                source,
+            })
         }
-        Err(source) => Err(EnrolError::Listen { address: dual, source }),
+        Err(source) => Err(EnrolError::Listen {
+            address: dual,
+            source,
+        }),
     }
 }
 
@@ -381,7 +525,10 @@ fn bind(netns: &Netns, address: SocketAddr) -> io::Result<Socket> {
 
 /// The kernel's map and the runtime each keep a descriptor of the same socket.
 fn async_listener(socket: &Socket) -> Result<TcpListener, EnrolError> {
-    let copy = socket.as_fd().try_clone_to_owned().map_err(EnrolError::Netns)?;
+    let copy = socket
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(EnrolError::Netns)?;
     TcpListener::from_std(copy.into()).map_err(EnrolError::Netns)
 }
 

@@ -6,9 +6,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{
-        Arc, Mutex,
-    },
+    sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -32,9 +30,16 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum HboneError {
     #[error("no tunnel to {destination}: {reason}")]
-    Tunnel { destination: SocketAddr, reason: String },
+    Tunnel {
+        destination: SocketAddr,
+        reason: String,
+    },
     #[error("{destination} is {found} and not {expected}; nothing was sent")]
-    WrongIdentity { destination: SocketAddr, expected: SpiffeId, found: String },
+    WrongIdentity {
+        destination: SocketAddr,
+        expected: SpiffeId,
+        found: String,
+    },
     #[error("the tunnel broke before the destination answered: {0}")]
     Broke(#[from] h2::Error),
     #[error("the destination's agent did not answer in time")]
@@ -44,6 +49,9 @@ pub enum HboneError {
     #[error("the destination's agent answered {0}")]
     Status(StatusCode),
 }
+
+/// What one stream may have waiting to be sent, bytes.
+pub const SEND_BUFFER: usize = 256 << 10;
 
 /// A failed attempt is not repeated for this long: callers that queued up behind it
 /// share its outcome.
@@ -115,8 +123,17 @@ pub async fn open(
     let mut again = true;
     loop {
         let lease = lease(proxy, pod, destination, expected).await?;
+        let tunnel = lease.tunnel.clone();
         match request(proxy, lease, destination, client).await {
-            Err(HboneError::Broke(error)) if again && unprocessed(&error) => again = false,
+            Err(HboneError::Broke(error)) if again && unprocessed(&error) => {
+                // Old streams may go on for long on a tunnel that takes no new ones.
+                tunnel
+                    .use_
+                    .lock()
+                    .expect("no panic while it is held")
+                    .closed = true;
+                again = false;
+            }
             result => return result,
         }
     }
@@ -147,8 +164,15 @@ async fn request(
     let (response, send) = answered.await.map_err(|_elapsed| HboneError::Silent)??;
     match response.status() {
         StatusCode::OK => {
-            let end = End::Stream { send, recv: response.into_body() };
-            Ok(Stream { end, session: lease.tunnel.session.clone(), lease })
+            let end = End::Stream {
+                send,
+                recv: response.into_body(),
+            };
+            Ok(Stream {
+                end,
+                session: lease.tunnel.session.clone(),
+                lease,
+            })
         }
         status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
             Err(HboneError::Denied(status))
@@ -164,24 +188,46 @@ async fn lease(
     destination: SocketAddr,
     expected: &SpiffeId,
 ) -> Result<Lease, HboneError> {
-    let key = Key { pod: pod.serial, destination: destination.ip() };
+    let key = Key {
+        pod: pod.serial,
+        destination: destination.ip(),
+    };
     let slot = {
         let mut slots = proxy.tunnels.0.lock().expect("no panic while it is held");
         slots.entry(key).or_default().clone()
     };
     let mut slot = slot.lock().await;
-    slot.tunnels.retain(|tunnel| !tunnel.use_.lock().expect("no panic while it is held").closed);
+    slot.tunnels.retain(|tunnel| {
+        !tunnel
+            .use_
+            .lock()
+            .expect("no panic while it is held")
+            .closed
+    });
     let svid_until = pod.credentials.not_after();
+    if svid_until <= SystemTime::now() {
+        let reason = "the workload's certificate has expired and could not be renewed".into();
+        return Err(HboneError::Tunnel {
+            destination,
+            reason,
+        });
+    }
     for tunnel in &slot.tunnels {
         if tunnel.peer == *expected
             && tunnel.svid_until == svid_until
-            && tunnel.join(proxy.transport.streams_per_tunnel)
+            && tunnel.join(proxy.transport.streams_per_tunnel.0)
         {
             proxy.metrics.streams.inc();
-            return Ok(Lease { tunnel: tunnel.clone(), proxy: proxy.clone() });
+            return Ok(Lease {
+                tunnel: tunnel.clone(),
+                proxy: proxy.clone(),
+            });
         }
     }
-    let refused = |reason| HboneError::Tunnel { destination, reason };
+    let refused = |reason| HboneError::Tunnel {
+        destination,
+        reason,
+    };
     if let Some((at, reason)) = &slot.failed
         && at.elapsed() < RETRY_AFTER
     {
@@ -194,12 +240,17 @@ async fn lease(
             tokio::spawn(drive(proxy.clone(), key, tunnel.clone(), connection));
             slot.tunnels.push(tunnel.clone());
             proxy.metrics.streams.inc();
-            Ok(Lease { tunnel, proxy: proxy.clone() })
+            Ok(Lease {
+                tunnel,
+                proxy: proxy.clone(),
+            })
         }
         Err(error) => {
             if let HboneError::Tunnel { reason, .. } = &error {
                 slot.failed = Some((Instant::now(), reason.clone()));
             }
+            drop(slot);
+            proxy.tunnels.forget(key);
             Err(error)
         }
     }
@@ -209,6 +260,9 @@ impl Tunnel {
     /// Takes a place, unless the tunnel is full or closed.
     fn join(&self, most: u32) -> bool {
         let mut use_ = self.use_.lock().expect("no panic while it is held");
+        // The peer may allow fewer than we would open.
+        let allowed = self.requests.current_max_send_streams();
+        let most = most.min(u32::try_from(allowed).unwrap_or(u32::MAX));
         let room = !use_.closed && use_.streams < most;
         if room {
             use_.streams += 1;
@@ -227,7 +281,11 @@ impl Tunnel {
                 use_.closed = true;
                 return;
             }
-            wait = if use_.streams == 0 { limit - idle } else { limit };
+            wait = if use_.streams == 0 {
+                limit - idle
+            } else {
+                limit
+            };
         }
     }
 }
@@ -239,25 +297,39 @@ async fn establish(
     destination: SocketAddr,
     expected: &SpiffeId,
 ) -> Result<(Tunnel, Driver), HboneError> {
-    let refused = |reason: String| HboneError::Tunnel { destination, reason };
-    let Transport { connect_timeout, stream_window, tunnel_window, .. } = proxy.transport;
-    let limit = connect_timeout.0;
+    let refused = |reason: String| HboneError::Tunnel {
+        destination,
+        reason,
+    };
+    let limit = proxy.transport.connect_timeout.0;
     let gate = SocketAddr::new(destination.ip(), HBONE_PORT);
-    let tcp = dial(&pod.netns, None, gate, limit).await.map_err(|e| refused(e.to_string()))?;
+    let tcp = dial(&pod.netns, None, gate, limit)
+        .await
+        .map_err(|e| refused(e.to_string()))?;
     let svid_until = pod.credentials.not_after();
     let connector = TlsConnector::from(pod.credentials.client.clone());
     let began = Instant::now();
     // The name is not sent and not checked: the SPIFFE ID is, below.
-    let tls = timeout(limit, connector.connect(ServerName::IpAddress(destination.ip().into()), tcp));
-    let tls = tls.await.unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()));
+    let tls = timeout(
+        limit,
+        connector.connect(ServerName::IpAddress(destination.ip().into()), tcp),
+    );
+    let tls = tls
+        .await
+        .unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()));
     let tls = tls.map_err(|error| {
         proxy.metrics.handshake("client_failed");
         refused(format!("TLS: {error}"))
     })?;
     proxy.metrics.handshake("client");
-    proxy.metrics.handshake_seconds.observe(began.elapsed().as_secs_f64());
+    proxy
+        .metrics
+        .handshake_seconds
+        .observe(began.elapsed().as_secs_f64());
     let (_, connection) = tls.get_ref();
-    let peer = connection.peer_certificates().and_then(|chain| peer_identity(chain.first()?));
+    let peer = connection
+        .peer_certificates()
+        .and_then(|chain| peer_identity(chain.first()?));
     if peer.as_ref() != Some(expected) {
         return Err(HboneError::WrongIdentity {
             destination,
@@ -267,16 +339,26 @@ async fn establish(
     }
     let session = Session::of(connection);
     let (requests, connection) = h2::client::Builder::new()
-        .initial_window_size(stream_window)
-        .initial_connection_window_size(tunnel_window)
+        .initial_window_size(proxy.transport.stream_window.0)
+        .initial_connection_window_size(proxy.transport.tunnel_window())
         .max_frame_size(64 << 10)
-        .max_send_buffer_size(stream_window as usize)
+        .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
         .handshake(tls)
         .await
         .map_err(|e| refused(e.to_string()))?;
-    let use_ = Mutex::new(Use { streams: 1, idle_since: Instant::now(), closed: false });
-    let tunnel = Tunnel { requests, peer: expected.clone(), session, svid_until, use_ };
+    let use_ = Mutex::new(Use {
+        streams: 1,
+        idle_since: Instant::now(),
+        closed: false,
+    });
+    let tunnel = Tunnel {
+        requests,
+        peer: expected.clone(),
+        session,
+        svid_until,
+        use_,
+    };
     Ok((tunnel, connection))
 }
 
@@ -293,7 +375,11 @@ async fn drive(proxy: Arc<Proxy>, key: Key, tunnel: Arc<Tunnel>, mut connection:
     };
     tracing::debug!(peer = %tunnel.peer, destination = %key.destination, reason, "tunnel ended");
     proxy.metrics.tunnels.dec();
-    tunnel.use_.lock().expect("no panic while it is held").closed = true;
+    tunnel
+        .use_
+        .lock()
+        .expect("no panic while it is held")
+        .closed = true;
     proxy.tunnels.forget(key);
 }
 
@@ -303,7 +389,8 @@ impl Tunnels {
         let mut slots = self.0.lock().expect("no panic while it is held");
         let empty = slots.get(&key).is_some_and(|slot| {
             slot.try_lock().is_ok_and(|mut slot| {
-                slot.tunnels.retain(|t| !t.use_.lock().expect("no panic while it is held").closed);
+                slot.tunnels
+                    .retain(|t| !t.use_.lock().expect("no panic while it is held").closed);
                 slot.tunnels.is_empty()
             })
         });
@@ -317,7 +404,10 @@ impl Tunnels {
 pub async fn keepalive(mut pings: PingPong, transport: &Transport) {
     loop {
         sleep(transport.keepalive_interval.0).await;
-        let answer = timeout(transport.keepalive_timeout.0, pings.ping(h2::Ping::opaque()));
+        let answer = timeout(
+            transport.keepalive_timeout.0,
+            pings.ping(h2::Ping::opaque()),
+        );
         if !matches!(answer.await, Ok(Ok(_))) {
             return;
         }

@@ -6,11 +6,16 @@ use std::{net::SocketAddr, sync::Arc};
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{Method, Request, Response, StatusCode, header::FORWARDED};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    LocalPod, Proxy, hbone::keepalive, is_agent_port, last_hop,
+    LocalPod, Proxy,
+    hbone::{SEND_BUFFER, keepalive},
+    is_agent_port, last_hop,
     outbound::{carry_bytes, finish},
     reset,
     splice::End,
@@ -18,12 +23,10 @@ use super::{
 };
 use crate::{
     audit::{Reporter, Transport},
-    identity::{Session, SpiffeId, peer_identity},
+    identity::{Session, SpiffeId, peer_identity, valid_for},
     lifecycle::Watcher,
 };
 
-/// Streams that a peer may have open on one tunnel.
-const MAX_STREAMS: u32 = 1_024;
 /// Size of a request's headers; ours have two.
 const MAX_HEADERS: u32 = 16 << 10;
 
@@ -36,15 +39,29 @@ pub async fn plaintext(
     drain: Watcher,
 ) {
     // sk_lookup keeps the address that was dialled.
-    let Ok(dialled) = stream.local_addr() else { return reset(stream) };
+    let Ok(dialled) = stream.local_addr() else {
+        return reset(stream);
+    };
     let (client, dialled) = (canonical(client), canonical(dialled));
     if dialled.ip().is_loopback() || is_agent_port(dialled.port()) {
-        tracing::debug!(%client, %dialled, "a connection that was not handed over here");
-        return reset(stream);
+        reset(stream);
+        let mut story = Story::new(
+            &proxy,
+            Reporter::Destination,
+            Transport::Plaintext,
+            client,
+            dialled,
+        );
+        story.destination.workload = Some(pod.workload.load_full());
+        return story.finish(Ending::Refused("not handed over here by the kernel".into()));
     }
     let _ = stream.set_nodelay(true);
     let probe = proxy.kernel.is_probe(client, dialled);
-    let transport = if probe { Transport::Probe } else { Transport::Plaintext };
+    let transport = if probe {
+        Transport::Probe
+    } else {
+        Transport::Plaintext
+    };
     let mut story = Story::new(&proxy, Reporter::Destination, transport, client, dialled);
     story.source.workload = proxy.table.load().pod(client.ip()).cloned();
     story.destination.identity = Some(pod.identity().clone());
@@ -52,7 +69,7 @@ pub async fn plaintext(
     let facts = pod.facts(None, client.ip(), dialled.port());
     // A probe is the node's own and exempt from policy, so that STRICT does not take
     // a pod's readiness (as Istio's ambient mode has it).
-    let live = (!probe).then(|| proxy.connections.register(facts.clone()));
+    let live = (!probe).then(|| proxy.connections.register(pod.clone(), &facts));
     let judged = if probe {
         Ok(crate::policy::PolicySet::probe())
     } else {
@@ -92,6 +109,11 @@ pub async fn tunnel(
     let client = canonical(client);
     let limit = proxy.transport.connect_timeout.0;
     let _ = stream.set_nodelay(true);
+    // Before its handshake a peer is nobody: so many of them, and no more.
+    let Ok(handshake) = proxy.handshakes.try_acquire() else {
+        proxy.metrics.handshake("server_turned_away");
+        return reset(stream);
+    };
     let acceptor = TlsAcceptor::from(pod.credentials.server.clone());
     let tls = match timeout(limit, acceptor.accept(stream)).await {
         Ok(Ok(tls)) => tls,
@@ -101,41 +123,62 @@ pub async fn tunnel(
                 Ok(Err(error)) => format!("TLS: {error}"),
                 _ => "the TLS handshake took too long".into(),
             };
-            let Some(own) = pod.address_like(client.ip()) else { return };
+            let Some(own) = pod.address_like(client.ip()) else {
+                return;
+            };
             let dialled = SocketAddr::new(own, super::HBONE_PORT);
-            let mut story =
-                Story::new(&proxy, Reporter::Destination, Transport::Hbone, client, dialled);
+            let mut story = Story::new(
+                &proxy,
+                Reporter::Destination,
+                Transport::Hbone,
+                client,
+                dialled,
+            );
             story.source.workload = proxy.table.load().pod(client.ip()).cloned();
             story.destination.identity = Some(pod.identity().clone());
             story.destination.workload = Some(pod.workload.load_full());
             return story.finish(Ending::Failed(why));
         }
     };
+    drop(handshake);
     proxy.metrics.handshake("server");
     let connection = tls.get_ref().1;
     let session = Session::of(connection);
     let chain = connection.peer_certificates();
     // The verifier has made sure that there is one.
-    let Some(peer) = chain.and_then(|chain| peer_identity(chain.first()?)) else { return };
+    let Some(leaf) = chain.and_then(|chain| chain.first()) else {
+        return;
+    };
+    let Some(peer) = peer_identity(leaf) else {
+        return;
+    };
+    let expired = sleep(valid_for(leaf));
     let handshake = h2::server::Builder::new()
-        .initial_window_size(proxy.transport.stream_window)
-        .initial_connection_window_size(proxy.transport.tunnel_window)
+        .initial_window_size(proxy.transport.stream_window.0)
+        .initial_connection_window_size(proxy.transport.tunnel_window())
         .max_frame_size(64 << 10)
-        .max_send_buffer_size(proxy.transport.stream_window as usize)
-        .max_concurrent_streams(MAX_STREAMS)
+        .max_send_buffer_size(SEND_BUFFER)
+        .max_concurrent_streams(proxy.transport.streams_per_tunnel.0)
         .max_header_list_size(MAX_HEADERS)
         .handshake(tls);
-    let Ok(Ok(mut connection)) = timeout(limit, handshake).await else { return };
+    let Ok(Ok(mut connection)) = timeout(limit, handshake).await else {
+        return;
+    };
     let pings = connection.ping_pong().expect("taken once");
     let keepalive = keepalive(pings, &proxy.transport);
-    tokio::pin!(keepalive);
+    tokio::pin!(keepalive, expired);
     let mut draining = false;
     loop {
         let accepted = tokio::select! {
             accepted = connection.accept() => accepted,
             () = &mut keepalive => return,
+            // GOAWAY: streams that stand go on, new ones need a new tunnel.
+            () = &mut expired, if !draining => {
+                connection.graceful_shutdown();
+                draining = true;
+                continue;
+            }
             () = drain.triggered(), if !draining => {
-                // GOAWAY: streams that stand go on, new ones go elsewhere.
                 connection.graceful_shutdown();
                 draining = true;
                 continue;
@@ -143,8 +186,11 @@ pub async fn tunnel(
         };
         match accepted {
             Some(Ok((request, respond))) => {
-                let caller =
-                    Caller { peer: peer.clone(), session: session.clone(), address: client };
+                let caller = Caller {
+                    peer: peer.clone(),
+                    session: session.clone(),
+                    address: client,
+                };
                 let (proxy, pod, drain) = (proxy.clone(), pod.clone(), drain.clone());
                 tokio::spawn(stream_of(proxy, pod, caller, request, respond, drain));
             }
@@ -173,20 +219,47 @@ async fn stream_of(
     mut respond: SendResponse<Bytes>,
     drain: Watcher,
 ) {
-    let authority = request.uri().authority().and_then(|a| a.as_str().parse::<SocketAddr>().ok());
-    let Some(destination) = authority
-        .map(canonical)
-        .filter(|a| request.method() == Method::CONNECT && pod.has_address(a.ip()) && !is_agent_port(a.port()))
-    else {
-        tracing::debug!(peer = %caller.peer, uri = %request.uri(), "not a CONNECT to this workload");
-        return answer(&mut respond, StatusCode::BAD_REQUEST);
+    let authority = request
+        .uri()
+        .authority()
+        .and_then(|a| a.as_str().parse::<SocketAddr>().ok());
+    let Some(destination) = authority.map(canonical).filter(|a| {
+        request.method() == Method::CONNECT && pod.has_address(a.ip()) && !is_agent_port(a.port())
+    }) else {
+        answer(&mut respond, StatusCode::BAD_REQUEST);
+        let Some(own) = pod.address_like(caller.address.ip()) else {
+            return;
+        };
+        let gate = SocketAddr::new(own, super::HBONE_PORT);
+        let mut story = Story::new(
+            &proxy,
+            Reporter::Destination,
+            Transport::Hbone,
+            caller.address,
+            gate,
+        );
+        story.tls = Some(caller.session);
+        story.source.identity = Some(caller.peer);
+        story.destination.workload = Some(pod.workload.load_full());
+        // The authority is the peer's word: shortened, and escaped where it is written.
+        let asked: String = request.uri().to_string().chars().take(100).collect();
+        let why = format!(
+            "{} {asked:?} is not a CONNECT to this workload",
+            request.method()
+        );
+        return story.finish(Ending::Refused(why));
     };
     // Believed only as far as the packets' own source confirms it.
     let client = forwarded(&request)
         .filter(|claimed| claimed.ip() == caller.address.ip())
         .unwrap_or(caller.address);
-    let mut story =
-        Story::new(&proxy, Reporter::Destination, Transport::Hbone, client, destination);
+    let mut story = Story::new(
+        &proxy,
+        Reporter::Destination,
+        Transport::Hbone,
+        client,
+        destination,
+    );
     story.tls = Some(caller.session);
     story.source.identity = Some(caller.peer.clone());
     story.source.workload = proxy.table.load().pod(client.ip()).cloned();
@@ -195,10 +268,12 @@ async fn stream_of(
     if !proxy.trust_domains.contains(&caller.peer.trust_domain) {
         answer(&mut respond, StatusCode::UNAUTHORIZED);
         let domain = &caller.peer.trust_domain;
-        return story.finish(Ending::Refused(format!("trust domain {domain} is not known")));
+        return story.finish(Ending::Refused(format!(
+            "trust domain {domain} is not known"
+        )));
     }
     let facts = pod.facts(Some(caller.peer), client.ip(), destination.port());
-    let live = proxy.connections.register(facts.clone());
+    let live = proxy.connections.register(pod.clone(), &facts);
     let permitted = match proxy.policies.load().authorize(&facts) {
         Ok(permitted) => permitted,
         Err(denial) => {
@@ -215,7 +290,10 @@ async fn stream_of(
             Err(error) => Ending::Failed(format!("the tunnel: {error}")),
             Ok(send) => {
                 story.opened(permitted.by);
-                let mut source = End::Stream { send, recv: request.into_body() };
+                let mut source = End::Stream {
+                    send,
+                    recv: request.into_body(),
+                };
                 let mut end = End::Tcp(stream);
                 let live = Some(live);
                 let ending = carry_bytes(&mut source, &mut end, live, &story.counters, drain).await;
@@ -237,7 +315,12 @@ fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
 /// The client that the source's agent names (RFC 7239, `for`).
 fn forwarded(request: &Request<RecvStream>) -> Option<SocketAddr> {
     let value = request.headers().get(FORWARDED)?.to_str().ok()?;
-    value.strip_prefix("for=\"")?.strip_suffix('"')?.parse().ok().map(canonical)
+    value
+        .strip_prefix("for=\"")?
+        .strip_suffix('"')?
+        .parse()
+        .ok()
+        .map(canonical)
 }
 
 /// IPv4 as IPv4, also where a dual-stack socket shows it as v4-mapped.

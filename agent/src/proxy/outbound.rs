@@ -7,8 +7,9 @@ use std::{net::SocketAddr, sync::Arc};
 use tokio::net::TcpStream;
 
 use super::{
-    LocalPod, Proxy, dial, hbone, is_agent_port, last_hop, reset,
+    LocalPod, Proxy,
     connections::Registered,
+    dial, hbone, is_agent_port, last_hop, reset,
     splice::{Counters, End, splice},
     story::{Ending, Story, process},
 };
@@ -28,22 +29,40 @@ pub async fn carry(
     source: SocketAddr,
     drain: Watcher,
 ) {
-    let Some((_cookie, dialled)) = proxy.kernel.take_dial(netns, source) else {
-        tracing::debug!(%source, "a connection that was not steered here");
-        return reset(stream);
+    let Some(dialled) = proxy.kernel.take_dial(netns, source) else {
+        let to = stream.local_addr().unwrap_or(source);
+        reset(stream);
+        let mut story = Story::new(&proxy, Reporter::Source, Transport::Plaintext, source, to);
+        story.source.workload = proxy
+            .pods
+            .load()
+            .in_netns(netns)
+            .map(|p| p.workload.load_full());
+        return story.finish(Ending::Refused("not steered here by the kernel".into()));
     };
-    let address = SocketAddr::new(from_abi(dialled.destination), dialled.destination_port as u16);
+    let address = SocketAddr::new(
+        from_abi(dialled.destination),
+        dialled.destination_port as u16,
+    );
     let pods = proxy.pods.load_full();
     let pod = match dialled.cgroup {
         0 => pods.in_netns(netns),
         cgroup => pods.in_cgroup(cgroup),
     };
-    let Some(pod) = pod.cloned() else { return reset(stream) };
+    let Some(pod) = pod.cloned() else {
+        return reset(stream);
+    };
     let _ = stream.set_nodelay(true);
     // The application's side is loopback; what others see is the pod's address.
     let own = pod.address_like(address.ip()).unwrap_or(source.ip());
     let client = SocketAddr::new(own, source.port());
-    let mut story = Story::new(&proxy, Reporter::Source, Transport::Plaintext, client, address);
+    let mut story = Story::new(
+        &proxy,
+        Reporter::Source,
+        Transport::Plaintext,
+        client,
+        address,
+    );
     story.process = Some(process(&dialled));
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
@@ -73,7 +92,9 @@ fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route,
         Some(Target::Pod(workload)) => (dialled, Some(workload)),
         Some(Target::Service(port)) => {
             story.service = Some(port.service.name.clone());
-            let endpoint = port.pick(dialled.ip()).ok_or("the service has no ready endpoint")?;
+            let endpoint = port
+                .pick(dialled.ip())
+                .ok_or("the service has no ready endpoint")?;
             (endpoint.address, endpoint.workload.clone())
         }
         None => return Err("the destination is no longer known".into()),
@@ -112,7 +133,11 @@ async fn run(
         Route::Remote(workload, address) => {
             let expected = workload.identity(&proxy.trust_domains[0]);
             let opened = hbone::open(proxy, pod, address, &expected, client).await;
-            let hbone::Stream { mut end, session, lease } = match opened {
+            let hbone::Stream {
+                mut end,
+                session,
+                lease,
+            } = match opened {
                 Ok(stream) => stream,
                 Err(error) => {
                     source.reset();
@@ -132,7 +157,7 @@ async fn run(
         Route::Local(to, address) => {
             let identity = Some(pod.identity().clone());
             let facts = to.facts(identity, client.ip(), address.port());
-            let live = proxy.connections.register(facts.clone());
+            let live = proxy.connections.register(to.clone(), &facts);
             let permitted = match proxy.policies.load().authorize(&facts) {
                 Ok(permitted) => permitted,
                 Err(denial) => {
@@ -149,7 +174,8 @@ async fn run(
             };
             story.opened(permitted.by);
             let mut end = End::Tcp(stream);
-            let ending = carry_bytes(&mut source, &mut end, Some(live), &story.counters, drain).await;
+            let ending =
+                carry_bytes(&mut source, &mut end, Some(live), &story.counters, drain).await;
             finish(source, end, &ending);
             ending
         }
@@ -159,7 +185,8 @@ async fn run(
                 Ok(stream) => {
                     story.opened(None);
                     let mut end = End::Tcp(stream);
-                    let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
+                    let ending =
+                        carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
                     finish(source, end, &ending);
                     ending
                 }
@@ -187,6 +214,8 @@ pub async fn carry_bytes(
             None => std::future::pending::<Denial>().await,
         }
     };
+    source.break_on_drop(true);
+    destination.break_on_drop(true);
     tokio::select! {
         biased;
         denial = denied => Ending::Denied(denial),
@@ -200,7 +229,11 @@ pub async fn carry_bytes(
 
 /// A connection that did not end in order is broken at both ends.
 pub fn finish(source: End, destination: End, ending: &Ending) {
-    if !matches!(ending, Ending::Closed) {
+    if matches!(ending, Ending::Closed) {
+        // What is written is still to be sent.
+        source.break_on_drop(false);
+        destination.break_on_drop(false);
+    } else {
         source.reset();
         destination.reset();
     }

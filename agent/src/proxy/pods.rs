@@ -11,6 +11,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use tokio::sync::Notify;
 
 use crate::{
     identity::{Authority, Bundle, Credentials, IdentityError, SpiffeId},
@@ -33,7 +34,12 @@ impl LocalPod {
     pub fn new(workload: Arc<Workload>, netns: Arc<Netns>, credentials: Arc<Credentials>) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let serial = NEXT.fetch_add(1, Ordering::Relaxed);
-        Self { serial, workload: ArcSwap::new(workload), netns, credentials }
+        Self {
+            serial,
+            workload: ArcSwap::new(workload),
+            netns,
+            credentials,
+        }
     }
 
     pub fn identity(&self) -> &SpiffeId {
@@ -47,7 +53,11 @@ impl LocalPod {
     /// The pod's address of the same family.
     pub fn address_like(&self, ip: IpAddr) -> Option<IpAddr> {
         let workload = self.workload.load();
-        workload.addresses.iter().copied().find(|own| own.is_ipv4() == ip.is_ipv4())
+        workload
+            .addresses
+            .iter()
+            .copied()
+            .find(|own| own.is_ipv4() == ip.is_ipv4())
     }
 
     /// The facts of a connection to this pod.
@@ -115,11 +125,18 @@ pub struct Identities {
     authority: Authority,
     pub bundle: Arc<Bundle>,
     issued: Mutex<HashMap<SpiffeId, Arc<Credentials>>>,
+    /// Told when there is a new certificate to keep an eye on.
+    pub added: Notify,
 }
 
 impl Identities {
     pub fn new(authority: Authority, bundle: Arc<Bundle>) -> Self {
-        Self { authority, bundle, issued: Mutex::default() }
+        Self {
+            authority,
+            bundle,
+            issued: Mutex::default(),
+            added: Notify::new(),
+        }
     }
 
     pub fn authority(&self) -> &Authority {
@@ -135,6 +152,7 @@ impl Identities {
         let svid = self.authority.issue(id, SystemTime::now())?;
         let credentials = Arc::new(Credentials::new(svid, self.bundle.clone())?);
         issued.insert(id.clone(), credentials.clone());
+        self.added.notify_one();
         Ok(credentials)
     }
 
@@ -150,14 +168,19 @@ impl Identities {
         let mut next = LATEST;
         for (id, credentials) in issued.iter() {
             if credentials.renew_at() <= now {
-                let renewed =
-                    self.authority.issue(id, now).and_then(|svid| credentials.renew(svid));
+                let renewed = self
+                    .authority
+                    .issue(id, now)
+                    .and_then(|svid| credentials.renew(svid));
                 match renewed {
                     Ok(()) => tracing::debug!(%id, "certificate renewed"),
                     Err(error) => failed.push((id.clone(), error)),
                 }
             }
-            let due = credentials.renew_at().duration_since(now).unwrap_or_default();
+            let due = credentials
+                .renew_at()
+                .duration_since(now)
+                .unwrap_or_default();
             next = next.min(due.max(SOONEST));
         }
         (next, failed)

@@ -4,16 +4,15 @@
 //! that cannot be written.
 
 use std::{
-    fmt, future::poll_fn, io,
-    sync::atomic::{AtomicU64, Ordering},
+    fmt,
+    future::poll_fn,
+    io,
+    sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
 use bytes::{Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::{
-    io::Interest,
-    net::TcpStream,
-};
+use tokio::{io::Interest, net::TcpStream};
 
 use crate::audit::Bytes as Count;
 
@@ -22,7 +21,10 @@ const CHUNK: usize = 64 << 10;
 
 pub enum End {
     Tcp(TcpStream),
-    Stream { send: SendStream<Bytes>, recv: RecvStream },
+    Stream {
+        send: SendStream<Bytes>,
+        recv: RecvStream,
+    },
 }
 
 /// Payload bytes that have been written on.
@@ -72,21 +74,40 @@ pub async fn splice(
 ) -> Result<(), Broken> {
     let (mut from_source, mut to_source) = source.split();
     let (mut from_destination, mut to_destination) = destination.split();
-    let out = pump(&mut from_source, &mut to_destination, &counters.sent);
-    let back = pump(&mut from_destination, &mut to_source, &counters.received);
+    let ended = AtomicU32::new(0);
+    let broken = |side| move |error| Broken { side, error };
     let out = async {
-        out.await.map_err(|failed| match failed {
-            Failed::Read(error) => Broken { side: Side::Source, error },
-            Failed::Write(error) => Broken { side: Side::Destination, error },
-        })
+        match pump(&mut from_source, &mut to_destination, &counters.sent).await {
+            Ok(()) => last(&ended, &mut to_destination)
+                .await
+                .map_err(broken(Side::Destination)),
+            Err(Failed::Read(error)) => Err(broken(Side::Source)(error)),
+            Err(Failed::Write(error)) => Err(broken(Side::Destination)(error)),
+        }
     };
     let back = async {
-        back.await.map_err(|failed| match failed {
-            Failed::Read(error) => Broken { side: Side::Destination, error },
-            Failed::Write(error) => Broken { side: Side::Source, error },
-        })
+        match pump(&mut from_destination, &mut to_source, &counters.received).await {
+            Ok(()) => last(&ended, &mut to_source)
+                .await
+                .map_err(broken(Side::Source)),
+            Err(Failed::Read(error)) => Err(broken(Side::Destination)(error)),
+            Err(Failed::Write(error)) => Err(broken(Side::Source)(error)),
+        }
     };
-    tokio::try_join!(out, back).map(|_both| ())
+    tokio::select! {
+        result = out => result,
+        result = back => result,
+    }
+}
+
+/// Called when a direction has ended. The last one to end ends the connection; the
+/// first goes on watching its peer, which may break while the other is held up.
+async fn last(ended: &AtomicU32, writer: &mut Writer<'_>) -> io::Result<()> {
+    if ended.fetch_add(1, Ordering::Relaxed) == 1 {
+        Ok(())
+    } else {
+        Err(writer.broken().await)
+    }
 }
 
 impl End {
@@ -97,6 +118,15 @@ impl End {
                 (Reader::Tcp(stream, BytesMut::new()), Writer::Tcp(stream))
             }
             Self::Stream { send, recv } => (Reader::Stream(recv), Writer::Stream(send)),
+        }
+    }
+
+    /// Says how the connection is closed if nobody does it in order: when the agent
+    /// dies, its peers must see a break, not an end.
+    pub fn break_on_drop(&self, yes: bool) {
+        if let Self::Tcp(stream) = self {
+            let linger = yes.then_some(std::time::Duration::ZERO);
+            let _gone = socket2::SockRef::from(stream).set_linger(linger);
         }
     }
 
@@ -150,8 +180,17 @@ impl Reader<'_> {
                 buffer.reserve(CHUNK);
                 match stream.try_read_buf(buffer) {
                     Ok(0) => return Ok(None),
+                    // A few bytes must not keep a whole chunk while they are queued.
+                    Ok(read) if read < CHUNK / 4 => {
+                        let few = Bytes::copy_from_slice(buffer);
+                        buffer.clear();
+                        return Ok(Some(few));
+                    }
                     Ok(_) => return Ok(Some(buffer.split().freeze())),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        // Nor an idle connection.
+                        *buffer = BytesMut::new();
+                    }
                     Err(error) => return Err(error),
                 }
             },
@@ -166,7 +205,10 @@ impl Reader<'_> {
     fn release(&mut self, length: usize) -> io::Result<()> {
         match self {
             Self::Tcp(..) => Ok(()),
-            Self::Stream(recv) => recv.flow_control().release_capacity(length).map_err(from_h2),
+            Self::Stream(recv) => recv
+                .flow_control()
+                .release_capacity(length)
+                .map_err(from_h2),
         }
     }
 }
@@ -213,11 +255,13 @@ impl Writer<'_> {
     /// Passes on the end of this direction; the other goes on.
     async fn finish(&mut self) -> io::Result<()> {
         match self {
-            Self::Tcp(stream) => match socket2::SockRef::from(*stream).shutdown(std::net::Shutdown::Write) {
-                // The peer has ended its side, too, and is gone already.
-                Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-                result => result,
-            },
+            Self::Tcp(stream) => {
+                match socket2::SockRef::from(*stream).shutdown(std::net::Shutdown::Write) {
+                    // The peer has ended its side, too, and is gone already.
+                    Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
+                    result => result,
+                }
+            }
             Self::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
         }
     }

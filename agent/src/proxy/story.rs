@@ -54,7 +54,10 @@ impl Party {
         let workload = self.workload.as_deref();
         match self.address {
             Some(address) => Peer::new(address, self.identity.clone(), workload),
-            None => Peer { identity: self.identity.clone(), ..Peer::default() },
+            None => Peer {
+                identity: self.identity.clone(),
+                ..Peer::default()
+            },
         }
     }
 }
@@ -89,8 +92,14 @@ impl Story {
             reporter,
             transport,
             process: None,
-            source: Party { address: Some(source), ..Party::default() },
-            destination: Party { address: Some(dialled), ..Party::default() },
+            source: Party {
+                address: Some(source),
+                ..Party::default()
+            },
+            destination: Party {
+                address: Some(dialled),
+                ..Party::default()
+            },
             dialled,
             service: None,
             verdict: Verdict::Failed,
@@ -154,22 +163,24 @@ impl Story {
             transport = ?self.transport, verdict = ?self.verdict, dialled = %self.dialled, end,
             "connection ended"
         );
-        self.proxy.audit.record(Record::Connection(Box::new(Connection {
-            reporter: self.reporter,
-            transport: self.transport,
-            started: self.started,
-            duration_ms: self.began.elapsed().as_millis() as u64,
-            process: self.process,
-            source: self.source.peer(),
-            destination: self.destination.peer(),
-            dialled: self.dialled,
-            service: self.service.map(|s| format!("{}/{}", s.namespace, s.name)),
-            verdict: self.verdict,
-            policy: self.policy,
-            tls: self.tls,
-            bytes,
-            end,
-        })));
+        self.proxy
+            .audit
+            .record(Record::Connection(Box::new(Connection {
+                reporter: self.reporter,
+                transport: self.transport,
+                started: self.started,
+                duration_ms: self.began.elapsed().as_millis() as u64,
+                process: self.process,
+                source: self.source.peer(),
+                destination: self.destination.peer(),
+                dialled: self.dialled,
+                service: self.service.map(|s| format!("{}/{}", s.namespace, s.name)),
+                verdict: self.verdict,
+                policy: self.policy,
+                tls: self.tls,
+                bytes,
+                end,
+            })));
     }
 
     fn labels(&self, reporter: Reporter, denied: bool) -> ConnectionLabels {
@@ -197,6 +208,9 @@ pub fn process(dial: &Dial) -> Process {
         comm: text(&dial.comm),
         exe: exe.map(|path| path.to_string_lossy().into_owned()),
         // The v2 line begins with "0::" (cgroups(7)).
-        cgroup: cgroups.lines().find_map(|l| l.strip_prefix("0::")).map(str::to_owned),
+        cgroup: cgroups
+            .lines()
+            .find_map(|l| l.strip_prefix("0::"))
+            .map(str::to_owned),
     }
 }

@@ -57,7 +57,9 @@ pub struct Endpoints {
 impl Endpoints {
     pub async fn bind(config: &crate::config::Listen) -> Result<Self, String> {
         async fn one(key: &str, address: SocketAddr) -> Result<TcpListener, String> {
-            TcpListener::bind(address).await.map_err(|e| format!("listen.{key} {address}: {e}"))
+            TcpListener::bind(address)
+                .await
+                .map_err(|e| format!("listen.{key} {address}: {e}"))
         }
         Ok(Self {
             admin: one("admin", config.admin.0).await?,
@@ -73,20 +75,35 @@ type Shared = (Arc<dyn StatusSource>, LogHandle);
 pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle, stop: &Watcher) {
     let shared: Shared = (source, log);
     let admin = Router::new()
-        .route("/status", get(|State(s): State<Shared>| async move { Json(s.0.status()) }))
-        .route("/config", get(|State(s): State<Shared>| async move { Json(s.0.config()) }))
-        .route("/log", get(|State(s): State<Shared>| async move { s.1.get() }))
+        .route(
+            "/status",
+            get(|State(s): State<Shared>| async move { Json(s.0.status()) }),
+        )
+        .route(
+            "/config",
+            get(|State(s): State<Shared>| async move { Json(s.0.config()) }),
+        )
+        .route(
+            "/log",
+            get(|State(s): State<Shared>| async move { s.1.get() }),
+        )
         .route("/log", post(set_level));
     let metrics = Router::new().route("/metrics", get(metrics));
-    let ready = Router::new().route("/ready", get(ready)).route("/healthz/ready", get(ready));
-    for (listener, router) in
-        [(endpoints.admin, admin), (endpoints.metrics, metrics), (endpoints.ready, ready)]
-    {
+    let ready = Router::new()
+        .route("/ready", get(ready))
+        .route("/healthz/ready", get(ready));
+    for (listener, router) in [
+        (endpoints.admin, admin),
+        (endpoints.metrics, metrics),
+        (endpoints.ready, ready),
+    ] {
         let router = router.with_state(shared.clone());
         let mut stop = stop.clone();
         tokio::spawn(async move {
             let stopped = async move { stop.triggered().await };
-            let served = axum::serve(listener, router).with_graceful_shutdown(stopped).await;
+            let served = axum::serve(listener, router)
+                .with_graceful_shutdown(stopped)
+                .await;
             if let Err(error) = served {
                 tracing::error!(%error, "a server of the agent ended");
             }
@@ -119,6 +136,9 @@ async fn ready(State(shared): State<Shared>) -> impl IntoResponse {
     if status.ready {
         (StatusCode::OK, "ready\n".to_owned())
     } else {
-        (StatusCode::SERVICE_UNAVAILABLE, status.problems.join("\n") + "\n")
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            status.problems.join("\n") + "\n",
+        )
     }
 }

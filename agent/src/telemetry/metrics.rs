@@ -58,12 +58,18 @@ impl ConnectionLabels {
         let owner = |w: Option<&Workload>| w.map_or(UNKNOWN.into(), |w| w.owner.clone());
         let namespace = |w: Option<&Workload>| w.map_or(UNKNOWN.into(), |w| w.namespace.clone());
         let label = |w: Option<&Workload>, name: &str| {
-            w.and_then(|w| w.labels.get(name)).cloned().unwrap_or_else(|| UNKNOWN.into())
+            w.and_then(|w| w.labels.get(name))
+                .cloned()
+                .unwrap_or_else(|| UNKNOWN.into())
         };
         let app = |w: Option<&Workload>| w.and_then(Workload::app).unwrap_or(UNKNOWN).to_owned();
         let revision = |w: Option<&Workload>| {
             let version = label(w, "version");
-            if version == UNKNOWN { "latest".to_owned() } else { version }
+            if version == UNKNOWN {
+                "latest".to_owned()
+            } else {
+                version
+            }
         };
         let principal = |id: Option<&SpiffeId>| id.map_or(UNKNOWN.into(), SpiffeId::to_string);
         Self {
@@ -133,7 +139,9 @@ impl Default for Metrics {
             sent: Family::default(),
             received: Family::default(),
             handshakes: Family::default(),
-            handshake_seconds: Histogram::new([0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0]),
+            handshake_seconds: Histogram::new([
+                0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
+            ]),
             tunnels: Gauge::default(),
             streams: Gauge::default(),
             enrolled: Gauge::default(),
@@ -151,19 +159,64 @@ impl Default for Metrics {
         istio.register("connections_closed", "Connections closed", m.closed.clone());
         // Istio: "sent" is what the destination sends, its response.
         istio.register("sent_bytes", "Bytes sent in responses", m.sent.clone());
-        istio.register("received_bytes", "Bytes received in requests", m.received.clone());
+        istio.register(
+            "received_bytes",
+            "Bytes received in requests",
+            m.received.clone(),
+        );
         let own = registry.sub_registry_with_prefix("postern");
-        own.register("tls_handshakes", "TLS handshakes by side and outcome", m.handshakes.clone());
-        own.register_with_unit("tls_handshake_duration", "Time of a TLS handshake", Unit::Seconds, m.handshake_seconds.clone());
+        own.register(
+            "tls_handshakes",
+            "TLS handshakes by side and outcome",
+            m.handshakes.clone(),
+        );
+        own.register_with_unit(
+            "tls_handshake_duration",
+            "Time of a TLS handshake",
+            Unit::Seconds,
+            m.handshake_seconds.clone(),
+        );
         own.register("tunnels", "Open outbound tunnels", m.tunnels.clone());
-        own.register("streams", "Open streams on outbound tunnels", m.streams.clone());
-        own.register("enrolled_workloads", "Local workloads in the mesh", m.enrolled.clone());
-        own.register("reload_errors", "Reloads that left the last good state standing", m.reload_errors.clone());
-        own.register("map_entries", "Entries in a kernel map", m.map_entries.clone());
-        own.register("kernel_total", "Counted in the kernel since the maps were made", m.kernel.clone());
-        own.register("audit_records_written", "Audit records written", m.audit_written.clone());
-        own.register("audit_records_lost", "Audit records lost", m.audit_lost.clone());
-        own.register("certificate_errors", "Certificates that could not be renewed", m.certificate_errors.clone());
+        own.register(
+            "streams",
+            "Open streams on outbound tunnels",
+            m.streams.clone(),
+        );
+        own.register(
+            "enrolled_workloads",
+            "Local workloads in the mesh",
+            m.enrolled.clone(),
+        );
+        own.register(
+            "reload_errors",
+            "Reloads that left the last good state standing",
+            m.reload_errors.clone(),
+        );
+        own.register(
+            "map_entries",
+            "Entries in a kernel map",
+            m.map_entries.clone(),
+        );
+        own.register(
+            "kernel_total",
+            "Counted in the kernel since the maps were made",
+            m.kernel.clone(),
+        );
+        own.register(
+            "audit_records_written",
+            "Audit records written",
+            m.audit_written.clone(),
+        );
+        own.register(
+            "audit_records_lost",
+            "Audit records lost",
+            m.audit_lost.clone(),
+        );
+        own.register(
+            "certificate_errors",
+            "Certificates that could not be renewed",
+            m.certificate_errors.clone(),
+        );
         metrics.registry = registry;
         metrics
     }
@@ -185,7 +238,9 @@ impl Metrics {
     }
 
     pub fn set_map_entries(&self, name: &'static str, entries: usize) {
-        self.map_entries.get_or_create(&Name { name }).set(entries as i64);
+        self.map_entries
+            .get_or_create(&Name { name })
+            .set(entries as i64);
     }
 
     pub fn set_kernel(&self, name: &'static str, count: u64) {

@@ -51,12 +51,17 @@ manifest! {
     Condition { r#type: String, status: String }
 
     /// core/v1 Service.
-    Service { metadata: Meta, spec: ServiceSpec }
+    Service { metadata: Meta, spec: ServiceSpec, status: ServiceStatus }
+    ServiceStatus { load_balancer: LoadBalancerStatus }
+    LoadBalancerStatus { ingress: Vec<Ingress> }
+    Ingress { ip: String }
     ServiceSpec {
         #[serde(rename = "clusterIP")]
         cluster_ip: Option<String>,
         #[serde(rename = "clusterIPs")]
         cluster_ips: Vec<String>,
+        #[serde(rename = "externalIPs")]
+        external_ips: Vec<String>,
         selector: BTreeMap<String, String>,
         ports: Vec<ServicePort>,
     }
@@ -69,7 +74,12 @@ manifest! {
 
     /// discovery.k8s.io/v1 EndpointSlice.
     EndpointSlice { metadata: Meta, endpoints: Vec<Endpoint>, ports: Vec<EndpointPort> }
-    Endpoint { addresses: Vec<String>, conditions: EndpointConditions }
+    Endpoint {
+        addresses: Vec<String>,
+        conditions: EndpointConditions,
+        target_ref: ObjectReference,
+    }
+    ObjectReference { kind: String }
     EndpointConditions { ready: Option<bool> }
     EndpointPort { name: String, port: Option<u16> }
 
@@ -87,18 +97,20 @@ pub enum PortOrName {
 
 impl Object for WorkloadObject {
     fn read<'de, D: Deserializer<'de>>(head: &Head, from: D) -> Result<Option<Self>, D::Error> {
-        Ok(Some(match (head.api_version.as_str(), head.kind.as_str()) {
-            ("v1", "Pod") => Self::Pod(Deserialize::deserialize(from)?),
-            ("v1", "Service") => Self::Service(Deserialize::deserialize(from)?),
-            ("v1", "Namespace") => Self::Namespace(Deserialize::deserialize(from)?),
-            ("discovery.k8s.io/v1", "EndpointSlice") => {
-                Self::EndpointSlice(Deserialize::deserialize(from)?)
-            }
-            // Other kinds say nothing about what runs where.
-            _ => {
-                ignore(from)?;
-                return Ok(None);
-            }
-        }))
+        Ok(Some(
+            match (head.api_version.as_str(), head.kind.as_str()) {
+                ("v1", "Pod") => Self::Pod(Deserialize::deserialize(from)?),
+                ("v1", "Service") => Self::Service(Deserialize::deserialize(from)?),
+                ("v1", "Namespace") => Self::Namespace(Deserialize::deserialize(from)?),
+                ("discovery.k8s.io/v1", "EndpointSlice") => {
+                    Self::EndpointSlice(Deserialize::deserialize(from)?)
+                }
+                // Other kinds say nothing about what runs where.
+                _ => {
+                    ignore(from)?;
+                    return Ok(None);
+                }
+            },
+        ))
     }
 }

@@ -58,10 +58,14 @@ impl Workload {
 
     /// `app` label, or Kubernetes' recommended one: Istio's canonical name.
     pub fn app(&self) -> Option<&str> {
-        ["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]
-            .iter()
-            .find_map(|label| self.labels.get(*label))
-            .map(String::as_str)
+        [
+            "service.istio.io/canonical-name",
+            "app.kubernetes.io/name",
+            "app",
+        ]
+        .iter()
+        .find_map(|label| self.labels.get(*label))
+        .map(String::as_str)
     }
 }
 
@@ -76,7 +80,10 @@ pub struct NamespacedName {
 pub struct ServicePort {
     pub service: Arc<Service>,
     pub port: u16,
+    /// Those that are ready.
     pub endpoints: Vec<Endpoint>,
+    /// Whether any endpoint, ready or not, is a pod in the mesh, or may be one.
+    pub in_mesh: bool,
     next: AtomicUsize,
 }
 
@@ -91,6 +98,13 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// `None` where the endpoint is no pod that is known.
     pub workload: Option<Arc<Workload>>,
+}
+
+/// An endpoint as it is listed for a service.
+struct Listed {
+    endpoint: Endpoint,
+    ready: bool,
+    is_pod: bool,
 }
 
 impl ServicePort {
@@ -138,7 +152,9 @@ impl Table {
         let mut table = Self::default();
         for pod in pods {
             let inherited = namespaces.get(pod.metadata.namespace()).copied().flatten();
-            let Some(workload) = workload(pod, inherited.unwrap_or(default)) else { continue };
+            let Some(workload) = workload(pod, inherited.unwrap_or(default)) else {
+                continue;
+            };
             let workload = Arc::new(workload);
             if !workload.host_network {
                 for address in &workload.addresses {
@@ -169,14 +185,17 @@ impl Table {
     }
 
     /// Addresses whose connects are steered: every port of each pod in the mesh,
-    /// and the ports of services that have such a pod behind them.
+    /// and the ports of services that have such a pod behind them, ready or not.
     pub fn mesh(&self) -> HashSet<(IpAddr, Option<u16>)> {
-        let pods = self.pods.iter().filter(|(_, w)| w.in_mesh()).map(|(a, _)| (*a, None));
-        let behind = |e: &Endpoint| e.workload.as_ref().is_some_and(|w| w.in_mesh());
+        let pods = self
+            .pods
+            .iter()
+            .filter(|(_, w)| w.in_mesh())
+            .map(|(a, _)| (*a, None));
         let services = self
             .services
             .iter()
-            .filter(|(_, port)| port.endpoints.iter().any(behind))
+            .filter(|(_, port)| port.in_mesh)
             .map(|(address, _)| (address.ip(), Some(address.port())));
         pods.chain(services).collect()
     }
@@ -192,28 +211,58 @@ impl Table {
         };
         let spec = &object.spec;
         // Headless services have the address "None": clients dial pods directly.
-        let mut addresses: Vec<IpAddr> =
-            spec.cluster_ips.iter().filter_map(|a| a.parse().ok()).collect();
+        let mut addresses: Vec<IpAddr> = spec
+            .cluster_ips
+            .iter()
+            .filter_map(|a| a.parse().ok())
+            .collect();
         if addresses.is_empty() {
-            addresses.extend(spec.cluster_ip.as_ref().and_then(|a| a.parse::<IpAddr>().ok()));
+            addresses.extend(
+                spec.cluster_ip
+                    .as_ref()
+                    .and_then(|a| a.parse::<IpAddr>().ok()),
+            );
         }
+        // What leads to the service from elsewhere leads there from a pod, too.
+        let outside = spec.external_ips.iter().chain(
+            object
+                .status
+                .load_balancer
+                .ingress
+                .iter()
+                .map(|ingress| &ingress.ip),
+        );
+        addresses.extend(outside.filter_map(|a| a.parse::<IpAddr>().ok()));
         let service = Arc::new(Service { name, addresses });
         for port in &spec.ports {
             if port.protocol.as_deref().is_some_and(|p| p != "TCP") {
                 continue;
             }
-            let endpoints = match self.from_slices(&service.name, port, slices) {
+            let listed = match self.from_slices(&service.name, port, slices) {
                 Some(listed) => listed,
                 None => self.from_selector(&service.name, port, &spec.selector),
             };
+            let in_mesh = listed.iter().any(|e| match &e.endpoint.workload {
+                Some(workload) => workload.in_mesh(),
+                None => e.is_pod,
+            });
+            // A pod that is listed before it is known may be in the mesh: not used yet.
+            let usable = |e: &Listed| e.ready && (e.endpoint.workload.is_some() || !e.is_pod);
+            let endpoints = listed
+                .into_iter()
+                .filter(usable)
+                .map(|e| e.endpoint)
+                .collect();
             let entry = Arc::new(ServicePort {
                 service: service.clone(),
                 port: port.port,
                 endpoints,
+                in_mesh,
                 next: AtomicUsize::new(0),
             });
             for address in &service.addresses {
-                self.services.insert(SocketAddr::new(*address, port.port), entry.clone());
+                self.services
+                    .insert(SocketAddr::new(*address, port.port), entry.clone());
             }
         }
     }
@@ -225,7 +274,7 @@ impl Table {
         service: &NamespacedName,
         port: &manifest::ServicePort,
         slices: &[&EndpointSlice],
-    ) -> Option<Vec<Endpoint>> {
+    ) -> Option<Vec<Listed>> {
         const SERVICE_NAME: &str = "kubernetes.io/service-name";
         let ours = |slice: &&&EndpointSlice| {
             slice.metadata.namespace() == service.namespace
@@ -237,17 +286,27 @@ impl Table {
         let mut seen = HashSet::new();
         for slice in slices {
             let named = slice.ports.iter().find(|p| p.name == port.name);
-            let Some(number) = named.and_then(|p| p.port) else { continue };
+            let Some(number) = named.and_then(|p| p.port) else {
+                continue;
+            };
             for endpoint in &slice.endpoints {
-                // EndpointConditions.ready: absent means ready.
-                if endpoint.conditions.ready == Some(false) {
-                    continue;
-                }
-                for ip in endpoint.addresses.iter().filter_map(|a| a.parse::<IpAddr>().ok()) {
+                for ip in endpoint
+                    .addresses
+                    .iter()
+                    .filter_map(|a| a.parse::<IpAddr>().ok())
+                {
                     let address = SocketAddr::new(ip, number);
                     // A moving endpoint may stand in two slices (API reference).
                     if seen.insert(address) {
-                        endpoints.push(Endpoint { address, workload: self.pod(ip).cloned() });
+                        endpoints.push(Listed {
+                            endpoint: Endpoint {
+                                address,
+                                workload: self.pod(ip).cloned(),
+                            },
+                            // EndpointConditions.ready: absent means ready.
+                            ready: endpoint.conditions.ready != Some(false),
+                            is_pod: endpoint.target_ref.kind == "Pod",
+                        });
                     }
                 }
             }
@@ -261,15 +320,16 @@ impl Table {
         service: &NamespacedName,
         port: &manifest::ServicePort,
         selector: &BTreeMap<String, String>,
-    ) -> Vec<Endpoint> {
+    ) -> Vec<Listed> {
         // Without a selector nothing is selected (Service API).
         if selector.is_empty() {
             return Vec::new();
         }
         let selected = self.workloads.iter().filter(|w| {
             w.namespace == service.namespace
-                && w.ready
-                && selector.iter().all(|(key, value)| w.labels.get(key) == Some(value))
+                && selector
+                    .iter()
+                    .all(|(key, value)| w.labels.get(key) == Some(value))
         });
         selected
             .filter_map(|w| {
@@ -278,9 +338,13 @@ impl Table {
                     Some(PortOrName::Port(number)) => *number,
                     Some(PortOrName::Name(name)) => w.ports.iter().find(|(n, _)| n == name)?.1,
                 };
-                Some(w.addresses.iter().map(move |ip| Endpoint {
-                    address: SocketAddr::new(*ip, number),
-                    workload: Some(w.clone()),
+                Some(w.addresses.iter().map(move |ip| Listed {
+                    endpoint: Endpoint {
+                        address: SocketAddr::new(*ip, number),
+                        workload: Some(w.clone()),
+                    },
+                    ready: w.ready,
+                    is_pod: true,
                 }))
             })
             .flatten()
@@ -298,7 +362,11 @@ fn label(labels: &BTreeMap<String, String>) -> Option<Mesh> {
 
 /// `None` for a pod that has ended: its address may be another's by now.
 fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
-    let Pod { metadata: meta, spec, status } = pod;
+    let Pod {
+        metadata: meta,
+        spec,
+        status,
+    } = pod;
     if matches!(status.phase.as_str(), "Succeeded" | "Failed") {
         return None;
     }
@@ -322,7 +390,10 @@ fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
         uid: meta.uid.clone(),
         namespace: meta.namespace().to_owned(),
         name: meta.name.clone(),
-        service_account: spec.service_account_name.clone().unwrap_or_else(|| "default".into()),
+        service_account: spec
+            .service_account_name
+            .clone()
+            .unwrap_or_else(|| "default".into()),
         node: spec.node_name.clone(),
         labels: meta.labels.clone(),
         owner: owner(pod).unwrap_or_else(|| meta.name.clone()),
@@ -337,7 +408,11 @@ fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
 /// The Deployment behind a ReplicaSet (whose name ends in the template's hash), or
 /// whatever controls the pod.
 fn owner(pod: &Pod) -> Option<String> {
-    let controller = pod.metadata.owner_references.iter().find(|o| o.controller)?;
+    let controller = pod
+        .metadata
+        .owner_references
+        .iter()
+        .find(|o| o.controller)?;
     let hash = pod.metadata.labels.get("pod-template-hash");
     match hash.and_then(|hash| controller.name.strip_suffix(&format!("-{hash}"))) {
         Some(deployment) if controller.kind == "ReplicaSet" => Some(deployment.to_owned()),

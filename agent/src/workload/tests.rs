@@ -24,7 +24,9 @@ fn pod(name: &str, ip: &str, more: &str) -> String {
 }
 
 fn service(body: &str) -> String {
-    format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {body}\n")
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {body}\n"
+    )
 }
 
 const NAMESPACE: &str = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {postern.dev/mesh: enabled}}\n";
@@ -34,16 +36,35 @@ fn named_target_ports_resolve_per_pod_and_turns_are_even() {
     let text = NAMESPACE.to_owned()
         + &pod("a", "10.0.0.1", "")
         + &pod("b", "10.0.0.2", "")
-        + &service("{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80, targetPort: http}, {name: alt, port: 81, targetPort: 9000}]}");
+        + &service(
+            "{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80, targetPort: http}, {name: alt, port: 81, targetPort: 9000}]}",
+        );
     let table = table(&text);
-    let port = table.service("10.9.0.1:80".parse().expect("address")).expect("service");
+    let port = table
+        .service("10.9.0.1:80".parse().expect("address"))
+        .expect("service");
     let like = "10.9.0.1".parse().expect("address");
-    let picks: Vec<String> =
-        (0..4).map(|_| port.pick(like).expect("endpoint").address.to_string()).collect();
-    assert_eq!(picks, ["10.0.0.1:8080", "10.0.0.2:8080", "10.0.0.1:8080", "10.0.0.2:8080"]);
-    let alt = table.service("10.9.0.1:81".parse().expect("address")).expect("service");
+    let picks: Vec<String> = (0..4)
+        .map(|_| port.pick(like).expect("endpoint").address.to_string())
+        .collect();
+    assert_eq!(
+        picks,
+        [
+            "10.0.0.1:8080",
+            "10.0.0.2:8080",
+            "10.0.0.1:8080",
+            "10.0.0.2:8080"
+        ]
+    );
+    let alt = table
+        .service("10.9.0.1:81".parse().expect("address"))
+        .expect("service");
     assert_eq!(alt.pick(like).expect("endpoint").address.port(), 9000);
-    assert!(table.service("10.9.0.1:82".parse().expect("address")).is_none());
+    assert!(
+        table
+            .service("10.9.0.1:82".parse().expect("address"))
+            .is_none()
+    );
     assert!(table.mesh().contains(&(like, Some(80))));
 }
 
@@ -56,9 +77,27 @@ fn slices_win_over_selectors_and_unready_endpoints_are_left_out() {
         + &service("{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80}]}")
         + slice;
     let table = table(&text);
-    let port = table.service("10.9.0.1:80".parse().expect("address")).expect("service");
-    let all: Vec<String> = port.endpoints.iter().map(|e| e.address.to_string()).collect();
+    let port = table
+        .service("10.9.0.1:80".parse().expect("address"))
+        .expect("service");
+    let all: Vec<String> = port
+        .endpoints
+        .iter()
+        .map(|e| e.address.to_string())
+        .collect();
     assert_eq!(all, ["10.0.0.2:7070"]);
+    // Without any that is ready it is still the mesh's: refused, not let past.
+    let table = self::table(&text.replace("[10.0.0.2]", "[10.0.0.1], conditions: {ready: false}"));
+    let address = "10.9.0.1".parse().expect("address");
+    assert!(table.mesh().contains(&(address, Some(80))));
+    // A pod that is not known yet is neither an endpoint nor outside the mesh.
+    let unknown = text.replace("[10.0.0.2]", "[10.0.0.77], targetRef: {kind: Pod}");
+    let table = self::table(&unknown);
+    assert!(table.mesh().contains(&(address, Some(80))));
+    let port = table
+        .service("10.9.0.1:80".parse().expect("address"))
+        .expect("service");
+    assert!(port.pick(address).is_none());
 }
 
 #[test]
@@ -68,7 +107,12 @@ fn enrolment_is_by_pod_then_namespace_then_default() {
         + &pod("b", "10.0.0.2", ", postern.dev/mesh: disabled")
         + &pod("c", "10.0.0.3", "").replace("namespace: shop", "namespace: other");
     let table = table(&text);
-    let enrolled = |ip: &str| table.pod(ip.parse().expect("address")).expect("pod").enrolled;
+    let enrolled = |ip: &str| {
+        table
+            .pod(ip.parse().expect("address"))
+            .expect("pod")
+            .enrolled
+    };
     assert!(enrolled("10.0.0.1"));
     assert!(enrolled("fd00::a"));
     assert!(!enrolled("10.0.0.2"));

@@ -97,15 +97,34 @@ const CHUNK: usize = 64 << 10;
 fn main() -> io::Result<()> {
     match Cli::parse() {
         Cli::Serve { listen, mode } => serve(listen, mode),
-        Cli::Dial { address, send, pattern, half_close, reset, wait, limit } => {
+        Cli::Dial {
+            address,
+            send,
+            pattern,
+            half_close,
+            reset,
+            wait,
+            limit,
+        } => {
             let result = dial(address, &send, pattern, half_close, reset, wait, limit);
-            println!("{}", result.unwrap_or_else(|error| json!({ "connect": name(&error) })));
+            println!(
+                "{}",
+                result.unwrap_or_else(|error| json!({ "connect": name(&error) }))
+            );
             Ok(())
         }
         Cli::Many { address, count } => many(address, count),
-        Cli::Hbone { gate, authority, id, root } => {
+        Cli::Hbone {
+            gate,
+            authority,
+            id,
+            root,
+        } => {
             let asked = hbone::ask(gate, &authority, &id, &root);
-            println!("{}", asked.unwrap_or_else(|error| format!("error: {error:#}")));
+            println!(
+                "{}",
+                asked.unwrap_or_else(|error| format!("error: {error:#}"))
+            );
             Ok(())
         }
         Cli::Stay { address, every } => stay(address, every),
@@ -128,16 +147,22 @@ fn serve(listen: SocketAddr, mode: Mode) -> io::Result<()> {
     say("listening");
     loop {
         let (stream, peer) = listener.accept()?;
-        thread::Builder::new().stack_size(256 << 10).spawn(move || {
-            let named = stream.peer_addr().map_or_else(|e| name(&e), |a| a.to_string());
-            let local = stream.local_addr().map_or_else(|e| name(&e), |a| a.to_string());
-            say(&format!("accept={peer} peername={named} sockname={local}"));
-            let end = match answer(stream, mode) {
-                Ok(bytes) => format!("end=eof bytes={bytes}"),
-                Err(error) => format!("end={}", name(&error)),
-            };
-            say(&format!("{end} peer={peer}"));
-        })?;
+        thread::Builder::new()
+            .stack_size(256 << 10)
+            .spawn(move || {
+                let named = stream
+                    .peer_addr()
+                    .map_or_else(|e| name(&e), |a| a.to_string());
+                let local = stream
+                    .local_addr()
+                    .map_or_else(|e| name(&e), |a| a.to_string());
+                say(&format!("accept={peer} peername={named} sockname={local}"));
+                let end = match answer(stream, mode) {
+                    Ok(bytes) => format!("end=eof bytes={bytes}"),
+                    Err(error) => format!("end={}", name(&error)),
+                };
+                say(&format!("{end} peer={peer}"));
+            })?;
     }
 }
 
@@ -183,10 +208,12 @@ fn answer(mut stream: TcpStream, mode: Mode) -> io::Result<u64> {
     if matches!(mode, Mode::Sink) {
         writeln!(stream, "{bytes} {:016x}", hash.finish())?;
     }
-    stream.shutdown(Shutdown::Write).or_else(|e| match e.kind() {
-        io::ErrorKind::NotConnected => Ok(()),
-        _ => Err(e),
-    })?;
+    stream
+        .shutdown(Shutdown::Write)
+        .or_else(|e| match e.kind() {
+            io::ErrorKind::NotConnected => Ok(()),
+            _ => Err(e),
+        })?;
     Ok(bytes)
 }
 
@@ -200,8 +227,9 @@ fn dial(
     limit: u64,
 ) -> io::Result<Value> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(limit))?;
-    let peer = stream.peer_addr()?.to_string();
-    let local = stream.local_addr()?.to_string();
+    // It may be broken by now; the reading tells how.
+    let peer = stream.peer_addr().map_or_else(|e| name(&e), |a| a.to_string());
+    let local = stream.local_addr().map_or_else(|e| name(&e), |a| a.to_string());
     stream.set_read_timeout(Some(Duration::from_secs(limit)))?;
     thread::sleep(Duration::from_millis(wait));
     let mut sent = DefaultHasher::new();
@@ -216,7 +244,11 @@ fn dial(
             sent.write(part);
             left -= part.len() as u64;
         }
-        if half_close { stream.shutdown(Shutdown::Write) } else { Ok(()) }
+        if half_close {
+            stream.shutdown(Shutdown::Write)
+        } else {
+            Ok(())
+        }
     });
     let (mut received, mut text, mut hash) = (0_u64, Vec::new(), DefaultHasher::new());
     let mut buffer = vec![0; CHUNK];
@@ -249,24 +281,34 @@ fn many(address: SocketAddr, count: usize) -> io::Result<()> {
     let threads: Vec<_> = (0..count)
         .map(|number| {
             let open = open.clone();
-            thread::Builder::new().stack_size(128 << 10).spawn(move || -> io::Result<bool> {
-                let limit = Some(Duration::from_secs(60));
-                let stream = TcpStream::connect(address);
-                let word = format!("word {number:06}");
-                let mut first = Vec::new();
-                if let Ok(stream) = &stream {
-                    stream.set_read_timeout(limit)?;
-                    first = echo(stream, &word).unwrap_or_default();
-                }
-                open.wait();
-                // All are open now; each must still work.
-                Ok(first == word.as_bytes() && echo(&stream?, &word)? == word.as_bytes())
-            })
+            thread::Builder::new()
+                .stack_size(128 << 10)
+                .spawn(move || -> io::Result<bool> {
+                    let limit = Some(Duration::from_secs(60));
+                    let stream = TcpStream::connect(address);
+                    let word = format!("word {number:06}");
+                    let mut first = Vec::new();
+                    if let Ok(stream) = &stream {
+                        stream.set_read_timeout(limit)?;
+                        first = echo(stream, &word).unwrap_or_default();
+                    }
+                    open.wait();
+                    // All are open now; each must still work.
+                    Ok(first == word.as_bytes() && echo(&stream?, &word)? == word.as_bytes())
+                })
         })
         .collect::<io::Result<_>>()?;
-    let results: Vec<_> = threads.into_iter().map(|t| t.join().expect("no panic")).collect();
+    let results: Vec<_> = threads
+        .into_iter()
+        .map(|t| t.join().expect("no panic"))
+        .collect();
     let good = results.iter().filter(|r| matches!(r, Ok(true))).count();
-    let errors: Vec<String> = results.iter().filter_map(|r| r.as_ref().err()).map(name).take(5).collect();
+    let errors: Vec<String> = results
+        .iter()
+        .filter_map(|r| r.as_ref().err())
+        .map(name)
+        .take(5)
+        .collect();
     println!("{}", json!({ "good": good, "errors": errors }));
     Ok(())
 }

@@ -99,7 +99,7 @@ impl Wire {
             self.packets,
             protocols.join(", ")
         )];
-        lines.extend(self.handshakes.iter().map(|seen| handshake(seen)));
+        lines.extend(self.handshakes.iter().map(handshake));
         if !self.sample.is_empty() {
             lines.push(format!("a packet:  {}", self.sample));
         }

@@ -16,7 +16,9 @@ use tokio::{net::TcpStream, time::timeout};
 /// Status of the answer to a CONNECT.
 pub fn ask(gate: SocketAddr, authority: &str, id: &str, root: &Path) -> Result<String> {
     let config = config(id, root)?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         timeout(Duration::from_secs(10), request(gate, authority, config)).await?
     })
@@ -25,10 +27,15 @@ pub fn ask(gate: SocketAddr, authority: &str, id: &str, root: &Path) -> Result<S
 async fn request(gate: SocketAddr, authority: &str, config: ClientConfig) -> Result<String> {
     let tcp = TcpStream::connect(gate).await?;
     let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    let tls = connector.connect(ServerName::IpAddress(gate.ip().into()), tcp).await?;
+    let tls = connector
+        .connect(ServerName::IpAddress(gate.ip().into()), tcp)
+        .await?;
     let (requests, connection) = h2::client::handshake(tls).await?;
     tokio::spawn(connection);
-    let request = http::Request::builder().method("CONNECT").uri(authority).body(())?;
+    let request = http::Request::builder()
+        .method("CONNECT")
+        .uri(authority)
+        .body(())?;
     let (response, _send) = requests.ready().await?.send_request(request, false)?;
     Ok(response.await?.status().as_u16().to_string())
 }
@@ -45,7 +52,10 @@ fn config(id: &str, root: &Path) -> Result<ClientConfig> {
         .with_safe_default_protocol_versions()?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anyone(provider)))
-        .with_client_auth_cert(vec![leaf.der().clone()], PrivateKeyDer::Pkcs8(key.serialize_der().into()))?;
+        .with_client_auth_cert(
+            vec![leaf.der().clone()],
+            PrivateKeyDer::Pkcs8(key.serialize_der().into()),
+        )?;
     config.alpn_protocols = vec![b"h2".to_vec()];
     Ok(config)
 }
@@ -71,7 +81,12 @@ impl ServerCertVerifier for Anyone {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls12_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn verify_tls13_signature(
@@ -80,7 +95,12 @@ impl ServerCertVerifier for Anyone {
         cert: &CertificateDer<'_>,
         dss: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        rustls::crypto::verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

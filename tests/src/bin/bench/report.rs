@@ -1,0 +1,249 @@
+//! Medians and ratios, for people and as JSON.
+
+use std::fmt;
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+/// One quantity, a value a round.
+pub struct Series {
+    pub load: &'static str,
+    pub unit: &'static str,
+    pub direct: Vec<f64>,
+    pub postern: Vec<f64>,
+}
+
+impl Series {
+    pub fn new(load: &'static str, unit: &'static str) -> Self {
+        Self {
+            load,
+            unit,
+            direct: Vec::new(),
+            postern: Vec::new(),
+        }
+    }
+
+    fn ratio(&self) -> f64 {
+        median(&self.postern) / median(&self.direct)
+    }
+
+    fn is_errors(&self) -> bool {
+        self.unit == "errors"
+    }
+
+    fn json(&self) -> Value {
+        let side = |values: &[f64]| json!({ "median": median(values), "rounds": values });
+        let mut value = json!({
+            "load": self.load, "unit": self.unit,
+            "direct": side(&self.direct), "postern": side(&self.postern),
+        });
+        if !self.is_errors() {
+            value["ratio"] = json!(self.ratio());
+        }
+        value
+    }
+}
+
+/// Resident memory of each agent, MiB.
+pub struct Memory {
+    pub connections: usize,
+    pub idle: Vec<f64>,
+    pub open: Vec<f64>,
+}
+
+impl Memory {
+    /// What a connection takes at each of its two agents, KiB.
+    fn per_connection(&self) -> Vec<f64> {
+        let grown = self
+            .idle
+            .iter()
+            .zip(&self.open)
+            .map(|(idle, open)| open - idle);
+        grown
+            .map(|mib| mib * 1024.0 / self.connections as f64)
+            .collect()
+    }
+}
+
+pub struct Machine {
+    kernel: String,
+    model: String,
+    cpus: usize,
+    /// Runnable processes in the last minute, before the benchmark began.
+    busy: f64,
+}
+
+impl Machine {
+    pub fn here() -> Result<Self> {
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let info = std::fs::read_to_string("/proc/cpuinfo")?;
+        let busy = std::fs::read_to_string("/proc/loadavg")?;
+        let busy = busy.split(' ').next().unwrap_or_default().parse()?;
+        let model = info
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split(": ").nth(1));
+        Ok(Self {
+            kernel: kernel.trim().to_owned(),
+            model: model.unwrap_or("CPU of unknown model").to_owned(),
+            cpus: std::thread::available_parallelism().context("CPUs")?.get(),
+            busy,
+        })
+    }
+}
+
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            kernel,
+            model,
+            cpus,
+            busy,
+        } = self;
+        writeln!(
+            f,
+            "{model}, {cpus} CPUs, Linux {kernel}, load before: {busy}"
+        )?;
+        write!(f, "Both nodes, the load and the agents share this machine.")
+    }
+}
+
+pub struct Report {
+    pub machine: Machine,
+    pub rounds: u32,
+    pub seconds: u32,
+    pub series: Vec<Series>,
+    pub memory: Memory,
+    /// Milliseconds from start to ready.
+    pub starts: Vec<f64>,
+    pub restarts: Vec<f64>,
+}
+
+impl Report {
+    pub fn json(&self) -> Value {
+        let Machine {
+            kernel,
+            model,
+            cpus,
+            busy,
+        } = &self.machine;
+        let side = |values: &[f64]| json!({ "median": median(values), "rounds": values });
+        json!({
+            "machine": { "kernel": kernel, "model": model, "cpus": cpus, "loadBefore": busy },
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "series": self.series.iter().map(Series::json).collect::<Vec<_>>(),
+            "memory": {
+                "unit": "MiB resident, an agent each",
+                "idle": self.memory.idle,
+                "open": self.memory.open,
+                "connections": self.memory.connections,
+                "kibPerConnection": self.memory.per_connection(),
+            },
+            "startToReadyMs": side(&self.starts),
+            "restartToReadyMs": side(&self.restarts),
+        })
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "\n{:30}{:12}{:>12}{:>12}{:>8}{:>9}",
+            "", "", "direct", "Postern", "ratio", "spread"
+        )?;
+        let mut before = "";
+        for series in self.series.iter().filter(|s| !s.is_errors()) {
+            let load = if series.load == before {
+                ""
+            } else {
+                series.load
+            };
+            before = series.load;
+            let [direct, postern] = [&series.direct, &series.postern].map(|v| number(median(v)));
+            let spread = 100.0 * spread(&series.direct).max(spread(&series.postern));
+            let (unit, ratio) = (series.unit, series.ratio());
+            writeln!(
+                f,
+                "{load:30}{unit:12}{direct:>12}{postern:>12}{ratio:>8.2}{spread:>8.0}%"
+            )?;
+        }
+        writeln!(
+            f,
+            "Medians; spread is the widest of the two ranges of rounds, in percent of its median."
+        )?;
+        for series in self.series.iter().filter(|s| s.is_errors()) {
+            let [direct, postern] =
+                [&series.direct, &series.postern].map(|v| v.iter().sum::<f64>());
+            if direct + postern > 0.0 {
+                writeln!(
+                    f,
+                    "{}: {direct} errors direct, {postern} through Postern",
+                    series.load
+                )?;
+            }
+        }
+        self.agents(f)
+    }
+}
+
+impl Report {
+    fn agents(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Memory {
+            connections,
+            idle,
+            open,
+        } = &self.memory;
+        let list = |values: &[f64]| {
+            values
+                .iter()
+                .map(|v| number(*v))
+                .collect::<Vec<_>>()
+                .join(" and ")
+        };
+        writeln!(f, "\nThe agents (of the client's node and of the server's)")?;
+        let mut row =
+            |what: &str, unit: &str, value: String| writeln!(f, "{what:42}{value:>16} {unit}");
+        row("memory, idle", "MiB", list(idle))?;
+        row(
+            &format!("memory, {connections} connections open"),
+            "MiB",
+            list(open),
+        )?;
+        row("a connection", "KiB", list(&self.memory.per_connection()))?;
+        row("start to ready", "ms", number(median(&self.starts)))?;
+        row(
+            "start to ready after a kill",
+            "ms",
+            number(median(&self.restarts)),
+        )
+    }
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[n / 2],
+        n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+    }
+}
+
+/// Width of the range of values, relative to their median.
+fn spread(values: &[f64]) -> f64 {
+    let least = values.iter().copied().fold(f64::INFINITY, f64::min);
+    let most = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    (most - least) / median(values)
+}
+
+/// Three digits or more.
+fn number(value: f64) -> String {
+    if value < 10.0 {
+        format!("{value:.2}")
+    } else if value < 100.0 {
+        format!("{value:.1}")
+    } else {
+        format!("{value:.0}")
+    }
+}

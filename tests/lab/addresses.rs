@@ -157,3 +157,53 @@ fn a_stolen_dial_is_turned_away() -> Result<()> {
     assert!(echoes(&client, &at(&server, ECHO))?);
     Ok(())
 }
+
+#[test]
+fn an_application_may_choose_its_source_address() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let web = lab.pod(2, "web")?;
+    let client = lab.pod(1, "client")?;
+    let _nginx = web.nginx(8080, "page")?;
+    let (code, body) = client.curl(&[
+        "--interface",
+        &client.ip,
+        &format!("http://{}:8080/", web.ip),
+    ])?;
+    assert_eq!((code, body.trim()), (0, "page"), "{}", lab.nodes[0].log());
+    Ok(())
+}
+
+/// A pod that may change its interfaces takes another's address there.
+#[test]
+fn a_stolen_address_gets_no_connections() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server, echo) = pair(&mut lab)?;
+    let thief = lab.pod(2, "thief")?;
+    let outside = lab.pod_with(
+        1,
+        "outside",
+        PodOptions {
+            mesh: Some(false),
+            ..PodOptions::default()
+        },
+    )?;
+    let booty = thief.serve("echo", ECHO)?;
+    let mut steal = thief.command("sh")?;
+    // Without answering ARP for it: what the wire does with that is not the question.
+    steal.args([
+        "-c",
+        &format!(
+            "echo 1 >/proc/sys/net/ipv4/conf/all/arp_ignore && ip address add {}/32 dev lo",
+            server.ip
+        ),
+    ]);
+    postern_tests::output(&mut steal)?;
+    // The agent looks at interfaces every two seconds, and when pods come.
+    let _another = lab.pod(2, "another")?;
+    std::thread::sleep(std::time::Duration::from_millis(2500));
+    assert!(echoes(&client, &at(&server, ECHO))?);
+    assert!(echoes(&outside, &at(&server, ECHO))?);
+    assert_eq!(echo.output().matches("accept").count(), 2);
+    assert!(!booty.output().contains("accept"));
+    Ok(())
+}

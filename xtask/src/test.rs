@@ -99,7 +99,8 @@ fn unit(filter: &[String]) -> Result<Count> {
     test.args(["test", "--release", "--workspace"]);
     // The kernel programs run in a kernel only, as the lab's tests have them.
     test.args(["--exclude", "postern-ebpf", "--exclude", "postern-tests"]);
-    test.args(["--lib", "--bins", "--"]).args(filter);
+    test.args(["--lib", "--bins", "--no-fail-fast", "--"])
+        .args(filter);
     cmd::run_lines(&mut test, |line| count.line(line))?;
     count.verdict()
 }

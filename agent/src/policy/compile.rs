@@ -139,7 +139,7 @@ impl PolicySet {
     /// As [`Self::evaluate`], for the one who goes on to dial.
     pub fn authorize(&self, facts: &Facts) -> Result<Permitted, Denial> {
         match self.evaluate(facts) {
-            Verdict::Allow(by) => Ok(Permitted { by, _private: () }),
+            Verdict::Allow(by) => Ok(Permitted { by }),
             Verdict::Deny(denial) => Err(denial),
         }
     }
@@ -147,10 +147,7 @@ impl PolicySet {
     /// For a probe of the node itself, which the kernel vouches for: no policy
     /// applies to it.
     pub fn probe() -> Permitted {
-        Permitted {
-            by: None,
-            _private: (),
-        }
+        Permitted { by: None }
     }
 
     /// What the port accepts: the narrowest level that says anything; without any,

@@ -80,8 +80,14 @@ impl fmt::Display for Denial {
 /// Only [`super::PolicySet::authorize`] makes it.
 #[derive(Clone, Debug)]
 pub struct Permitted {
-    pub by: Option<PolicyRef>,
-    pub(super) _private: (),
+    pub(super) by: Option<PolicyRef>,
+}
+
+impl Permitted {
+    /// The policy that allowed it; `None` where none selects the workload.
+    pub fn by(&self) -> Option<&PolicyRef> {
+        self.by.as_ref()
+    }
 }
 
 /// What a port accepts (Istio PeerAuthentication).

@@ -48,6 +48,12 @@ fn allowed(text: &str, source: Option<&str>, ip: &str) -> bool {
 }
 
 #[test]
+fn the_shipped_example_loads() {
+    let text = include_str!("../../../config/policies/example.yaml");
+    assert_eq!(load(text).expect("it loads").len(), 2);
+}
+
+#[test]
 fn every_field_and_its_not_form() {
     let from = |source: &str| {
         policy(

@@ -87,7 +87,7 @@ pub async fn plaintext(
                 Ending::Failed(format!("the application at {dialled}: {error}"))
             }
             Ok((stream, _client)) => {
-                story.opened(permitted.by);
+                story.opened(permitted.by());
                 let mut end = End::Tcp(stream);
                 let ending = carry_bytes(&mut source, &mut end, live, &story.counters, drain).await;
                 finish(source, end, &ending);
@@ -289,7 +289,7 @@ async fn stream_of(
         Ok((stream, _client)) => match respond.send_response(Response::new(()), false) {
             Err(error) => Ending::Failed(format!("the tunnel: {error}")),
             Ok(send) => {
-                story.opened(permitted.by);
+                story.opened(permitted.by());
                 let mut source = End::Stream {
                     send,
                     recv: request.into_body(),

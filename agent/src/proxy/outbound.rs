@@ -172,7 +172,7 @@ async fn run(
                     return Ending::Failed(format!("the application at {address}: {error}"));
                 }
             };
-            story.opened(permitted.by);
+            story.opened(permitted.by());
             let mut end = End::Tcp(stream);
             let ending =
                 carry_bytes(&mut source, &mut end, Some(live), &story.counters, drain).await;

@@ -111,9 +111,9 @@ impl Story {
     }
 
     /// The connection stands: it is allowed and both ends are there.
-    pub fn opened(&mut self, by: Option<PolicyRef>) {
+    pub fn opened(&mut self, by: Option<&PolicyRef>) {
         self.verdict = Verdict::Allow;
-        self.policy = by;
+        self.policy = by.cloned();
         let labels = self.labels(self.reporter, false);
         if self.transport == Transport::Local {
             let other = self.labels(Reporter::Destination, false);

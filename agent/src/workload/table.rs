@@ -238,9 +238,9 @@ impl Table {
             if port.protocol.as_deref().is_some_and(|p| p != "TCP") {
                 continue;
             }
-            let listed = match self.from_slices(&service.name, port, slices) {
+            let listed = match self.listed(&service.name, port, slices) {
                 Some(listed) => listed,
-                None => self.from_selector(&service.name, port, &spec.selector),
+                None => self.selected(&service.name, port, &spec.selector),
             };
             let in_mesh = listed.iter().any(|e| match &e.endpoint.workload {
                 Some(workload) => workload.in_mesh(),
@@ -269,7 +269,7 @@ impl Table {
 
     /// Endpoints as the cluster's controller lists them; `None` when it lists none
     /// for this service, as in a directory of hand-written manifests.
-    fn from_slices(
+    fn listed(
         &self,
         service: &NamespacedName,
         port: &manifest::ServicePort,
@@ -315,7 +315,7 @@ impl Table {
     }
 
     /// Endpoints as the controller would list them.
-    fn from_selector(
+    fn selected(
         &self,
         service: &NamespacedName,
         port: &manifest::ServicePort,

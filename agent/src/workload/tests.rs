@@ -32,6 +32,14 @@ fn service(body: &str) -> String {
 const NAMESPACE: &str = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {postern.dev/mesh: enabled}}\n";
 
 #[test]
+fn the_shipped_example_makes_a_mesh() {
+    let table = table(include_str!("../../../config/manifests/example.yaml"));
+    let service = "10.96.0.10".parse().expect("address");
+    let pod = "10.0.1.10".parse().expect("address");
+    assert_eq!(table.mesh(), [(service, Some(80)), (pod, None)].into());
+}
+
+#[test]
 fn named_target_ports_resolve_per_pod_and_turns_are_even() {
     let text = NAMESPACE.to_owned()
         + &pod("a", "10.0.0.1", "")

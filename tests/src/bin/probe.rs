@@ -27,27 +27,7 @@ enum Cli {
         mode: Mode,
     },
     /// One connection; prints what it saw as JSON.
-    Dial {
-        address: SocketAddr,
-        /// Text to send.
-        #[arg(long, default_value = "")]
-        send: String,
-        /// So many bytes of the test pattern to send.
-        #[arg(long, default_value_t = 0)]
-        pattern: u64,
-        /// End the sending direction after that.
-        #[arg(long)]
-        half_close: bool,
-        /// Break the connection after the first answer, instead of reading to the end.
-        #[arg(long)]
-        reset: bool,
-        /// Wait so many milliseconds before sending.
-        #[arg(long, default_value_t = 0)]
-        wait: u64,
-        /// Give up after so many seconds without a byte.
-        #[arg(long, default_value_t = 20)]
-        limit: u64,
-    },
+    Dial(Dial),
     /// So many connections, all open at once, a word echoed on each.
     Many {
         address: SocketAddr,
@@ -75,6 +55,32 @@ enum Cli {
     },
 }
 
+#[derive(clap::Args)]
+struct Dial {
+    address: SocketAddr,
+    /// Text to send.
+    #[arg(long, default_value = "")]
+    send: String,
+    /// So many bytes of the test pattern to send.
+    #[arg(long, default_value_t = 0)]
+    pattern: u64,
+    /// End the sending direction after that.
+    #[arg(long)]
+    half_close: bool,
+    /// Break the connection after the first answer, instead of reading to the end.
+    #[arg(long)]
+    reset: bool,
+    /// Close at once after sending, and read nothing.
+    #[arg(long)]
+    leave: bool,
+    /// Wait so many milliseconds before sending.
+    #[arg(long, default_value_t = 0)]
+    wait: u64,
+    /// Give up after so many seconds without a byte.
+    #[arg(long, default_value_t = 20)]
+    limit: u64,
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Mode {
     /// Send back what comes; end when the peer ends.
@@ -97,19 +103,11 @@ const CHUNK: usize = 64 << 10;
 fn main() -> io::Result<()> {
     match Cli::parse() {
         Cli::Serve { listen, mode } => serve(listen, mode),
-        Cli::Dial {
-            address,
-            send,
-            pattern,
-            half_close,
-            reset,
-            wait,
-            limit,
-        } => {
-            let result = dial(address, &send, pattern, half_close, reset, wait, limit);
+        Cli::Dial(wanted) => {
+            let seen = dial(&wanted);
             println!(
                 "{}",
-                result.unwrap_or_else(|error| json!({ "connect": name(&error) }))
+                seen.unwrap_or_else(|error| json!({ "connect": name(&error) }))
             );
             Ok(())
         }
@@ -217,26 +215,27 @@ fn answer(mut stream: TcpStream, mode: Mode) -> io::Result<u64> {
     Ok(bytes)
 }
 
-fn dial(
-    address: SocketAddr,
-    send: &str,
-    pattern: u64,
-    half_close: bool,
-    reset: bool,
-    wait: u64,
-    limit: u64,
-) -> io::Result<Value> {
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(limit))?;
+fn dial(wanted: &Dial) -> io::Result<Value> {
+    let limit = Duration::from_secs(wanted.limit);
+    let mut stream = TcpStream::connect_timeout(&wanted.address, limit)?;
+    if wanted.leave {
+        stream.write_all(wanted.send.as_bytes())?;
+        return Ok(json!({ "connect": "ok" }));
+    }
     // It may be broken by now; the reading tells how.
-    let peer = stream.peer_addr().map_or_else(|e| name(&e), |a| a.to_string());
-    let local = stream.local_addr().map_or_else(|e| name(&e), |a| a.to_string());
-    stream.set_read_timeout(Some(Duration::from_secs(limit)))?;
-    thread::sleep(Duration::from_millis(wait));
+    let peer = stream
+        .peer_addr()
+        .map_or_else(|e| name(&e), |a| a.to_string());
+    let local = stream
+        .local_addr()
+        .map_or_else(|e| name(&e), |a| a.to_string());
+    stream.set_read_timeout(Some(limit))?;
+    thread::sleep(Duration::from_millis(wanted.wait));
     let mut sent = DefaultHasher::new();
-    let written = stream.write_all(send.as_bytes()).and_then(|()| {
+    let written = stream.write_all(wanted.send.as_bytes()).and_then(|()| {
         let mut buffer = vec![0; CHUNK];
         let mut source = Pattern::default();
-        let mut left = pattern;
+        let mut left = wanted.pattern;
         while left > 0 {
             source.fill(&mut buffer);
             let part = &buffer[..left.min(CHUNK as u64) as usize];
@@ -244,7 +243,7 @@ fn dial(
             sent.write(part);
             left -= part.len() as u64;
         }
-        if half_close {
+        if wanted.half_close {
             stream.shutdown(Shutdown::Write)
         } else {
             Ok(())
@@ -260,7 +259,7 @@ fn dial(
                 hash.write(&buffer[..read]);
                 let room = 4096_usize.saturating_sub(text.len());
                 text.extend_from_slice(&buffer[..read.min(room)]);
-                if reset {
+                if wanted.reset {
                     SockRef::from(&stream).set_linger(Some(Duration::ZERO))?;
                     break "reset by me".to_owned();
                 }
@@ -321,8 +320,14 @@ fn stay(address: SocketAddr, every: u64) -> io::Result<()> {
         let word = format!("beat {number:06}");
         match echo(&stream, &word) {
             Ok(back) if back == word.as_bytes() => say(&word),
-            Ok(_) => return Ok(say("garbled")),
-            Err(error) => return Ok(say(&format!("ended: {}", name(&error)))),
+            Ok(_) => {
+                say("garbled");
+                break;
+            }
+            Err(error) => {
+                say(&format!("ended: {}", name(&error)));
+                break;
+            }
         }
         thread::sleep(Duration::from_millis(every));
     }

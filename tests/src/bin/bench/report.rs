@@ -5,6 +5,12 @@ use std::fmt;
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
+const NOTES: &str = "\
+Medians. Spread is the wider of the two ranges of rounds, in percent of its median.
+wrk begins to time a request when its connection stands: p50 and p99 are without connect().";
+/// A spread above which a median says little.
+const NOISY: f64 = 0.3;
+
 /// One quantity, a value a round.
 pub struct Series {
     pub load: &'static str,
@@ -25,6 +31,11 @@ impl Series {
 
     fn ratio(&self) -> f64 {
         median(&self.postern) / median(&self.direct)
+    }
+
+    /// The wider of the two ranges, relative to its median.
+    fn spread(&self) -> f64 {
+        spread(&self.direct).max(spread(&self.postern))
     }
 
     fn is_errors(&self) -> bool {
@@ -161,33 +172,41 @@ impl fmt::Display for Report {
             };
             before = series.load;
             let [direct, postern] = [&series.direct, &series.postern].map(|v| number(median(v)));
-            let spread = 100.0 * spread(&series.direct).max(spread(&series.postern));
+            let spread = 100.0 * series.spread();
             let (unit, ratio) = (series.unit, series.ratio());
             writeln!(
                 f,
                 "{load:30}{unit:12}{direct:>12}{postern:>12}{ratio:>8.2}{spread:>8.0}%"
             )?;
         }
-        writeln!(
-            f,
-            "Medians; spread is the widest of the two ranges of rounds, in percent of its median."
-        )?;
-        for series in self.series.iter().filter(|s| s.is_errors()) {
-            let [direct, postern] =
-                [&series.direct, &series.postern].map(|v| v.iter().sum::<f64>());
-            if direct + postern > 0.0 {
-                writeln!(
-                    f,
-                    "{}: {direct} errors direct, {postern} through Postern",
-                    series.load
-                )?;
-            }
-        }
+        self.notes(f)?;
         self.agents(f)
     }
 }
 
 impl Report {
+    fn notes(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{NOTES}")?;
+        if self.series.iter().any(|series| series.spread() > NOISY) {
+            writeln!(
+                f,
+                "Some spreads are wide: was the machine busy with something else?"
+            )?;
+        }
+        for series in self.series.iter().filter(|s| s.is_errors()) {
+            let total = |values: &[f64]| values.iter().sum::<f64>();
+            let (direct, postern) = (total(&series.direct), total(&series.postern));
+            if direct + postern > 0.0 {
+                let load = series.load;
+                writeln!(
+                    f,
+                    "{load}: {direct} errors direct, {postern} through Postern"
+                )?;
+            }
+        }
+        Ok(())
+    }
+
     fn agents(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Memory {
             connections,

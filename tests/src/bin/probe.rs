@@ -107,7 +107,9 @@ fn main() -> io::Result<()> {
             let seen = dial(&wanted);
             println!(
                 "{}",
-                seen.unwrap_or_else(|error| json!({ "connect": name(&error) }))
+                seen.unwrap_or_else(
+                    |error| json!({ "connect": name(&error), "end": name(&error) })
+                )
             );
             Ok(())
         }
@@ -204,7 +206,8 @@ fn answer(mut stream: TcpStream, mode: Mode) -> io::Result<u64> {
         }
     }
     if matches!(mode, Mode::Sink) {
-        writeln!(stream, "{bytes} {:016x}", hash.finish())?;
+        // In one piece: the client may be gone, and answer the first with a break.
+        stream.write_all(format!("{bytes} {:016x}\n", hash.finish()).as_bytes())?;
     }
     stream
         .shutdown(Shutdown::Write)

@@ -47,7 +47,7 @@ pub fn connecting(ctx: &SockOpsContext) -> u32 {
         }
         // Without the entry the agent refuses the connection: fails closed.
         // SAFETY: as above; the entry is copied.
-        if FLOWS.insert(flow, unsafe { &*dial }, 0).is_err() {
+        if FLOWS.insert(flow, unsafe { *dial }, 0).is_err() {
             count(Counter::RefusedFull);
         }
     // SAFETY: a plain number.

@@ -229,8 +229,7 @@ impl StatusSource for State {
         ] {
             metrics.set_kernel(name, counters[counter as usize]);
         }
-        metrics.audit_written.set(audit.written() as i64);
-        metrics.audit_lost.set(audit.lost() as i64);
+        metrics.set_audit(audit.written(), audit.lost());
         metrics.text()
     }
 

@@ -78,22 +78,19 @@ impl Watcher {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_drain_ends_with_its_last_watcher() {
         let (trigger, mut watcher) = drain();
-        let task = tokio::spawn(async move {
-            watcher.triggered().await;
-            tokio::time::sleep(Duration::from_secs(5)).await;
-        });
-        assert!(trigger.drain(Duration::from_secs(10)).await);
+        let task = tokio::spawn(async move { watcher.triggered().await });
+        assert!(trigger.drain(Duration::from_secs(60)).await);
         task.await.expect("ended");
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn what_is_left_is_told_when_the_time_is_up() {
         let (trigger, mut watcher) = drain();
         let task = tokio::spawn(async move { watcher.time_is_up().await });
-        assert!(!trigger.drain(Duration::from_secs(1)).await);
+        assert!(!trigger.drain(Duration::from_millis(10)).await);
         task.await.expect("told");
     }
 }

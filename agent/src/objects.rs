@@ -207,11 +207,11 @@ fn documents(text: &str) -> Vec<Document> {
         let marker = line == "---" || line.starts_with("--- ");
         if marker {
             // What stands behind the marker is content.
-            let rest = format!("{}   {}\n", "\n".repeat(number), &line[3..]);
-            all.push(Document {
-                text: rest,
-                first_line: number as u64 + 1,
-            });
+            let rest = line[3..].trim_start();
+            let blanks = "\n".repeat(number);
+            let first_line = number as u64 + if rest.is_empty() { 2 } else { 1 };
+            let text = format!("{blanks}    {rest}\n");
+            all.push(Document { text, first_line });
         } else if let Some(last) = all.last_mut() {
             last.text.push_str(line);
             last.text.push('\n');
@@ -392,7 +392,7 @@ mod tests {
         let both = format!(
             "# cats\n---\n{cat}---\n{dog}---\n# nothing\n--- # again\n{cat}--- {{apiVersion: v1, kind: Cat, lives: 4}}\n"
         );
-        assert_eq!(lives(&both).expect("reads"), [(2, 9), (12, 9), (16, 4)]);
+        assert_eq!(lives(&both).expect("reads"), [(3, 9), (12, 9), (16, 4)]);
         let list = "kind: List\napiVersion: v1\nitems:\n- {kind: Dog}\n- {apiVersion: v1, kind: Cat, lives: 2}\n";
         assert_eq!(lives(list).expect("reads"), [(1, 2)]);
         let json = r#"{"apiVersion": "v1", "kind": "Cat", "lives": 3}"#;

@@ -57,7 +57,7 @@ impl Lab {
         let id = format!("{}{}-{sequence}", sweep::PREFIX, std::process::id());
         let cgroup = host::cgroup_mount()?.join(&id);
         std::fs::create_dir(&cgroup).with_context(|| format!("{}", cgroup.display()))?;
-        let dir = tempfile::Builder::new().prefix(&id).tempdir()?;
+        let dir = tempfile::Builder::new().prefix(&id).tempdir_in("/tmp")?;
         for name in ["manifests", "policies"] {
             std::fs::create_dir(dir.path().join(name))?;
         }

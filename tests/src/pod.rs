@@ -293,6 +293,7 @@ impl Drop for Pod {
         if !self.options.host_network {
             let _gone = Command::new("ip")
                 .args(["netns", "del", &self.netns])
+                .stderr(std::process::Stdio::null())
                 .status();
         }
     }

@@ -80,7 +80,10 @@ pub fn remove(id: &str) {
         let _gone = fs::remove_dir_all(Path::new(BPF).join(name));
     }
     for name in names(Path::new("/run/netns")).iter().filter(|n| ours(n)) {
-        let _gone = Command::new("ip").args(["netns", "del", name]).status();
+        let _gone = Command::new("ip")
+            .args(["netns", "del", name])
+            .stderr(std::process::Stdio::null())
+            .status();
     }
     for name in names(Path::new("/tmp")).iter().filter(|n| ours(n)) {
         let _gone = fs::remove_dir_all(Path::new("/tmp").join(name));

@@ -1,6 +1,8 @@
 //! Metrics in the OpenMetrics text format: Istio's TCP metrics by Istio's names and
 //! labels, so that its dashboards work, and Postern's own with the prefix `postern_`.
 
+use std::sync::atomic::Ordering;
+
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -124,9 +126,10 @@ pub struct Metrics {
     pub enrolled: Gauge,
     pub reload_errors: Family<Name, Counter>,
     pub map_entries: Family<Name, Gauge>,
-    pub kernel: Family<Name, Gauge>,
-    pub audit_written: Gauge,
-    pub audit_lost: Gauge,
+    /// Counted elsewhere; set to what stands there.
+    pub kernel: Family<Name, Counter>,
+    pub audit_written: Counter,
+    pub audit_lost: Counter,
     pub certificate_errors: Counter,
 }
 
@@ -148,8 +151,8 @@ impl Default for Metrics {
             reload_errors: Family::default(),
             map_entries: Family::default(),
             kernel: Family::default(),
-            audit_written: Gauge::default(),
-            audit_lost: Gauge::default(),
+            audit_written: Counter::default(),
+            audit_lost: Counter::default(),
             certificate_errors: Counter::default(),
             registry: Registry::default(),
         };
@@ -198,7 +201,7 @@ impl Default for Metrics {
             m.map_entries.clone(),
         );
         own.register(
-            "kernel_total",
+            "kernel",
             "Counted in the kernel since the maps were made",
             m.kernel.clone(),
         );
@@ -244,6 +247,15 @@ impl Metrics {
     }
 
     pub fn set_kernel(&self, name: &'static str, count: u64) {
-        self.kernel.get_or_create(&Name { name }).set(count as i64);
+        set(&self.kernel.get_or_create(&Name { name }), count);
     }
+
+    pub fn set_audit(&self, written: u64, lost: u64) {
+        set(&self.audit_written, written);
+        set(&self.audit_lost, lost);
+    }
+}
+
+fn set(counter: &Counter, count: u64) {
+    counter.inner().store(count, Ordering::Relaxed);
 }

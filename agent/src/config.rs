@@ -1,14 +1,17 @@
 //! The agent's configuration: one YAML file, parsed once into types that cannot
 //! be wrong. `config/agent.yaml` lists every key with its default.
 
+mod values;
+
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
-    time::Duration,
 };
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+pub use values::{Count, Loopback, QueueLength, RingBytes, Span, Window};
 
 use crate::{
     identity::TrustDomain,
@@ -338,91 +341,6 @@ impl Config {
     }
 }
 
-/// A length of time as people write it: `90s`, `24h`, `500ms`, `1h30m`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "String", into = "String")]
-#[schemars(with = "String")]
-pub struct Span(pub Duration);
-
-impl Span {
-    pub const fn seconds(n: u64) -> Self {
-        Self(Duration::from_secs(n))
-    }
-
-    pub const fn hours(n: u64) -> Self {
-        Self(Duration::from_secs(n * 3_600))
-    }
-}
-
-impl TryFrom<String> for Span {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        match humantime::parse_duration(&text) {
-            Ok(span) if !span.is_zero() => Ok(Self(span)),
-            _ => Err(format!(
-                "`{text}` is not a length of time such as 500ms, 90s, 24h or 1h30m"
-            )),
-        }
-    }
-}
-
-impl From<Span> for String {
-    fn from(span: Span) -> Self {
-        humantime::format_duration(span.0)
-            .to_string()
-            .replace(' ', "")
-    }
-}
-
-/// A loopback address and port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "SocketAddr", into = "SocketAddr")]
-#[schemars(with = "String")]
-pub struct Loopback(pub SocketAddr);
-
-impl TryFrom<SocketAddr> for Loopback {
-    type Error = String;
-
-    fn try_from(address: SocketAddr) -> Result<Self, String> {
-        if address.ip().is_loopback() {
-            return Ok(Self(address));
-        }
-        Err(format!(
-            "{address} is not on loopback; use 127.0.0.1 or [::1]"
-        ))
-    }
-}
-
-impl From<Loopback> for SocketAddr {
-    fn from(loopback: Loopback) -> Self {
-        loopback.0
-    }
-}
-
-/// Size of a BPF ring buffer: a power of two and whole pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "u32", into = "u32")]
-#[schemars(with = "u32")]
-pub struct RingBytes(pub u32);
-
-impl TryFrom<u32> for RingBytes {
-    type Error = String;
-
-    fn try_from(bytes: u32) -> Result<Self, String> {
-        if bytes.is_power_of_two() && bytes >= 4_096 {
-            return Ok(Self(bytes));
-        }
-        Err(format!("{bytes} is not a power of two of at least 4096"))
-    }
-}
-
-impl From<RingBytes> for u32 {
-    fn from(ring: RingBytes) -> Self {
-        ring.0
-    }
-}
-
 impl Transport {
     /// HTTP/2 window of a tunnel: all its streams' together (RFC 9113 6.9.1).
     pub fn tunnel_window(&self) -> u32 {
@@ -430,86 +348,6 @@ impl Transport {
             .0
             .saturating_mul(self.stream_window.0)
             .min(Window::MAX)
-    }
-}
-
-/// An HTTP/2 flow-control window (RFC 9113 6.9.2).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "u32", into = "u32")]
-#[schemars(with = "u32")]
-pub struct Window(pub u32);
-
-impl Window {
-    const MIN: u32 = 65_535;
-    const MAX: u32 = i32::MAX as u32;
-}
-
-impl TryFrom<u32> for Window {
-    type Error = String;
-
-    fn try_from(bytes: u32) -> Result<Self, String> {
-        if (Self::MIN..=Self::MAX).contains(&bytes) {
-            return Ok(Self(bytes));
-        }
-        Err(format!(
-            "{bytes} is no window; use {} to {}",
-            Self::MIN,
-            Self::MAX
-        ))
-    }
-}
-
-impl From<Window> for u32 {
-    fn from(window: Window) -> Self {
-        window.0
-    }
-}
-
-/// A number of things: at least one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "u32", into = "u32")]
-#[schemars(with = "u32")]
-pub struct Count(pub u32);
-
-impl TryFrom<u32> for Count {
-    type Error = String;
-
-    fn try_from(count: u32) -> Result<Self, String> {
-        if count > 0 {
-            Ok(Self(count))
-        } else {
-            Err("must be at least 1".into())
-        }
-    }
-}
-
-impl From<Count> for u32 {
-    fn from(count: Count) -> Self {
-        count.0
-    }
-}
-
-/// Length of a queue: at least one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "usize", into = "usize")]
-#[schemars(with = "usize")]
-pub struct QueueLength(pub usize);
-
-impl TryFrom<usize> for QueueLength {
-    type Error = String;
-
-    fn try_from(length: usize) -> Result<Self, String> {
-        if length > 0 {
-            Ok(Self(length))
-        } else {
-            Err("a queue holds at least 1".into())
-        }
-    }
-}
-
-impl From<QueueLength> for usize {
-    fn from(queue: QueueLength) -> Self {
-        queue.0
     }
 }
 

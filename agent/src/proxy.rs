@@ -1,12 +1,14 @@
 //! Carries connections. `outbound` takes what pods dial, `inbound` what comes to
 //! them; between nodes `hbone` is the tunnel, on one node there is none. `splice`
 //! moves bytes, `connections` knows what is live and ends what policy no longer
-//! allows, `enrol` opens and closes the listeners of pods as they come and go.
+//! allows, `enrol` follows pods as they come and go, `listen` opens their
+//! listeners.
 
 mod connections;
 mod enrol;
 mod hbone;
 mod inbound;
+mod listen;
 mod outbound;
 mod pods;
 mod splice;

@@ -8,25 +8,19 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd as _,
+    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
 };
 
-use postern_ebpf::{LISTENER_HBONE, LISTENER_PLAINTEXT};
-use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
-
 use super::{
-    HBONE_PORT, INBOUND_PORT, Identities, LocalPod, LocalPods, OUTBOUND_PORT, Proxy, inbound,
-    outbound,
+    Identities, LocalPod, LocalPods, Proxy,
+    listen::{Serving, Tasks, outbound_listeners},
 };
 use crate::{
     identity::IdentityError,
     kernel::{
-        CgroupMount, Kernel, KernelError, Netns, PodDirs, Pods, cgroup_id, find_pods_roots,
+        CgroupMount, KernelError, Netns, PodDirs, Pods, cgroup_id, find_pods_roots,
         namespace_inode, netns_addresses, processes,
     },
     lifecycle::Watcher,
@@ -34,10 +28,8 @@ use crate::{
     workload::{Table, Workload},
 };
 
-const BACKLOG: i32 = 4_096;
-
 #[derive(Debug, thiserror::Error)]
-enum EnrolError {
+pub(super) enum EnrolError {
     #[error("no process of it is in a network namespace with its address yet")]
     NoNamespace,
     #[error("its cgroup is not there yet")]
@@ -92,26 +84,6 @@ struct Enrolled {
     cgroup: Option<u64>,
     /// `None` for host-network pods, whose inbound connections are not steered.
     serving: Option<Serving>,
-}
-
-/// The listeners in a pod's network namespace.
-struct Serving {
-    _tasks: Tasks,
-    plain: Socket,
-    hbone: Socket,
-    /// Addresses that `LISTENERS` has entries for.
-    addresses: HashSet<IpAddr>,
-}
-
-/// Accept loops, ended when dropped.
-struct Tasks(Vec<tokio::task::AbortHandle>);
-
-impl Drop for Tasks {
-    fn drop(&mut self) {
-        for task in &self.0 {
-            task.abort();
-        }
-    }
 }
 
 /// What a round of enrolment found.
@@ -295,7 +267,7 @@ impl Enroller {
                 self.serve_host()?;
                 None
             } else {
-                Some(self.serve(&pod)?)
+                Some(Serving::start(&self.proxy, &pod, &self.drain)?)
             };
             tracing::info!(pod = workload.name, namespace = workload.namespace, %identity, "in the mesh");
             self.enrolled.insert(
@@ -379,188 +351,15 @@ impl Enroller {
         Err(EnrolError::NoNamespace)
     }
 
-    fn serve(&self, pod: &Arc<LocalPod>) -> Result<Serving, EnrolError> {
-        let netns = &pod.netns;
-        let mut tasks = Tasks(self.listen_outbound(netns)?);
-        let plain = listen(netns, INBOUND_PORT)?;
-        let hbone = listen(netns, HBONE_PORT)?;
-        let (proxy, drain) = (self.proxy.clone(), self.drain.clone());
-        let to = pod.clone();
-        tasks.0.push(accept(
-            async_listener(&plain)?,
-            drain.clone(),
-            move |stream, client, drain| {
-                inbound::plaintext(proxy.clone(), to.clone(), stream, client, drain)
-            },
-        ));
-        let (proxy, to) = (self.proxy.clone(), pod.clone());
-        tasks.0.push(accept(
-            async_listener(&hbone)?,
-            drain,
-            move |stream, client, drain| {
-                inbound::tunnel(proxy.clone(), to.clone(), stream, client, drain)
-            },
-        ));
-        Ok(Serving {
-            _tasks: tasks,
-            plain,
-            hbone,
-            addresses: HashSet::new(),
-        })
-    }
-
     fn serve_host(&mut self) -> Result<(), EnrolError> {
         if self.host.is_none() {
-            self.host = Some(Tasks(self.listen_outbound(&self.node)?));
+            self.host = Some(outbound_listeners(
+                &self.proxy,
+                &self.node,
+                None,
+                &self.drain,
+            )?);
         }
         Ok(())
     }
-
-    /// Loopback listeners that the connect hooks steer to.
-    fn listen_outbound(&self, netns: &Netns) -> Result<Vec<tokio::task::AbortHandle>, EnrolError> {
-        let mut tasks = Vec::new();
-        let cookie = netns.cookie;
-        for ip in [
-            IpAddr::V4(Ipv4Addr::LOCALHOST),
-            IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ] {
-            let address = SocketAddr::new(ip, OUTBOUND_PORT);
-            let socket = match bind(netns, address) {
-                Ok(socket) => socket,
-                // No IPv6 in this namespace: nothing can be dialled by it either.
-                Err(source)
-                    if ip.is_ipv6() && source.raw_os_error() == Some(libc::EADDRNOTAVAIL) =>
-                {
-                    continue;
-                }
-                Err(source) => return Err(EnrolError::Listen { address, source }),
-            };
-            let proxy = self.proxy.clone();
-            let listener = async_listener(&socket)?;
-            tasks.push(accept(
-                listener,
-                self.drain.clone(),
-                move |stream, client, drain| {
-                    outbound::carry(proxy.clone(), cookie, stream, client, drain)
-                },
-            ));
-        }
-        Ok(tasks)
-    }
-}
-
-impl Serving {
-    /// Enters the pod's addresses: those of its object and all that its interfaces
-    /// have (link-local, secondary networks). What is not entered is dropped. An
-    /// address that belongs to another pod is not this one's, whatever its interfaces
-    /// say: a pod may be allowed to change them.
-    fn update_addresses(
-        &mut self,
-        workload: &Workload,
-        netns: &Netns,
-        table: &Table,
-        owners: &mut HashMap<IpAddr, String>,
-        kernel: &Kernel,
-    ) -> Result<(), EnrolError> {
-        let found = netns
-            .run(netns_addresses)
-            .and_then(|r| r)
-            .map_err(EnrolError::Netns)?;
-        let free = |address: &IpAddr| {
-            table.pod(*address).is_none_or(|w| w.uid == workload.uid)
-                && owners
-                    .get(address)
-                    .is_none_or(|owner| *owner == workload.uid)
-        };
-        let found: Vec<IpAddr> = found.into_iter().filter(free).collect();
-        for address in workload.addresses.iter().copied().chain(found) {
-            let owned = owners
-                .get(&address)
-                .is_some_and(|owner| *owner == workload.uid);
-            if !owned || !self.addresses.contains(&address) {
-                kernel.set_listener(address, LISTENER_PLAINTEXT, &self.plain)?;
-                kernel.set_listener(address, LISTENER_HBONE, &self.hbone)?;
-                owners.insert(address, workload.uid.clone());
-                self.addresses.insert(address);
-            }
-        }
-        Ok(())
-    }
-}
-
-/// A listener for all addresses of the namespace, of both families where it has both.
-fn listen(netns: &Netns, port: u16) -> Result<Socket, EnrolError> {
-    let any = [
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-    ];
-    let [dual, v4] = any.map(|ip| SocketAddr::new(ip, port));
-    match bind(netns, dual) {
-        Ok(socket) => Ok(socket),
-        Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-            bind(netns, v4).map_err(|source| EnrolError::Listen {
-                address: v4,
-                source,
-            })
-        }
-        Err(source) => Err(EnrolError::Listen {
-            address: dual,
-            source,
-        }),
-    }
-}
-
-fn bind(netns: &Netns, address: SocketAddr) -> io::Result<Socket> {
-    let domain = Domain::for_address(address);
-    let socket = netns.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP)))??;
-    if address.is_ipv6() {
-        socket.set_only_v6(address.ip().is_loopback())?;
-    }
-    socket.set_reuse_address(true)?;
-    socket.set_nonblocking(true)?;
-    socket.bind(&address.into())?;
-    socket.listen(BACKLOG)?;
-    Ok(socket)
-}
-
-/// The kernel's map and the runtime each keep a descriptor of the same socket.
-fn async_listener(socket: &Socket) -> Result<TcpListener, EnrolError> {
-    let copy = socket
-        .as_fd()
-        .try_clone_to_owned()
-        .map_err(EnrolError::Netns)?;
-    TcpListener::from_std(copy.into()).map_err(EnrolError::Netns)
-}
-
-/// Accepts until drained. A connection that cannot be accepted for want of file
-/// descriptors waits in the backlog; the loop goes on.
-fn accept<F>(
-    listener: TcpListener,
-    mut drain: Watcher,
-    serve: impl Fn(TcpStream, SocketAddr, Watcher) -> F + Send + 'static,
-) -> tokio::task::AbortHandle
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    const PAUSE: Duration = Duration::from_millis(50);
-    let task = tokio::spawn(async move {
-        let watcher = drain.clone();
-        loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = drain.triggered() => return,
-            };
-            match accepted {
-                Ok((stream, client)) => {
-                    tokio::spawn(serve(stream, client, watcher.clone()));
-                }
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => {
-                    tracing::error!(%error, "cannot accept");
-                    tokio::time::sleep(PAUSE).await;
-                }
-            }
-        }
-    });
-    task.abort_handle()
 }

@@ -21,37 +21,29 @@ use crate::{
     workload::{Target, Workload},
 };
 
-/// Carries one accepted connection to its end.
+/// Carries one accepted connection to its end. `pod`: whose listener it came to;
+/// host-network pods share one, and are told by their cgroup.
 pub async fn carry(
     proxy: Arc<Proxy>,
     netns: u64,
+    pod: Option<Arc<LocalPod>>,
     stream: TcpStream,
     source: SocketAddr,
     drain: Watcher,
 ) {
-    let Some(dialled) = proxy.kernel.take_dial(netns, source) else {
+    let dialled = proxy.kernel.take_dial(netns, source);
+    let pod = pod.or_else(|| proxy.pods.load().in_cgroup(dialled?.cgroup).cloned());
+    let (Some(dialled), Some(pod)) = (dialled, &pod) else {
         let to = stream.local_addr().unwrap_or(source);
         reset(stream);
         let mut story = Story::new(&proxy, Reporter::Source, Transport::Plaintext, source, to);
-        story.source.workload = proxy
-            .pods
-            .load()
-            .in_netns(netns)
-            .map(|p| p.workload.load_full());
+        story.source.workload = pod.map(|pod| pod.workload.load_full());
         return story.finish(Ending::Refused("not steered here by the kernel".into()));
     };
     let address = SocketAddr::new(
         from_abi(dialled.destination),
         dialled.destination_port as u16,
     );
-    let pods = proxy.pods.load_full();
-    let pod = match dialled.cgroup {
-        0 => pods.in_netns(netns),
-        cgroup => pods.in_cgroup(cgroup),
-    };
-    let Some(pod) = pod.cloned() else {
-        return reset(stream);
-    };
     let _ = stream.set_nodelay(true);
     // The application's side is loopback; what others see is the pod's address.
     let own = pod.address_like(address.ip()).unwrap_or(source.ip());
@@ -71,7 +63,7 @@ pub async fn carry(
             reset(stream);
             Ending::Failed(why)
         }
-        Ok(route) => run(&proxy, &pod, route, &mut story, stream, client, drain).await,
+        Ok(route) => run(&proxy, pod, route, &mut story, stream, client, drain).await,
     };
     story.finish(ending);
 }

@@ -1,0 +1,221 @@
+//! The agent's listeners in network namespaces, and the loops that accept on them.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsFd as _,
+    sync::Arc,
+    time::Duration,
+};
+
+use postern_ebpf::{LISTENER_HBONE, LISTENER_PLAINTEXT};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use super::{
+    HBONE_PORT, INBOUND_PORT, LocalPod, OUTBOUND_PORT, Proxy, enrol::EnrolError, inbound, outbound,
+};
+use crate::{
+    kernel::{Kernel, Netns, netns_addresses},
+    lifecycle::Watcher,
+    workload::{Table, Workload},
+};
+
+const BACKLOG: i32 = 4_096;
+/// How long accepting rests when it fails for want of something.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// The listeners in a pod's network namespace.
+pub struct Serving {
+    _tasks: Tasks,
+    plain: Socket,
+    hbone: Socket,
+    /// Addresses that `LISTENERS` has entries for.
+    pub addresses: HashSet<IpAddr>,
+}
+
+/// Accept loops, ended when dropped.
+#[derive(Default)]
+pub struct Tasks(Vec<tokio::task::AbortHandle>);
+
+impl Drop for Tasks {
+    fn drop(&mut self) {
+        for task in &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl Tasks {
+    /// Accepts on a socket until drained. The kernel's map and the runtime each keep
+    /// a descriptor of it. A connection that cannot be accepted for want of file
+    /// descriptors waits in the backlog; the loop goes on.
+    fn serve<F: Future<Output = ()> + Send + 'static>(
+        &mut self,
+        socket: &Socket,
+        drain: &Watcher,
+        serve: impl Fn(TcpStream, SocketAddr, Watcher) -> F + Send + 'static,
+    ) -> Result<(), EnrolError> {
+        let copy = socket
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(EnrolError::Netns)?;
+        let listener = TcpListener::from_std(copy.into()).map_err(EnrolError::Netns)?;
+        let mut drain = drain.clone();
+        let task = tokio::spawn(async move {
+            let watcher = drain.clone();
+            loop {
+                let accepted = tokio::select! {
+                    accepted = listener.accept() => accepted,
+                    () = drain.triggered() => return,
+                };
+                match accepted {
+                    Ok((stream, client)) => {
+                        tokio::spawn(serve(stream, client, watcher.clone()));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
+                    Err(error) => {
+                        tracing::error!(%error, "cannot accept");
+                        tokio::time::sleep(PAUSE).await;
+                    }
+                }
+            }
+        });
+        self.0.push(task.abort_handle());
+        Ok(())
+    }
+}
+
+/// Loopback listeners that the connect hooks steer to. `pod`: whose namespace it is;
+/// `None` for the node's, which host-network pods share.
+pub fn outbound_listeners(
+    proxy: &Arc<Proxy>,
+    netns: &Netns,
+    pod: Option<&Arc<LocalPod>>,
+    drain: &Watcher,
+) -> Result<Tasks, EnrolError> {
+    let mut tasks = Tasks::default();
+    let cookie = netns.cookie;
+    for ip in [
+        IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(Ipv6Addr::LOCALHOST),
+    ] {
+        let address = SocketAddr::new(ip, OUTBOUND_PORT);
+        let socket = match bind(netns, address) {
+            Ok(socket) => socket,
+            // No IPv6 in this namespace: nothing can be dialled by it either.
+            Err(error) if ip.is_ipv6() && no_ipv6(&error) => continue,
+            Err(source) => return Err(EnrolError::Listen { address, source }),
+        };
+        let (proxy, pod) = (proxy.clone(), pod.cloned());
+        tasks.serve(&socket, drain, move |stream, client, drain| {
+            outbound::carry(proxy.clone(), cookie, pod.clone(), stream, client, drain)
+        })?;
+    }
+    Ok(tasks)
+}
+
+impl Serving {
+    pub fn start(
+        proxy: &Arc<Proxy>,
+        pod: &Arc<LocalPod>,
+        drain: &Watcher,
+    ) -> Result<Self, EnrolError> {
+        let netns = &pod.netns;
+        let mut tasks = outbound_listeners(proxy, netns, Some(pod), drain)?;
+        let plain = listen(netns, INBOUND_PORT)?;
+        let hbone = listen(netns, HBONE_PORT)?;
+        let (to, at) = (pod.clone(), proxy.clone());
+        tasks.serve(&plain, drain, move |stream, client, drain| {
+            inbound::plaintext(at.clone(), to.clone(), stream, client, drain)
+        })?;
+        let (to, at) = (pod.clone(), proxy.clone());
+        tasks.serve(&hbone, drain, move |stream, client, drain| {
+            inbound::tunnel(at.clone(), to.clone(), stream, client, drain)
+        })?;
+        Ok(Self {
+            _tasks: tasks,
+            plain,
+            hbone,
+            addresses: HashSet::new(),
+        })
+    }
+
+    /// Enters the pod's addresses: those of its object and all that its interfaces
+    /// have (link-local, secondary networks). What is not entered is dropped. An
+    /// address that belongs to another pod is not this one's, whatever its interfaces
+    /// say: a pod may be allowed to change them.
+    pub fn update_addresses(
+        &mut self,
+        workload: &Workload,
+        netns: &Netns,
+        table: &Table,
+        owners: &mut HashMap<IpAddr, String>,
+        kernel: &Kernel,
+    ) -> Result<(), EnrolError> {
+        let found = netns
+            .run(netns_addresses)
+            .and_then(|r| r)
+            .map_err(EnrolError::Netns)?;
+        let free = |address: &IpAddr| {
+            table.pod(*address).is_none_or(|w| w.uid == workload.uid)
+                && owners
+                    .get(address)
+                    .is_none_or(|owner| *owner == workload.uid)
+        };
+        let found: Vec<IpAddr> = found.into_iter().filter(free).collect();
+        for address in workload.addresses.iter().copied().chain(found) {
+            let owned = owners
+                .get(&address)
+                .is_some_and(|owner| *owner == workload.uid);
+            if !owned || !self.addresses.contains(&address) {
+                kernel.set_listener(address, LISTENER_PLAINTEXT, &self.plain)?;
+                kernel.set_listener(address, LISTENER_HBONE, &self.hbone)?;
+                owners.insert(address, workload.uid.clone());
+                self.addresses.insert(address);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A listener for all addresses of the namespace, of both families where it has both.
+fn listen(netns: &Netns, port: u16) -> Result<Socket, EnrolError> {
+    let any = [
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+    ];
+    let [dual, v4] = any.map(|ip| SocketAddr::new(ip, port));
+    match bind(netns, dual) {
+        Ok(socket) => Ok(socket),
+        Err(error) if no_ipv6(&error) => bind(netns, v4).map_err(|source| EnrolError::Listen {
+            address: v4,
+            source,
+        }),
+        Err(source) => Err(EnrolError::Listen {
+            address: dual,
+            source,
+        }),
+    }
+}
+
+fn bind(netns: &Netns, address: SocketAddr) -> io::Result<Socket> {
+    let domain = Domain::for_address(address);
+    let socket = netns.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP)))??;
+    if address.is_ipv6() {
+        socket.set_only_v6(address.ip().is_loopback())?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
+fn no_ipv6(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)
+    )
+}

@@ -3,9 +3,7 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
-use postern_tests::{Capture, Lab, count_bytes, eventually, output, text};
-
-use crate::kit::at;
+use postern_tests::{Capture, Lab, Pod, count_bytes, eventually, output, text};
 
 #[test]
 fn a_postgresql_session() -> Result<()> {
@@ -53,7 +51,7 @@ fn a_postgresql_session() -> Result<()> {
     Ok(())
 }
 
-fn as_postgres(pod: &postern_tests::Pod, program: &str) -> Result<Command> {
+fn as_postgres(pod: &Pod, program: &str) -> Result<Command> {
     let mut command = pod.command("setpriv")?;
     command.args([
         "--reuid=postgres",
@@ -131,13 +129,31 @@ fn iperf_both_ways() -> Result<()> {
         server.listens(5201)
     })?;
     for reverse in [&["-P", "4"][..], &["-P", "4", "-R"][..]] {
-        let mut run = client.command("iperf3")?;
-        run.args(["-c", &server.ip, "-p", "5201", "-n", "200M", "-J"])
-            .args(reverse);
-        let result: serde_json::Value = serde_json::from_slice(&output(&mut run)?.stdout)?;
+        let mut result = serde_json::Value::Null;
+        eventually(
+            "iperf3 is not busy with the run before",
+            Duration::from_secs(20),
+            || {
+                result = iperf(&client, &server, reverse).unwrap_or_default();
+                !result["error"].to_string().contains("busy")
+            },
+        )?;
         let received = result["end"]["sum_received"]["bytes"].as_u64().unwrap_or(0);
         // iperf3 ends a run when all is sent, not when all has arrived.
-        assert!(received >= 100 << 20, "{received}: {}", at(&server, 5201));
+        assert!(
+            received >= 100 << 20,
+            "{reverse:?} {} {}",
+            result["error"],
+            result["end"]
+        );
     }
     Ok(())
+}
+
+fn iperf(client: &Pod, server: &Pod, reverse: &[&str]) -> Result<serde_json::Value> {
+    let mut run = client.command("iperf3")?;
+    run.args(["-c", &server.ip, "-p", "5201", "-n", "200M", "-J"])
+        .args(reverse);
+    // It fails with a result that says why.
+    Ok(serde_json::from_slice(&run.output()?.stdout)?)
 }

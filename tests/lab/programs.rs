@@ -134,7 +134,7 @@ fn iperf_both_ways() -> Result<()> {
             "iperf3 is not busy with the run before",
             Duration::from_secs(20),
             || {
-                result = iperf(&client, &server, reverse).unwrap_or_default();
+                result = run_iperf(&client, &server, reverse).unwrap_or_default();
                 !result["error"].to_string().contains("busy")
             },
         )?;
@@ -150,7 +150,7 @@ fn iperf_both_ways() -> Result<()> {
     Ok(())
 }
 
-fn iperf(client: &Pod, server: &Pod, reverse: &[&str]) -> Result<serde_json::Value> {
+fn run_iperf(client: &Pod, server: &Pod, reverse: &[&str]) -> Result<serde_json::Value> {
     let mut run = client.command("iperf3")?;
     run.args(["-c", &server.ip, "-p", "5201", "-n", "200M", "-J"])
         .args(reverse);

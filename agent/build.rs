@@ -2,7 +2,11 @@
 //! target: `postern-bpf`, which `cargo xtask setup` links to Debian's compiler, or
 //! a nightly with `rust-src`.
 
-use std::{env, path::Path, process::Command};
+use std::{
+    env,
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use anyhow::{Result, bail};
 use aya_build::{Package, Toolchain};
@@ -12,8 +16,19 @@ const LINKED: &str = "postern-bpf";
 const MISSING: &str =
     "the tools that build the kernel programs are not all installed: run `cargo xtask setup`";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     println!("cargo:rerun-if-changed=build.rs");
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One sentence, without a backtrace.
+            println!("cargo::error={error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<()> {
     if which::which("bpf-linker").is_err() {
         bail!("{MISSING} (bpf-linker is not on PATH)");
     }

@@ -1,7 +1,7 @@
 //! Who is calling: which workload the current process belongs to.
 
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
-use postern_ebpf::{Address, Config, MAPPED, Workload};
+use postern_ebpf::{Address, Config, MAPPED, PODS_ROOTS, Workload};
 
 use crate::maps::{CGROUPS, WORKLOADS};
 
@@ -29,8 +29,8 @@ pub fn caller(config: &Config, netns: u64) -> Caller {
             return Caller::Known(*workload, 0);
         }
     }
-    if in_pods(config) {
-        return match by_cgroup(config) {
+    if let Some(level) = pods_level(config) {
+        return match by_cgroup(level) {
             Some((workload, cgroup)) => Caller::Known(workload, cgroup),
             None => Caller::Unknown,
         };
@@ -44,17 +44,24 @@ pub fn caller(config: &Config, netns: u64) -> Caller {
     }
 }
 
+/// The depth of the pods' directory that the current process is below, if it is.
 #[inline(always)]
-fn in_pods(config: &Config) -> bool {
-    config.pods_cgroup != 0 && ancestor(config.pods_level) == config.pods_cgroup
+fn pods_level(config: &Config) -> Option<u32> {
+    for root in 0..PODS_ROOTS {
+        let (id, level) = (config.pods_cgroup[root], config.pods_level[root]);
+        if id != 0 && ancestor(level) == id {
+            return Some(level);
+        }
+    }
+    None
 }
 
 /// The pod's directory lies one level below the pods' (QoS class Guaranteed) or
 /// two (Burstable, BestEffort).
 #[inline(always)]
-fn by_cgroup(config: &Config) -> Option<(Workload, u64)> {
+fn by_cgroup(pods_level: u32) -> Option<(Workload, u64)> {
     for below in 1..=2 {
-        let id = ancestor(config.pods_level + below);
+        let id = ancestor(pods_level + below);
         // SAFETY: the map's values are only replaced whole, by the agent.
         if let Some(workload) = unsafe { CGROUPS.get(id) } {
             return Some((*workload, id));

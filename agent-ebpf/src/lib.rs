@@ -17,18 +17,21 @@ pub const MAPPED: u32 = 0xffff_u32.to_be();
 /// of the pin path, so that agents of different ABIs never share a map.
 pub const ABI: u32 = 1;
 
+/// Directories that may hold pods: two kubelets, or two layouts, on one host.
+pub const PODS_ROOTS: usize = 4;
+
 /// What the programs need to know about the node; the one entry of `CONFIG`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Config {
     /// Network namespace cookie of the node (the agent's own).
     pub node_netns: u64,
-    /// Cgroup id of the directory that holds all pods; 0 when there is none.
-    pub pods_cgroup: u64,
     /// The agent's own cgroup: when it is dead, a pod's process may get its id.
     pub agent_cgroup: u64,
-    /// Depth of the pods' directory below the cgroup v2 root.
-    pub pods_level: u32,
+    /// Cgroup ids of the directories that hold pods; 0 where there is none.
+    pub pods_cgroup: [u64; PODS_ROOTS],
+    /// Depth of each below the cgroup v2 root.
+    pub pods_level: [u32; PODS_ROOTS],
     /// Thread group id of the agent, whose own sockets are never steered.
     pub agent_tgid: u32,
     /// What happens to a process that may be a pod's and is not known yet:
@@ -41,6 +44,7 @@ pub struct Config {
     pub outbound_port: u32,
     /// Port that HBONE comes in on.
     pub hbone_port: u32,
+    pub _pad: u32,
 }
 
 pub const UNKNOWN_REFUSE: u32 = 0;
@@ -244,7 +248,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Config = 48,
+    Config = 88,
     Workload = 8,
     MeshKey = 20,
     Dial = 96,

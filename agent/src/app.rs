@@ -16,7 +16,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
 use notify::{RecursiveMode, Watcher as _};
-use postern_ebpf::{Counter, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
+use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{Semaphore, mpsc},
@@ -353,24 +353,33 @@ impl Rounds {
             proxy.connections.recheck(&proxy.policies.load());
         }
         *state.workloads.lock().expect("no panic while it is held") = outcome.workloads;
-        let v2 = roots.iter().find(|root| root.v2);
+        let v2: Vec<&PodsRoot> = roots.iter().filter(|root| root.v2).collect();
+        if v2.len() > PODS_ROOTS {
+            bail!(
+                "{} directories hold pods; at most {PODS_ROOTS} can be told apart",
+                v2.len()
+            );
+        }
+        let (mut pods_cgroup, mut pods_level) = ([0; PODS_ROOTS], [0; PODS_ROOTS]);
+        for (index, root) in v2.iter().enumerate() {
+            pods_cgroup[index] = cgroup_id(&root.path)?;
+            pods_level[index] = root.level;
+        }
         let wanted = postern_ebpf::Config {
             node_netns: self.enroller.node_netns(),
-            pods_cgroup: v2
-                .map(|root| cgroup_id(&root.path))
-                .transpose()?
-                .unwrap_or(0),
+            pods_cgroup,
+            pods_level,
             agent_cgroup: state.agent_cgroup,
-            pods_level: v2.map_or(0, |root| root.level),
             agent_tgid: std::process::id(),
             unknown: match state.config.enrol.unknown {
                 Unknown::Refuse => UNKNOWN_REFUSE,
                 Unknown::Allow => UNKNOWN_ALLOW,
             },
             // Also while the kubelet has not made its directory yet.
-            pods_by_netns_only: u32::from(v2.is_none()),
+            pods_by_netns_only: u32::from(v2.is_empty()),
             outbound_port: OUTBOUND_PORT.into(),
             hbone_port: HBONE_PORT.into(),
+            _pad: 0,
         };
         if proxy.kernel.configured() != wanted {
             proxy.kernel.configure(wanted)?;

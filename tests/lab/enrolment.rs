@@ -137,15 +137,25 @@ fn a_workload_that_is_not_known_is_refused_or_let_through() -> Result<()> {
 fn host_network_pods_are_known_by_their_cgroup() -> Result<()> {
     let mut lab = Lab::started()?;
     let (_client, server, _echo) = pair(&mut lab)?;
-    let host = PodOptions {
-        host_network: true,
-        ..PodOptions::default()
-    };
-    let host = lab.pod_with(1, "host", host)?;
-    assert!(echoes(&host, &at(&server, ECHO))?, "{}", lab.nodes[0].log());
-    lab.nodes[1].record("its own identity", |r| {
-        r["source"]["identity"] == "spiffe://cluster.local/ns/shop/sa/host"
-    })?;
+    for (name, layout) in [
+        ("cgroupfs", Layout::Cgroupfs),
+        ("guaranteed", Layout::CgroupfsGuaranteed),
+        ("systemd", Layout::Systemd),
+    ] {
+        let options = PodOptions {
+            host_network: true,
+            layout,
+            ..PodOptions::default()
+        };
+        let host = lab.pod_with(1, name, options)?;
+        assert!(
+            echoes(&host, &at(&server, ECHO))?,
+            "{name}: {}",
+            lab.nodes[0].log()
+        );
+        let identity = format!("spiffe://cluster.local/ns/shop/sa/{name}");
+        lab.nodes[1].record("its own identity", |r| r["source"]["identity"] == identity)?;
+    }
     // The node's own processes share the namespace, not the identity.
     let mut probe = lab.nodes[0].command(binary("probe")?)?;
     probe.args(["dial", &at(&server, ECHO), "--send", "x", "--half-close"]);

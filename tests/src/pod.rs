@@ -67,6 +67,8 @@ pub enum Layout {
     Cgroupfs,
     /// QoS class Guaranteed: one level less.
     CgroupfsGuaranteed,
+    /// The systemd driver's slices.
+    Systemd,
 }
 
 impl Pod {
@@ -118,6 +120,10 @@ impl Pod {
         let pod_cgroup = match options.layout {
             Layout::Cgroupfs => pods.join("burstable").join(format!("pod{uid}")),
             Layout::CgroupfsGuaranteed => pods.join(format!("pod{uid}")),
+            Layout::Systemd => at.cgroup.join(format!(
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{}.slice",
+                uid.replace('-', "_")
+            )),
         };
         let container = pod_cgroup.join("container");
         std::fs::create_dir_all(&container).with_context(|| format!("{}", container.display()))?;

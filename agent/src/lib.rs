@@ -12,5 +12,6 @@ pub mod lifecycle;
 pub mod objects;
 pub mod policy;
 pub mod proxy;
+pub mod request;
 pub mod telemetry;
 pub mod workload;

@@ -7,6 +7,7 @@
 mod connections;
 mod enrol;
 mod hbone;
+pub mod http;
 mod inbound;
 mod listen;
 mod outbound;

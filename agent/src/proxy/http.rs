@@ -1,0 +1,63 @@
+//! HTTP in the agent, where policy asks for the request. `sniff` tells whether a
+//! connection speaks HTTP, `h1` and `h2` carry it request by request, each judged
+//! through a [`Gate`] before the application sees a byte of it.
+
+use std::{future::Future, io, time::Duration};
+
+use http::StatusCode;
+use tokio::net::TcpStream;
+
+use crate::{
+    policy::Permitted,
+    request::{Edits, Reply, Request},
+};
+
+/// Bounds of what a client may ask of the agent.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// A request's head, bytes: request line and headers.
+    pub head_bytes: usize,
+    pub header_count: usize,
+    /// From the first byte of a head to its last.
+    pub head_timeout: Duration,
+    /// HTTP/2 streams of a connection at once.
+    pub streams: u32,
+    /// HTTP/2 window of a stream, bytes.
+    pub stream_window: u32,
+    /// HTTP/2 streams of a connection that a client may reset before they are served.
+    pub resets: usize,
+}
+
+/// Decides on the requests of one connection, and reaches its application.
+pub trait Gate: Send + Sync + 'static {
+    /// A request's permission while it runs; dropped at its end.
+    type Held: Held;
+
+    /// Judges one request.
+    fn judge(
+        &self,
+        request: &Request<'_>,
+    ) -> impl Future<Output = Result<Pass<Self::Held>, Reply>> + Send;
+
+    /// Opens a connection to the application.
+    fn dial(&self, permitted: &Permitted) -> impl Future<Output = io::Result<TcpStream>> + Send;
+
+    /// Takes note of what was refused before it could be judged, and why.
+    fn malformed(&self, status: StatusCode, why: &str);
+}
+
+/// A request that may go on.
+pub struct Pass<H> {
+    pub edits: Edits,
+    pub permitted: Permitted,
+    pub held: H,
+}
+
+pub trait Held: Send + 'static {
+    /// Returns when the permission ends while the request still runs: its token has
+    /// expired, or policy has changed. The request is to be broken off.
+    fn revoked(&mut self) -> impl Future<Output = ()> + Send;
+
+    /// The application's status, or the agent's own where it could not be reached.
+    fn answered(&mut self, status: StatusCode);
+}

@@ -1,0 +1,97 @@
+//! One HTTP request's head as policy sees it: the same for HTTP/1.1, for HTTP/2 and
+//! for the command line. And what policy makes of it: edits, or an answer.
+
+use std::borrow::Cow;
+
+use http::{HeaderName, HeaderValue, StatusCode, header};
+
+/// The head of a request. Framing has been checked by whoever read it.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// As sent; methods are case-sensitive (RFC 9110 9.1).
+    pub method: &'a str,
+    /// Path and query as sent (`:path`, or the origin form of the target), or `*`.
+    pub path: &'a str,
+    /// `Host` or `:authority` as sent; empty where HTTP/1.0 has none.
+    pub host: &'a str,
+    /// In the order of the wire, without pseudo-headers. `Host` may be among them.
+    pub headers: Vec<(&'a HeaderName, &'a HeaderValue)>,
+}
+
+impl<'a> Request<'a> {
+    /// All values of a header, joined with `,` as one string (RFC 9110 5.3); `Cookie`
+    /// with `; ` (RFC 9113 8.2.3). Bytes beyond UTF-8 are replaced, so that no
+    /// pattern can match them by chance.
+    pub fn header(&self, name: &HeaderName) -> Option<Cow<'a, str>> {
+        let mut values = self
+            .headers
+            .iter()
+            .filter(|(other, _)| *other == name)
+            .map(|(_, value)| String::from_utf8_lossy(value.as_bytes()));
+        let first = values.next()?;
+        let Some(second) = values.next() else {
+            return Some(first);
+        };
+        let separator = if name == header::COOKIE { "; " } else { "," };
+        let mut joined = first.into_owned();
+        for value in std::iter::once(second).chain(values) {
+            joined.push_str(separator);
+            joined.push_str(&value);
+        }
+        Some(Cow::Owned(joined))
+    }
+
+    /// Whether it is a gRPC call: its refusals are told in trailers.
+    pub fn is_grpc(&self) -> bool {
+        self.headers.iter().any(|(name, value)| {
+            **name == header::CONTENT_TYPE && value.as_bytes().starts_with(b"application/grpc")
+        })
+    }
+}
+
+/// What is changed of a request before the application gets it. Removals come first.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Edits {
+    pub remove: Vec<HeaderName>,
+    pub set: Vec<(HeaderName, HeaderValue)>,
+    /// Path and query instead of those that were sent.
+    pub path: Option<String>,
+}
+
+impl Edits {
+    /// Whether a header of the request is kept.
+    pub fn keeps(&self, name: &HeaderName) -> bool {
+        !self.remove.contains(name) && !self.set.iter().any(|(other, _)| other == name)
+    }
+}
+
+/// What the agent answers in the application's stead.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reply {
+    pub status: StatusCode,
+    pub headers: Vec<(HeaderName, HeaderValue)>,
+    pub body: Cow<'static, str>,
+}
+
+impl Reply {
+    pub fn new(status: StatusCode, body: impl Into<Cow<'static, str>>) -> Self {
+        Self {
+            status,
+            headers: Vec::new(),
+            body: body.into(),
+        }
+    }
+
+    /// The gRPC status that says the same (gRPC "HTTP to gRPC Status Code Mapping",
+    /// and for 429 and 5xx what its text asks for).
+    pub fn grpc_status(&self) -> u8 {
+        match self.status.as_u16() {
+            400 | 431 => 13,
+            401 => 16,
+            403 => 7,
+            404 => 12,
+            429 | 502..=504 => 14,
+            _ => 2,
+        }
+    }
+}

@@ -19,18 +19,19 @@ use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
 };
 
 use crate::{
     audit::{Audit, Record},
-    config::{Config, Unknown},
+    config::{Config, Http, Unknown},
     identity::{Authority, Bundle},
+    judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
     lifecycle::{Watcher, drain},
     proxy::{
         Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
-        Proxy, Tunnels,
+        Proxy, Tunnels, http::Limits,
     },
     telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
     workload::Table,
@@ -68,6 +69,10 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     // Whatever can be wrong with files is found before the kernel is touched.
     let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
     let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
+    let judge = Judge::new(&config).map_err(|e| misconfigured(&e))?;
+    judge
+        .keys
+        .want(policies.remote_keys().iter().cloned().collect());
     let authority = Authority::open(&config, &node).map_err(|e| misconfigured(&e))?;
     let bundle = Bundle::new(&authority, config.identity.bundle.as_deref())
         .map_err(|e| misconfigured(&e))?;
@@ -88,6 +93,9 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
         policies: ArcSwap::from_pointee(policies),
+        changed: watch::Sender::new(()),
+        judge,
+        http: limits(&config.http),
         pods: ArcSwap::from_pointee(LocalPods::default()),
         connections: Connections::default(),
         tunnels: Tunnels::default(),
@@ -149,6 +157,17 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     // Connections that were cut hold the log, too; they end with the runtime.
     let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
     Ok(())
+}
+
+fn limits(http: &Http) -> Limits {
+    Limits {
+        head_bytes: http.head_bytes.0 as usize,
+        header_count: http.header_count.0 as usize,
+        head_timeout: http.head_timeout.0,
+        streams: http.streams.0,
+        stream_window: http.stream_window.0,
+        resets: http.resets.0 as usize,
+    }
 }
 
 /// Gives the audit writer a moment to write what is queued.
@@ -350,7 +369,7 @@ impl Rounds {
             proxy.kernel.set_mesh(&table.mesh(), &local)?;
             (self.table, self.local) = (Some(table), local);
             // Labels may have changed, and with them what selects a pod.
-            proxy.connections.recheck(&proxy.policies.load());
+            proxy.recheck();
         }
         *state.workloads.lock().expect("no panic while it is held") = outcome.workloads;
         let v2: Vec<&PodsRoot> = roots.iter().filter(|root| root.v2).collect();

@@ -1,9 +1,11 @@
 //! The agent's configuration: one YAML file, parsed once into types that cannot
 //! be wrong. `config/agent.yaml` lists every key with its default.
 
+mod normalization;
 mod values;
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
@@ -11,9 +13,11 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use values::{Count, Loopback, QueueLength, RingBytes, Span, Window};
+pub use normalization::Normalization;
+pub use values::{Bytes, Count, Loopback, QueueLength, RingBytes, Span, Window};
 
 use crate::{
+    authorizer::ExtensionProvider,
     identity::TrustDomain,
     objects::{LoadError, parse_document},
 };
@@ -37,6 +41,8 @@ pub struct Config {
     pub policies: Policies,
     pub identity: Identity,
     pub transport: Transport,
+    pub http: Http,
+    pub jwt: Jwt,
     pub listen: Listen,
     pub kernel: Kernel,
     pub audit: Audit,
@@ -78,7 +84,7 @@ pub struct Workloads {
     pub directory: PathBuf,
 }
 
-/// Where PeerAuthentication and AuthorizationPolicy objects come from.
+/// Where policy objects come from, and how they are read.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Policies {
@@ -86,6 +92,50 @@ pub struct Policies {
     pub directory: PathBuf,
     /// Namespace whose policies reach the whole mesh (Istio `rootNamespace`).
     pub root_namespace: String,
+    /// How paths are normalized before they are matched and passed on (Istio
+    /// `pathNormalization`): `NONE`, `BASE`, `MERGE_SLASHES` or
+    /// `DECODE_AND_MERGE_SLASHES`.
+    pub path_normalization: Normalization,
+    /// Proxies before the mesh whose `X-Forwarded-For` is believed (Istio
+    /// `numTrustedProxies`).
+    pub num_trusted_proxies: usize,
+    /// What CUSTOM policies may ask (Istio `extensionProviders`).
+    pub extension_providers: Vec<ExtensionProvider>,
+}
+
+/// Bounds of HTTP where policy asks for requests.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Http {
+    /// A request's head, bytes; larger ones get 431.
+    pub head_bytes: Bytes,
+    /// Headers of a request.
+    pub header_count: Count,
+    /// From a head's first byte to its last; slower ones get 408.
+    pub head_timeout: Span,
+    /// HTTP/2 streams of a connection at once.
+    pub streams: Count,
+    /// HTTP/2 window of a stream, bytes.
+    pub stream_window: Window,
+    /// HTTP/2 streams that a client may reset before they are served.
+    pub resets: Count,
+}
+
+/// Keys of token issuers.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Jwt {
+    /// How often a key set is fetched again, at most; its `max-age` may ask for more.
+    pub refresh: Span,
+    /// How long the last good key set is used when it cannot be fetched; then its
+    /// tokens are refused.
+    pub keep: Span,
+    /// How often an unknown key may cause a fetch.
+    pub refetch_interval: Span,
+    /// Further roots for fetches (PEM), beside the system's.
+    pub roots: Option<PathBuf>,
+    /// Key sets from files, watched: path by issuer. They stand in for discovery.
+    pub files: BTreeMap<String, PathBuf>,
 }
 
 /// The embedded issuer.
@@ -201,6 +251,8 @@ impl Default for Config {
             policies: Policies::default(),
             identity: Identity::default(),
             transport: Transport::default(),
+            http: Http::default(),
+            jwt: Jwt::default(),
             listen: Listen::default(),
             kernel: Kernel::default(),
             audit: Audit::default(),
@@ -232,6 +284,34 @@ impl Default for Policies {
         Self {
             directory: "/etc/postern/policies".into(),
             root_namespace: "istio-system".into(),
+            path_normalization: Normalization::default(),
+            num_trusted_proxies: 0,
+            extension_providers: Vec::new(),
+        }
+    }
+}
+
+impl Default for Http {
+    fn default() -> Self {
+        Self {
+            head_bytes: Bytes(60 << 10),
+            header_count: Count(100),
+            head_timeout: Span::seconds(10),
+            streams: Count(100),
+            stream_window: Window(256 << 10),
+            resets: Count(100),
+        }
+    }
+}
+
+impl Default for Jwt {
+    fn default() -> Self {
+        Self {
+            refresh: Span::seconds(300),
+            keep: Span::hours(1),
+            refetch_interval: Span::seconds(10),
+            roots: None,
+            files: BTreeMap::new(),
         }
     }
 }

@@ -10,4 +10,4 @@ mod tls;
 
 pub use authority::{Authority, IdentityError, Svid};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
-pub use tls::{Bundle, Credentials, Session, peer_identity, valid_for};
+pub use tls::{Bundle, Credentials, Session, fingerprint, peer_identity, valid_for};

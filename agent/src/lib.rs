@@ -4,9 +4,14 @@
 
 pub mod app;
 pub mod audit;
+pub mod authorizer;
 pub mod config;
 pub mod doctor;
+pub mod fetch;
 pub mod identity;
+pub mod inspect;
+pub mod judge;
+pub mod jwt;
 pub mod kernel;
 pub mod lifecycle;
 pub mod objects;

@@ -1,10 +1,20 @@
 //! Subcommands and exit codes: 0 done, 1 failed, 2 wrong configuration.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    io::{BufRead, Write as _},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
-use postern::{app, config::Config, doctor, kernel, telemetry};
+use postern::{
+    app,
+    config::{Config, Normalization},
+    doctor,
+    identity::TrustDomain,
+    inspect, kernel, telemetry,
+};
 
 /// Node agent: mutual TLS, identity, policy and audit for every pod of a node.
 #[derive(Parser)]
@@ -37,6 +47,11 @@ enum Command {
     Doctor(ConfigFile),
     /// Detach and remove everything that is pinned: traffic is direct again.
     Cleanup(ConfigFile),
+    /// Work on policies, without an agent.
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
     /// Work on the configuration.
     Config {
         #[command(subcommand)]
@@ -50,6 +65,66 @@ enum ConfigCommand {
     Schema,
     /// Check a configuration file.
     Check(ConfigFile),
+}
+
+#[derive(Subcommand)]
+enum PolicyCommand {
+    /// Check a directory of policies: everything that is wrong, with file, line and field.
+    Check {
+        directory: PathBuf,
+        #[command(flatten)]
+        context: Context,
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Decide on requests as the agent would: a JSON line in, a JSON line out.
+    Eval(Evaluate),
+    /// Say of each request what was decided, which rules were tried, and where each
+    /// failed.
+    Explain(Evaluate),
+}
+
+/// How policies are read.
+#[derive(clap::Args)]
+struct Context {
+    /// Namespace whose policies reach the whole mesh.
+    #[arg(long, value_name = "NS", default_value = "istio-system")]
+    root_namespace: String,
+    #[arg(long, value_name = "TD", default_value_t, value_parser = trust_domain)]
+    trust_domain: TrustDomain,
+    /// Further trust domains that are ours. May be repeated.
+    #[arg(long = "trust-domain-alias", value_name = "TD", value_parser = trust_domain)]
+    trust_domain_aliases: Vec<TrustDomain>,
+    #[arg(long, value_enum, default_value_t)]
+    path_normalization: Normalization,
+    /// Proxies whose X-Forwarded-For is believed.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    trusted_proxies: usize,
+}
+
+fn trust_domain(text: &str) -> Result<TrustDomain, String> {
+    TrustDomain::try_from(text.to_owned()).map_err(|e| e.to_string())
+}
+
+#[derive(clap::Args)]
+struct Evaluate {
+    /// Directory of policies.
+    #[arg(long, value_name = "DIR")]
+    policies: PathBuf,
+    /// The workload: `{namespace, serviceAccount, labels}`, JSON or YAML.
+    #[arg(long, value_name = "FILE")]
+    workload: PathBuf,
+    /// Requests, one JSON object a line; `-` is standard input.
+    #[arg(long, value_name = "FILE")]
+    requests: PathBuf,
+    /// Seconds since 1970 instead of now, for tokens.
+    #[arg(long, value_name = "UNIX")]
+    now: Option<u64>,
+    #[command(flatten)]
+    context: Context,
+    /// The agent's configuration, for its extension providers and its key sources.
+    #[arg(long, short)]
+    config: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -83,6 +158,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 println!("removed {}", path.display());
             }
         }
+        Command::Policy { command } => return policy(command),
         Command::Config {
             command: ConfigCommand::Schema,
         } => {
@@ -99,6 +175,88 @@ fn run(command: Command) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn policy(command: PolicyCommand) -> Result<ExitCode> {
+    let (file, readable) = match command {
+        PolicyCommand::Check {
+            directory,
+            context,
+            output,
+        } => return check(&directory, &context.into(), output),
+        PolicyCommand::Eval(file) => (file, false),
+        PolicyCommand::Explain(file) => (file, true),
+    };
+    let config = match &file.config {
+        Some(path) => Config::load(path).map_err(|e| app::Misconfigured(e.to_string()))?,
+        None => Config::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("the async runtime")?;
+    runtime.block_on(async {
+        let evaluation = inspect::Evaluation::new(
+            &file.policies,
+            &file.workload,
+            &file.context.into(),
+            file.now,
+            &config,
+        )?;
+        evaluation.ready().await;
+        let requests: Box<dyn BufRead> = if file.requests.as_os_str() == "-" {
+            Box::new(std::io::stdin().lock())
+        } else {
+            let open = std::fs::File::open(&file.requests);
+            let open = open.with_context(|| file.requests.display().to_string())?;
+            Box::new(std::io::BufReader::new(open))
+        };
+        let mut out = std::io::stdout().lock();
+        evaluation
+            .answer_all(requests, |answer, explained| match readable {
+                true => write!(out, "{}\n{explained}", answer.line()),
+                false => writeln!(out, "{}", serde_json::to_string(answer)?),
+            })
+            .await?;
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+fn check(directory: &Path, context: &inspect::Context, output: Output) -> Result<ExitCode> {
+    let (valid, problems) = match inspect::load(directory, context) {
+        Ok(set) => {
+            if matches!(output, Output::Text) {
+                println!("{}: {} policies, valid", directory.display(), set.len());
+            }
+            (true, Vec::new())
+        }
+        Err(problems) => (false, problems),
+    };
+    match output {
+        Output::Text => problems.iter().for_each(|problem| println!("{problem}")),
+        Output::Json => {
+            let checked = inspect::Checked { valid, problems };
+            println!("{}", serde_json::to_string(&checked)?);
+        }
+    }
+    Ok(if valid {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+impl From<Context> for inspect::Context {
+    fn from(context: Context) -> Self {
+        Self {
+            root_namespace: context.root_namespace,
+            trust_domain: context.trust_domain,
+            aliases: context.trust_domain_aliases,
+            normalization: context.path_normalization,
+            trusted_proxies: context.trusted_proxies,
+        }
+    }
 }
 
 fn load(file: &ConfigFile) -> Result<Config> {

@@ -26,13 +26,23 @@ pub enum LoadError {
         path: PathBuf,
         source: std::io::Error,
     },
-    #[error("{path}:{line}: {field}{message}")]
+    #[error("{path}:{line}: {}{message}", prefix(.field))]
     Parse {
         path: PathBuf,
         line: u64,
+        /// `kind/namespace/name`, as far as it says so; empty where it does not.
+        object: String,
+        /// Empty where it is the document as a whole.
         field: String,
         message: String,
     },
+}
+
+fn prefix(field: &str) -> String {
+    match field {
+        "" => String::new(),
+        field => format!("{field}: "),
+    }
 }
 
 /// What an object says of itself before it is known what it is.
@@ -117,9 +127,22 @@ pub struct Located<T> {
     pub line: u64,
 }
 
-/// All objects of a directory, in the order of file names. Files whose names
-/// begin with a dot are passed over: Kubernetes' projected volumes keep theirs there.
+/// All objects of a directory, in the order of file names; the first error if there
+/// is any.
 pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, LoadError> {
+    let (objects, errors) = read_directory(directory)?;
+    match errors.into_iter().next() {
+        Some(error) => Err(error),
+        None => Ok(objects),
+    }
+}
+
+/// All objects of a directory that can be read, and what is wrong with the others.
+/// Files whose names begin with a dot are passed over: Kubernetes' projected volumes
+/// keep theirs there.
+pub fn read_directory<T: Object>(
+    directory: &Path,
+) -> Result<(Vec<Located<T>>, Vec<LoadError>), LoadError> {
     let fail = |source| LoadError::Read {
         path: directory.to_owned(),
         source,
@@ -138,7 +161,7 @@ pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, Lo
         }
     }
     paths.sort();
-    let mut objects = Vec::new();
+    let (mut objects, mut errors) = (Vec::new(), Vec::new());
     for path in paths {
         let fail = |source| LoadError::Read {
             path: path.clone(),
@@ -150,35 +173,58 @@ pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, Lo
             return Err(fail(std::io::Error::other(why)));
         }
         let text = std::fs::read_to_string(&path).map_err(fail)?;
-        objects.extend(load_text(&path, &text)?);
+        for document in documents(&text) {
+            match load_document(&path, &document) {
+                Ok(read) => objects.extend(read),
+                Err(error) => errors.push(error),
+            }
+        }
     }
-    Ok(objects)
+    Ok((objects, errors))
 }
 
 /// All objects of one file's text.
 pub fn load_text<T: Object>(path: &Path, text: &str) -> Result<Vec<Located<T>>, LoadError> {
-    let mut objects = Vec::new();
-    for document in documents(text) {
-        let heads: Heads = parse(path, &document, |de| Heads::deserialize(de))?;
-        let head = Head {
-            api_version: heads.api_version,
-            kind: heads.kind,
-        };
-        let read: Vec<Option<T>> = parse(path, &document, |de| match &heads.items {
-            Some(items) => ListSeed {
-                items,
-                next: std::marker::PhantomData,
-            }
-            .deserialize(de),
-            None => Ok(vec![T::read(&head, de)?]),
-        })?;
-        objects.extend(read.into_iter().flatten().map(|object| Located {
-            object,
-            path: path.to_owned(),
-            line: document.first_line,
-        }));
-    }
-    Ok(objects)
+    let all = documents(text);
+    let each = all.iter().map(|document| load_document(path, document));
+    Ok(each
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .flatten()
+        .collect())
+}
+
+/// The objects of one document.
+fn load_document<T: Object>(
+    path: &Path,
+    document: &Document,
+) -> Result<Vec<Located<T>>, LoadError> {
+    let heads: Heads = parse(path, document, |de| Heads::deserialize(de))?;
+    let named = heads.object();
+    let head = Head {
+        api_version: heads.api_version,
+        kind: heads.kind,
+    };
+    let read: Result<Vec<Option<T>>, _> = parse(path, document, |de| match &heads.items {
+        Some(items) => ListSeed {
+            items,
+            next: std::marker::PhantomData,
+        }
+        .deserialize(de),
+        None => Ok(vec![T::read(&head, de)?]),
+    });
+    let read = read.map_err(|mut error| {
+        if let LoadError::Parse { object, .. } = &mut error {
+            *object = named;
+        }
+        error
+    })?;
+    let located = |object| Located {
+        object,
+        path: path.to_owned(),
+        line: document.first_line,
+    };
+    Ok(read.into_iter().flatten().map(located).collect())
 }
 
 /// One document, such as the agent's configuration.
@@ -242,11 +288,8 @@ fn parse<T>(
         LoadError::Parse {
             path: path.to_owned(),
             line: error.location().map_or(document.first_line, |at| at.line()),
-            field: if field == "." {
-                String::new()
-            } else {
-                format!("{field}: ")
-            },
+            object: String::new(),
+            field: if field == "." { String::new() } else { field },
             message: plain(&error),
         }
     })
@@ -268,7 +311,27 @@ struct Heads {
     #[serde(rename = "apiVersion")]
     api_version: String,
     kind: String,
+    metadata: Name,
     items: Option<Vec<Head>>,
+}
+
+/// Who an object is, for an error about it; taken as it comes.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Name {
+    name: serde_json::Value,
+    namespace: serde_json::Value,
+}
+
+impl Heads {
+    fn object(&self) -> String {
+        let Name { name, namespace } = &self.metadata;
+        let namespace = namespace.as_str().unwrap_or("default");
+        match name.as_str() {
+            Some(name) => format!("{}/{namespace}/{name}", self.kind),
+            None => self.kind.clone(),
+        }
+    }
 }
 
 /// Reads a List a second time, each item as what its head said.

@@ -1,12 +1,20 @@
 //! Authorization: `schema` is Istio's API as YAML has it, `compile` turns it into
-//! what is evaluated, `evaluate` is a pure function from facts to a verdict.
+//! what is evaluated, `set` finds the policies of a workload, `evaluate` is a pure
+//! function from facts to a verdict.
 
 mod compile;
 mod evaluate;
+mod extension;
+mod normalize;
+mod pattern;
 mod schema;
+mod set;
 #[cfg(test)]
 mod tests;
 
-pub use compile::{Mesh, PolicyError, PolicySet};
-pub use evaluate::{Denial, Facts, Mode, Permitted, PolicyRef, Verdict};
+pub use compile::{Mesh, Reading};
+pub use evaluate::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Rule, Verdict};
+pub use extension::Caller;
+pub use normalize::{BadPath, normalize};
 pub use schema::PolicyObject;
+pub use set::{Authorization, PolicyError, PolicySet, Selected, Subject};

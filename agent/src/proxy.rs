@@ -1,11 +1,14 @@
 //! Carries connections. `outbound` takes what pods dial, `inbound` what comes to
 //! them; between nodes `hbone` is the tunnel, on one node there is none. `splice`
-//! moves bytes, `connections` knows what is live and ends what policy no longer
+//! moves bytes, `deliver` is the destination's side of all of them: it judges, and
+//! reads `http` where policy asks for requests. `connections` knows what is live and ends what policy no longer
 //! allows, `enrol` follows pods as they come and go, `listen` opens their
 //! listeners.
 
 mod connections;
+mod deliver;
 mod enrol;
+mod gate;
 mod hbone;
 pub mod http;
 mod inbound;
@@ -28,15 +31,16 @@ use std::{
 use arc_swap::ArcSwap;
 use tokio::{
     net::{TcpSocket, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
 };
 
 use crate::{
     audit::Audit,
     config::Transport,
     identity::TrustDomain,
+    judge::Judge,
     kernel::{ClientEntry, Kernel, Netns},
-    policy::{Permitted, PolicySet},
+    policy::{Permitted, PolicySet, Selected},
     telemetry::Metrics,
     workload::Table,
 };
@@ -67,6 +71,10 @@ pub struct Proxy {
     pub kernel: Arc<Kernel>,
     pub table: ArcSwap<Table>,
     pub policies: ArcSwap<PolicySet>,
+    /// Told after policies, pods or services have changed.
+    pub changed: watch::Sender<()>,
+    pub judge: Judge,
+    pub http: http::Limits,
     pub pods: ArcSwap<LocalPods>,
     pub connections: Connections,
     pub tunnels: Tunnels,
@@ -74,6 +82,20 @@ pub struct Proxy {
     pub handshakes: Semaphore,
     pub audit: Audit,
     pub metrics: Metrics,
+}
+
+impl Proxy {
+    /// The policies that select a pod now.
+    pub fn selected(&self, pod: &LocalPod) -> Arc<Selected> {
+        pod.selected(&self.policies, &self.table)
+    }
+
+    /// To be called after policies, pods or services were published: what was let in
+    /// before is judged anew. Says how many connections that ended.
+    pub fn recheck(&self) -> usize {
+        self.changed.send_replace(());
+        self.connections.recheck(&self.policies, &self.table)
+    }
 }
 
 /// Opens a TCP connection from within a namespace, from `source` if given.

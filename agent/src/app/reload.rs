@@ -12,7 +12,7 @@ use crate::{
     config::Config,
     lifecycle::Watcher,
     objects::{LoadError, load_directory},
-    policy::{Mesh, PolicyError, PolicySet},
+    policy::{Mesh, PolicyError, PolicySet, Reading},
     workload::{Table, WorkloadObject},
 };
 
@@ -20,8 +20,8 @@ use crate::{
 pub enum ReloadError {
     #[error(transparent)]
     Load(#[from] LoadError),
-    #[error(transparent)]
-    Policy(#[from] PolicyError),
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Policies(Vec<PolicyError>),
 }
 
 pub fn table(config: &Config) -> Result<Table, ReloadError> {
@@ -37,11 +37,13 @@ pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
         root_namespace: &config.policies.root_namespace,
         trust_domain: &config.trust_domain,
         aliases: &config.trust_domain_aliases,
+        requests: Reading {
+            normalization: config.policies.path_normalization,
+            trusted_proxies: config.policies.num_trusted_proxies,
+        },
     };
-    Ok(PolicySet::compile(
-        load_directory(&config.policies.directory)?,
-        &mesh,
-    )?)
+    let objects = load_directory(&config.policies.directory)?;
+    PolicySet::compile(objects, &mesh).map_err(ReloadError::Policies)
 }
 
 /// Several files change together; they are read when no more come for this long.
@@ -89,12 +91,15 @@ fn reload(state: &State) {
     }
     match policies(&state.config) {
         Ok(policies) => {
-            let policies = Arc::new(policies);
-            proxy.policies.store(policies.clone());
+            proxy
+                .judge
+                .keys
+                .want(policies.remote_keys().iter().cloned().collect());
+            proxy.policies.store(Arc::new(policies));
             state.problem("policies", None);
             // After the new set is published: what is accepted from now on is judged
             // by it, and what was accepted before is judged here.
-            let ended = proxy.connections.recheck(&policies);
+            let ended = proxy.recheck();
             if ended > 0 {
                 tracing::info!(ended, "connections ended by a change of policy");
             }

@@ -7,6 +7,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     identity::{Session, SpiffeId},
+    jwt::Claims,
     kernel::{Event, EventKind},
     policy::PolicyRef,
     workload::Workload,
@@ -16,6 +17,8 @@ use crate::{
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {
     Connection(Box<Connection>),
+    /// A request that policy had read.
+    Request(Box<RequestRecord>),
     /// What the kernel saw of an enrolled pod.
     Event(Box<KernelEvent>),
     /// Something is missing from this log.
@@ -45,6 +48,9 @@ pub enum Lost {
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Connection {
+    /// What records of its requests name it by; 0 where it was not judged here.
+    #[serde(skip_serializing_if = "is_none")]
+    pub id: u64,
     pub reporter: Reporter,
     pub transport: Transport,
     /// When it was accepted, RFC 3339.
@@ -59,6 +65,9 @@ pub struct Connection {
     pub dialled: SocketAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub service: Option<String>,
+    /// `http/1` or `http/2` where requests were read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol: Option<&'static str>,
     pub verdict: Verdict,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyRef>,
@@ -67,6 +76,89 @@ pub struct Connection {
     pub bytes: Bytes,
     /// How it ended, and whose doing that was.
     pub end: String,
+}
+
+/// One HTTP request, as the destination's agent judged it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RequestRecord {
+    /// The record of its connection has the same as `id`.
+    pub connection: u64,
+    pub protocol: &'static str,
+    #[serde(serialize_with = "rfc3339")]
+    pub started: SystemTime,
+    pub duration_ms: u64,
+    pub source: Peer,
+    pub destination: Peer,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub method: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// Without query, and cut where it is very long.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// The application's, or the agent's own. Absent: it was broken off before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub status: Option<u16>,
+    pub verdict: Verdict,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<PolicyRef>,
+    /// Policies without effect that had something to say: AUDIT, and dry runs that
+    /// would have denied it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub told: Vec<PolicyRef>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<TokenRecord>,
+    /// Why it was refused or broken off.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+}
+
+impl Default for RequestRecord {
+    fn default() -> Self {
+        Self {
+            connection: 0,
+            protocol: "",
+            started: SystemTime::UNIX_EPOCH,
+            duration_ms: 0,
+            source: Peer::default(),
+            destination: Peer::default(),
+            method: None,
+            host: None,
+            path: None,
+            status: None,
+            verdict: Verdict::Failed,
+            policy: None,
+            told: Vec::new(),
+            token: None,
+            reason: String::new(),
+        }
+    }
+}
+
+/// Whom a verified token was about: never the token itself.
+#[derive(Debug, Serialize)]
+pub struct TokenRecord {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub iss: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sub: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub aud: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub azp: Option<String>,
+}
+
+impl TokenRecord {
+    pub fn new(claims: &Claims) -> Self {
+        let own = |text: Option<&str>| text.map(str::to_owned);
+        Self {
+            iss: own(claims.issuer()),
+            sub: own(claims.subject()),
+            aud: claims.audiences().iter().map(|&a| a.to_owned()).collect(),
+            azp: own(claims.presenter()),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -239,6 +331,10 @@ fn timestamp(time: SystemTime) -> String {
     OffsetDateTime::from(time)
         .format(&Rfc3339)
         .expect("a time of this century")
+}
+
+fn is_none(id: &u64) -> bool {
+    *id == 0
 }
 
 fn is_zero(pid: &u32) -> bool {

@@ -122,6 +122,29 @@ impl From<Window> for u32 {
     }
 }
 
+/// A size in bytes, from 1 KiB to 1 MiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "u32", into = "u32")]
+#[schemars(with = "u32")]
+pub struct Bytes(pub u32);
+
+impl TryFrom<u32> for Bytes {
+    type Error = String;
+
+    fn try_from(bytes: u32) -> Result<Self, String> {
+        match (1 << 10..=1 << 20).contains(&bytes) {
+            true => Ok(Self(bytes)),
+            false => Err(format!("{bytes} is not from 1024 to 1048576")),
+        }
+    }
+}
+
+impl From<Bytes> for u32 {
+    fn from(bytes: Bytes) -> Self {
+        bytes.0
+    }
+}
+
 /// A number of things: at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(try_from = "u32", into = "u32")]

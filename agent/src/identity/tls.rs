@@ -144,6 +144,12 @@ impl Credentials {
         Ok(())
     }
 
+    /// SHA-256 of the certificate (RFC 8705 3.1).
+    pub fn fingerprint(&self) -> Option<[u8; 32]> {
+        let held = self.current.0.load();
+        held.key.cert.first().map(fingerprint)
+    }
+
     pub fn renew_at(&self) -> SystemTime {
         self.current.0.load().renew_at
     }
@@ -317,6 +323,12 @@ pub fn peer_identity(leaf: &CertificateDer<'_>) -> Option<SpiffeId> {
         return None;
     }
     uri.parse().ok()
+}
+
+/// SHA-256 of a certificate's DER.
+pub fn fingerprint(certificate: &CertificateDer<'_>) -> [u8; 32] {
+    let digest = ::aws_lc_rs::digest::digest(&::aws_lc_rs::digest::SHA256, certificate);
+    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
 /// How long a leaf is still valid.

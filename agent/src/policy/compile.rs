@@ -1,372 +1,415 @@
 //! From objects to what is evaluated. Everything that can be wrong with a policy is
 //! found here or while it is parsed, never when a connection is judged.
 
-use std::{collections::BTreeMap, path::PathBuf};
+use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
 
 use super::{
-    evaluate::{
-        Authorization, Denial, Facts, Match, Mode, Operation, Pattern, Permitted, PolicyRef, Reach,
-        Rule, Source, Verdict,
+    evaluate::{Address, Attribute, Clause, Condition, Match, PolicyRef, Rule, Test},
+    pattern::{PathPattern, Pattern, RequestPrincipal},
+    schema::{
+        self, Key, List, PathForm, Resource, Selector, ServiceAccount, TargetRef, Text, Values,
     },
-    schema::{self, Action, MtlsMode, PolicyObject, Resource, Selector},
 };
-use crate::{identity::TrustDomain, objects::Located};
-
-#[derive(Debug, thiserror::Error)]
-#[error("{path}:{line}: {kind} {name}: {message}", path = path.display())]
-pub struct PolicyError {
-    pub path: PathBuf,
-    pub line: u64,
-    pub kind: &'static str,
-    pub name: String,
-    pub message: String,
-}
-
-/// All policies, compiled; published as one snapshot.
-#[derive(Clone, Debug, Default)]
-pub struct PolicySet {
-    authorizations: Vec<Authorization>,
-    peers: Vec<Peer>,
-}
-
-/// A compiled PeerAuthentication.
-#[derive(Clone, Debug)]
-struct Peer {
-    policy: PolicyRef,
-    level: Level,
-    reach: Reach,
-    /// Oldest first decides among equals (Istio).
-    created: Option<String>,
-    mode: MtlsMode,
-    ports: BTreeMap<u16, MtlsMode>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Level {
-    Workload,
-    Namespace,
-    Mesh,
-}
+use crate::{
+    config::Normalization,
+    identity::TrustDomain,
+    jwt::{self, KeySource, Locations, RemoteKeys},
+};
 
 /// What compilation needs to know of the mesh.
 pub struct Mesh<'a> {
     pub root_namespace: &'a str,
     pub trust_domain: &'a TrustDomain,
     pub aliases: &'a [TrustDomain],
+    pub requests: Reading,
 }
 
-impl PolicySet {
-    pub fn compile(
-        objects: Vec<Located<PolicyObject>>,
-        mesh: &Mesh<'_>,
-    ) -> Result<Self, PolicyError> {
-        let mut set = Self::default();
-        for Located { object, path, line } in objects {
-            let (kind, name, result) = match object {
-                PolicyObject::AuthorizationPolicy(p) => {
-                    let name = p.metadata.name.clone();
-                    let compiled = authorization(*p, mesh);
-                    (
-                        "AuthorizationPolicy",
-                        name,
-                        compiled.map(|a| set.authorizations.push(a)),
-                    )
-                }
-                PolicyObject::PeerAuthentication(p) => {
-                    let name = p.metadata.name.clone();
-                    let compiled = peer(*p, mesh);
-                    (
-                        "PeerAuthentication",
-                        name,
-                        compiled.map(|p| set.peers.extend(p)),
-                    )
-                }
-            };
-            result.map_err(|message| PolicyError {
-                path,
-                line,
-                kind,
-                name,
-                message,
-            })?;
-        }
-        set.peers.sort_by(|a, b| {
-            let order = |p: &Peer| {
-                (
-                    p.level,
-                    p.created.is_none(),
-                    p.created.clone(),
-                    p.policy.name.clone(),
-                )
-            };
-            order(a).cmp(&order(b))
-        });
-        Ok(set)
-    }
+/// How requests are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    pub normalization: Normalization,
+    /// Proxies before the workload whose `X-Forwarded-For` is believed (Istio
+    /// `numTrustedProxies`).
+    pub trusted_proxies: usize,
+}
 
-    pub fn len(&self) -> usize {
-        self.authorizations.len() + self.peers.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Judges a connection: mutual TLS first, then DENY, then ALLOW.
-    pub fn evaluate(&self, facts: &Facts) -> Verdict {
-        if facts.source.is_none()
-            && let Mode::Strict(policy) = self.mode(facts)
-        {
-            return Verdict::Deny(Denial::Plaintext(policy));
-        }
-        let selecting = |action: Action| {
-            self.authorizations.iter().filter(move |a| {
-                a.action == action && a.reach.selects(&facts.namespace, &facts.labels)
-            })
-        };
-        if let Some(rule) = selecting(Action::Deny).find_map(|a| a.matching(facts)) {
-            return Verdict::Deny(Denial::Rule(rule));
-        }
-        let Some(first) = selecting(Action::Allow).next() else {
-            return Verdict::Allow(None);
-        };
-        match selecting(Action::Allow).find_map(|a| a.matching(facts)) {
-            Some(rule) => Verdict::Allow(Some(rule)),
-            None => Verdict::Deny(Denial::Implicit(first.policy.clone())),
-        }
-    }
-
-    /// As [`Self::evaluate`], for the one who goes on to dial.
-    pub fn authorize(&self, facts: &Facts) -> Result<Permitted, Denial> {
-        match self.evaluate(facts) {
-            Verdict::Allow(by) => Ok(Permitted { by }),
-            Verdict::Deny(denial) => Err(denial),
-        }
-    }
-
-    /// For a probe of the node itself, which the kernel vouches for: no policy
-    /// applies to it.
-    pub fn probe() -> Permitted {
-        Permitted { by: None }
-    }
-
-    /// What the port accepts: the narrowest level that says anything; without any,
-    /// both.
-    fn mode(&self, facts: &Facts) -> Mode {
-        let reaching = || {
-            self.peers
-                .iter()
-                .filter(|p| p.reach.selects(&facts.namespace, &facts.labels))
-        };
-        // Per level only the winner counts, and the workload's winner has the ports.
-        let winner = |level| reaching().find(|p| p.level == level);
-        let workload = winner(Level::Workload);
-        let on_port = workload.and_then(|p| Some((p, *p.ports.get(&facts.destination_port)?)));
-        let levels = [Level::Workload, Level::Namespace, Level::Mesh];
-        let whole = levels.into_iter().filter_map(winner).map(|p| (p, p.mode));
-        match on_port
-            .into_iter()
-            .chain(whole)
-            .find(|(_, mode)| *mode != MtlsMode::Unset)
-        {
-            Some((peer, MtlsMode::Strict)) => Mode::Strict(peer.policy.clone()),
-            _ => Mode::Permissive,
-        }
+impl Mesh<'_> {
+    fn domains(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.trust_domain)
+            .chain(self.aliases)
+            .map(TrustDomain::as_str)
     }
 }
 
-const DRY_RUN: &str = "istio.io/dry-run";
+/// The workloads that a policy selects.
+#[derive(Clone, Debug)]
+pub(super) struct Reach {
+    /// `None`: every namespace, for policies of the root namespace.
+    pub namespace: Option<Arc<str>>,
+    pub labels: BTreeMap<String, String>,
+    /// Names of the services, of the policy's namespace, that the workload is behind.
+    /// `None`: whatever it is behind.
+    pub services: Option<Vec<String>>,
+}
 
-fn identify<T>(kind: &'static str, object: &Resource<T>) -> Result<PolicyRef, String> {
+/// What is wrong, and in which field.
+#[derive(Debug)]
+pub(super) struct Wrong {
+    pub field: &'static str,
+    pub message: String,
+}
+
+pub(super) const DRY_RUN: &str = "istio.io/dry-run";
+
+/// The object's name, and whether it is only tried (`istio.io/dry-run`).
+pub(super) fn identify<T>(
+    kind: &'static str,
+    object: &Resource<T>,
+) -> Result<(PolicyRef, Option<bool>), Wrong> {
     let meta = &object.metadata;
-    if meta.annotations.contains_key(DRY_RUN) {
-        return Err(format!("annotation {DRY_RUN} is not supported yet"));
-    }
     if meta.name.is_empty() {
-        return Err("metadata.name is missing".into());
+        return Err(Wrong {
+            field: "metadata.name",
+            message: "is missing".into(),
+        });
     }
-    Ok(PolicyRef {
-        kind,
-        namespace: meta.namespace().to_owned(),
-        name: meta.name.clone(),
-        rule: None,
-    })
-}
-
-fn reach(policy: &PolicyRef, selector: Option<Selector>, mesh: &Mesh<'_>) -> Result<Reach, String> {
-    let labels = selector.unwrap_or_default().match_labels;
-    for (key, value) in &labels {
-        if key.is_empty() || key.contains('*') || value.contains('*') {
-            return Err(format!(
-                "selector {key}: {value}: labels are matched exactly, without `*`"
-            ));
-        }
-    }
-    let root = policy.namespace == mesh.root_namespace;
-    Ok(Reach {
-        namespace: (!root).then(|| policy.namespace.clone()),
-        labels,
-    })
-}
-
-fn authorization(
-    object: Resource<schema::AuthorizationPolicy>,
-    mesh: &Mesh<'_>,
-) -> Result<Authorization, String> {
-    let policy = identify("AuthorizationPolicy", &object)?;
-    let spec = object.spec.unwrap_or_default();
-    if spec.action == Action::Deny && spec.rules.is_empty() {
-        return Err("DENY without rules never denies; `rules: [{}]` denies everything".into());
-    }
-    let rules = spec
-        .rules
-        .into_iter()
-        .enumerate()
-        .map(|(index, rule)| {
-            compile_rule(rule, &policy.namespace, mesh).map_err(|e| format!("rules[{index}]: {e}"))
-        })
-        .collect::<Result<_, _>>()?;
-    Ok(Authorization {
-        reach: reach(&policy, spec.selector, mesh)?,
-        action: spec.action,
-        policy,
-        rules,
-    })
-}
-
-fn compile_rule(rule: schema::Rule, namespace: &str, mesh: &Mesh<'_>) -> Result<Rule, String> {
-    let from = match rule.from {
-        Some(entries) => Some(
-            entries
-                .into_iter()
-                .enumerate()
-                .map(|(i, f)| {
-                    source(f.source, namespace, mesh).map_err(|e| format!("from[{i}].source: {e}"))
-                })
-                .collect::<Result<_, _>>()?,
-        ),
+    // Go's strconv.ParseBool.
+    let dry_run = match meta.annotations.get(DRY_RUN).map(String::as_str) {
         None => None,
+        Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Some(true),
+        Some("0" | "f" | "F" | "false" | "FALSE" | "False") => Some(false),
+        Some(other) => {
+            return Err(Wrong {
+                field: "metadata.annotations[istio.io/dry-run]",
+                message: format!("`{other}` is neither true nor false"),
+            });
+        }
     };
-    let to = rule.to.map(|entries| {
-        let operation = |t: schema::To| {
-            let ports =
-                |list: schema::List<schema::Port>| list.0.into_iter().map(|p| p.0).collect();
-            Operation {
-                ports: Match {
-                    any: ports(t.operation.ports),
-                    none: ports(t.operation.not_ports),
-                },
-            }
-        };
-        entries.into_iter().map(operation).collect()
-    });
-    Ok(Rule { from, to })
+    let policy = PolicyRef {
+        kind,
+        namespace: meta.namespace().into(),
+        name: meta.name.as_str().into(),
+        rule: None,
+    };
+    Ok((policy, dry_run))
 }
 
-fn source(source: schema::Source, namespace: &str, mesh: &Mesh<'_>) -> Result<Source, String> {
-    let accounts = [&source.service_accounts, &source.not_service_accounts];
-    let others = [
-        &source.principals,
-        &source.not_principals,
-        &source.namespaces,
-        &source.not_namespaces,
-    ];
-    if accounts.iter().any(|list| !list.0.is_empty()) && others.iter().any(|l| !l.0.is_empty()) {
-        return Err("serviceAccounts cannot stand beside principals or namespaces".into());
+pub(super) fn reach(
+    policy: &PolicyRef,
+    selector: Option<Selector>,
+    targets: Option<Vec<TargetRef>>,
+    mesh: &Mesh<'_>,
+) -> Reach {
+    let root = *policy.namespace == *mesh.root_namespace;
+    let services: Option<Vec<String>> =
+        targets.map(|all| all.into_iter().filter_map(|t| t.service).collect());
+    Reach {
+        // Services are looked up in the policy's own namespace.
+        namespace: (!root || services.is_some()).then(|| policy.namespace.clone()),
+        labels: selector.unwrap_or_default().match_labels,
+        services,
     }
-    if accounts.iter().any(|list| list.0.len() > 16) {
-        return Err("at most 16 serviceAccounts".into());
+}
+
+pub(super) fn rule(rule: schema::Rule, namespace: &str, mesh: &Mesh<'_>) -> Rule {
+    let from: Vec<Clause> = (rule.from.into_iter().flatten())
+        .map(|entry| source(entry.source, namespace, mesh))
+        .collect();
+    let to: Vec<Clause> = (rule.to.into_iter().flatten())
+        .map(|entry| operation(entry.operation))
+        .collect();
+    let when: Clause = (rule.when.into_iter().flatten())
+        .map(|when| condition(when, namespace, mesh))
+        .collect();
+    let some = |test: fn(&Condition) -> bool| {
+        (from.iter().chain(&to).chain([&when])).any(|clause| clause.iter().any(test))
+    };
+    let http = some(Condition::is_http);
+    // Who the client is stands in a header where proxies are trusted.
+    let told = mesh.requests.trusted_proxies > 0 && some(Condition::is_remote);
+    Rule {
+        http,
+        reads: http || told,
+        from,
+        to,
+        when,
     }
-    let patterns = |list: schema::List<schema::Text>| -> Vec<Pattern> {
-        list.0.iter().map(|text| Pattern::parse(&text.0)).collect()
+}
+
+/// The values of a field and of its `not` form.
+fn both<T, U>(any: List<T>, none: List<T>, each: impl Fn(T) -> Vec<U>) -> Match<U> {
+    Match {
+        any: any.0.into_iter().flat_map(&each).collect(),
+        none: none.0.into_iter().flat_map(&each).collect(),
+    }
+}
+
+fn patterns(any: List<Text>, none: List<Text>) -> Match<Pattern> {
+    both(any, none, |text| vec![Pattern::parse(&text.0)])
+}
+
+/// The conditions of an entry: those of its fields that have values.
+fn clause<const N: usize>(fields: [(&'static str, Test); N]) -> Clause {
+    let said = |test: &Test| match test {
+        Test::Text(_, values) => !values.is_empty(),
+        Test::Path(values) => !values.is_empty(),
+        Test::RequestPrincipal(values) => !values.is_empty(),
+        Test::Account(values) => !values.is_empty(),
+        Test::Address(_, values) => !values.is_empty(),
+        Test::Port(values) => !values.is_empty(),
     };
-    let principals = |list: schema::List<schema::Text>| -> Vec<Pattern> {
-        list.0
-            .iter()
-            .flat_map(|text| principal(&text.0, mesh))
-            .collect()
+    fields
+        .into_iter()
+        .filter(|(_, test)| said(test))
+        .map(|(name, test)| Condition {
+            name: Cow::Borrowed(name),
+            test,
+        })
+        .collect()
+}
+
+fn source(source: schema::Source, namespace: &str, mesh: &Mesh<'_>) -> Clause {
+    let account = |a: ServiceAccount| vec![qualified(a, namespace)];
+    clause([
+        (
+            "principals",
+            Test::Text(
+                Attribute::Principal,
+                both(source.principals, source.not_principals, |text| {
+                    principal(&text.0, mesh)
+                }),
+            ),
+        ),
+        (
+            "requestPrincipals",
+            Test::RequestPrincipal(both(
+                source.request_principals,
+                source.not_request_principals,
+                |text| vec![RequestPrincipal::parse(&text.0)],
+            )),
+        ),
+        (
+            "namespaces",
+            Test::Text(
+                Attribute::Namespace,
+                patterns(source.namespaces, source.not_namespaces),
+            ),
+        ),
+        (
+            "serviceAccounts",
+            Test::Account(both(
+                source.service_accounts,
+                source.not_service_accounts,
+                account,
+            )),
+        ),
+        (
+            "trustDomains",
+            Test::Text(
+                Attribute::TrustDomain,
+                both(source.trust_domains, source.not_trust_domains, |domain| {
+                    trust_domain(&domain.0, mesh)
+                }),
+            ),
+        ),
+        (
+            "ipBlocks",
+            Test::Address(
+                Address::Source,
+                both(source.ip_blocks, source.not_ip_blocks, |block| {
+                    vec![block.0]
+                }),
+            ),
+        ),
+        (
+            "remoteIpBlocks",
+            Test::Address(
+                Address::Remote,
+                both(
+                    source.remote_ip_blocks,
+                    source.not_remote_ip_blocks,
+                    |block| vec![block.0],
+                ),
+            ),
+        ),
+    ])
+}
+
+fn operation(operation: schema::Operation) -> Clause {
+    let path = |form| {
+        vec![match form {
+            PathForm::Text(text) => PathPattern::Text(Pattern::parse(&text)),
+            PathForm::Template(pieces) => PathPattern::Template(pieces),
+        }]
     };
-    let accounts = |list: schema::List<schema::ServiceAccount>| -> Vec<(String, String)> {
-        list.0
-            .into_iter()
-            .map(|a| (a.namespace.unwrap_or_else(|| namespace.to_owned()), a.name))
-            .collect()
+    // Hosts have no case (RFC 9110 4.2.3).
+    let host = |text: Text| vec![Pattern::parse(&text.0.to_lowercase())];
+    clause([
+        (
+            "hosts",
+            Test::Text(
+                Attribute::Host,
+                both(operation.hosts, operation.not_hosts, host),
+            ),
+        ),
+        (
+            "ports",
+            Test::Port(both(operation.ports, operation.not_ports, |p| vec![p.0])),
+        ),
+        (
+            "methods",
+            Test::Text(
+                Attribute::Method,
+                patterns(operation.methods, operation.not_methods),
+            ),
+        ),
+        (
+            "paths",
+            Test::Path(both(operation.paths, operation.not_paths, path)),
+        ),
+    ])
+}
+
+fn condition(when: schema::Condition, namespace: &str, mesh: &Mesh<'_>) -> Condition {
+    let (any, none) = (when.values, when.not_values);
+    let test = match when.key {
+        Key::SourceIp => Test::Address(Address::Source, blocks(any, none)),
+        Key::RemoteIp => Test::Address(Address::Remote, blocks(any, none)),
+        Key::DestinationIp => Test::Address(Address::Destination, blocks(any, none)),
+        Key::DestinationPort => Test::Port(match (any, none) {
+            (Values::Ports(any), Values::Ports(none)) => Match { any, none },
+            _ => unreachable!("ports were read for this key"),
+        }),
+        Key::SourceServiceAccount => Test::Account(match (any, none) {
+            (Values::Accounts(any), Values::Accounts(none)) => {
+                both(List(any), List(none), |a| vec![qualified(a, namespace)])
+            }
+            _ => unreachable!("accounts were read for this key"),
+        }),
+        Key::RequestPrincipal => {
+            Test::RequestPrincipal(texts(any, none, |v| vec![RequestPrincipal::parse(v)]))
+        }
+        Key::SourcePrincipal => Test::Text(
+            Attribute::Principal,
+            texts(any, none, |v| principal(v, mesh)),
+        ),
+        Key::SourceTrustDomain => Test::Text(
+            Attribute::TrustDomain,
+            texts(any, none, |v| trust_domain(v, mesh)),
+        ),
+        plain => {
+            let attribute = match plain {
+                Key::Header(name) => Attribute::Header(name),
+                Key::Authority => Attribute::Authority,
+                Key::Method => Attribute::Method,
+                Key::SourceNamespace => Attribute::Namespace,
+                Key::Audiences => Attribute::Audiences,
+                Key::Presenter => Attribute::Presenter,
+                Key::Claim(path) => Attribute::Claim(path),
+                _ => Attribute::Sni,
+            };
+            Test::Text(attribute, texts(any, none, |v| vec![Pattern::parse(v)]))
+        }
     };
-    let blocks = |list: schema::List<schema::Block>| list.0.into_iter().map(|b| b.0).collect();
-    Ok(Source {
-        principals: Match {
-            any: principals(source.principals),
-            none: principals(source.not_principals),
-        },
-        namespaces: Match {
-            any: patterns(source.namespaces),
-            none: patterns(source.not_namespaces),
-        },
-        service_accounts: Match {
-            any: accounts(source.service_accounts),
-            none: accounts(source.not_service_accounts),
-        },
-        ip_blocks: Match {
-            any: blocks(source.ip_blocks),
-            none: blocks(source.not_ip_blocks),
-        },
-    })
+    Condition {
+        name: when.name.into(),
+        test,
+    }
+}
+
+fn texts<U>(any: Values, none: Values, each: impl Fn(&str) -> Vec<U>) -> Match<U> {
+    let list = |values| match values {
+        Values::Text(list) => list.iter().flat_map(|text| each(text)).collect(),
+        _ => unreachable!("texts were read for this key"),
+    };
+    Match {
+        any: list(any),
+        none: list(none),
+    }
+}
+
+fn blocks(any: Values, none: Values) -> Match<ipnet::IpNet> {
+    match (any, none) {
+        (Values::Blocks(any), Values::Blocks(none)) => Match { any, none },
+        _ => unreachable!("blocks were read for this key"),
+    }
+}
+
+fn qualified(account: ServiceAccount, namespace: &str) -> (String, String) {
+    let namespace = account.namespace.unwrap_or_else(|| namespace.to_owned());
+    (namespace, account.name)
 }
 
 /// A principal of the local trust domain, of an alias or of `cluster.local` stands
 /// for the same account in all of {local, aliases} (Istio trust-domain migration).
+/// A domain that is a pattern stays for those that it matches.
 fn principal(text: &str, mesh: &Mesh<'_>) -> Vec<Pattern> {
-    let ours = || {
-        std::iter::once(mesh.trust_domain)
-            .chain(mesh.aliases)
-            .map(TrustDomain::as_str)
+    let as_is = || vec![Pattern::parse(text)];
+    let Some((domain, rest)) = text.split_once('/') else {
+        return as_is();
     };
-    match text.split_once('/') {
-        Some((domain, rest))
-            if rest.split('/').count() == 4
-                && (domain == "cluster.local" || ours().any(|d| d == domain)) =>
-        {
-            ours()
-                .map(|domain| Pattern::parse(&format!("{domain}/{rest}")))
-                .collect()
-        }
-        _ => vec![Pattern::parse(text)],
+    if rest.split('/').count() != 4 || domain == "*" {
+        return as_is();
     }
+    let pattern = Pattern::parse(domain);
+    if domain != "cluster.local" && !mesh.domains().any(|d| pattern.fits(d)) {
+        return as_is();
+    }
+    let mut all: Vec<Pattern> = Vec::new();
+    for own in mesh.domains() {
+        let kept = matches!(&pattern, Pattern::Suffix(suffix) if own.ends_with(suffix.as_str()));
+        let value = match kept {
+            true => Pattern::parse(text),
+            false => Pattern::parse(&format!("{own}/{rest}")),
+        };
+        if !all.contains(&value) {
+            all.push(value);
+        }
+    }
+    all
 }
 
-/// `None` for one without effect: a labelled one in the root namespace (Istio).
-fn peer(
-    object: Resource<schema::PeerAuthentication>,
-    mesh: &Mesh<'_>,
-) -> Result<Option<Peer>, String> {
-    let policy = identify("PeerAuthentication", &object)?;
-    let created = object.metadata.creation_timestamp.clone();
-    let spec = object.spec.unwrap_or_default();
-    let reach = reach(&policy, spec.selector, mesh)?;
-    let labelled = !reach.labels.is_empty();
-    if !labelled && !spec.port_level_mtls.is_empty() {
-        return Err("portLevelMtls needs a selector with labels".into());
+/// An exact domain that is ours stands for all of ours.
+fn trust_domain(text: &str, mesh: &Mesh<'_>) -> Vec<Pattern> {
+    let exact = !text.contains('*');
+    if exact && (text == "cluster.local" || mesh.domains().any(|d| d == text)) {
+        return mesh.domains().map(Pattern::parse).collect();
     }
-    let level = match (&reach.namespace, labelled) {
-        (None, false) => Level::Mesh,
-        (Some(_), false) => Level::Namespace,
-        (Some(_), true) => Level::Workload,
-        (None, true) => {
-            tracing::warn!(%policy, "a selector in the root namespace has no effect");
-            return Ok(None);
-        }
+    vec![Pattern::parse(text)]
+}
+
+pub(super) fn jwt_rule(rule: schema::JwtRule) -> jwt::Rule {
+    let timeout = rule.timeout;
+    let keys = match (rule.keys, &rule.issuer) {
+        (schema::Keys::Inline(keys), _) => KeySource::Inline(keys),
+        (schema::Keys::Url(url), _) => KeySource::Remote(RemoteKeys::Url { url, timeout }),
+        (schema::Keys::Discovery, issuer) => KeySource::Remote(RemoteKeys::Discovery {
+            issuer: issuer.clone().unwrap_or_default(),
+            timeout,
+        }),
     };
-    let ports = spec
-        .port_level_mtls
-        .iter()
-        .map(|(port, mtls)| (port.0, mtls.mode))
-        .collect();
-    Ok(Some(Peer {
-        policy,
-        level,
-        reach,
-        created,
-        mode: spec.mtls.mode,
-        ports,
-    }))
+    let places = [
+        rule.from_headers.len(),
+        rule.from_params.len(),
+        rule.from_cookies.len(),
+    ];
+    // Any of them replaces both defaults.
+    let locations = match places {
+        [0, 0, 0] => Locations::default(),
+        _ => Locations {
+            headers: rule.from_headers,
+            params: rule.from_params,
+            cookies: rule.from_cookies,
+        },
+    };
+    jwt::Rule {
+        issuer: rule.issuer,
+        audiences: rule.audiences,
+        locations,
+        forward_original: rule.forward_original_token,
+        payload_to_header: rule.output_payload_to_header,
+        claims_to_headers: rule.output_claim_to_headers,
+        space_delimited: rule.space_delimited_claims,
+        keys,
+    }
 }

@@ -1,34 +1,94 @@
 //! The decision. No I/O, no clock: facts in, verdict out.
 
-use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
+use std::{borrow::Cow, fmt, net::IpAddr, net::SocketAddr, sync::Arc};
 
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::schema::Action;
-use crate::identity::SpiffeId;
+use super::pattern::{PathPattern, Pattern, RequestPrincipal};
+use crate::{identity::SpiffeId, jwt::Claims, request::Request};
 
 /// What is known of a connection when it is judged, at its destination.
 #[derive(Clone, Debug)]
 pub struct Facts {
     /// Proven by mutual TLS, or by the kernel on the same node. `None`: plaintext.
     pub source: Option<SpiffeId>,
+    /// The same as Istio writes principals.
+    principal: Option<String>,
     /// Source address of the packets.
     pub source_ip: IpAddr,
-    pub destination_port: u16,
-    pub namespace: String,
-    pub labels: Arc<BTreeMap<String, String>>,
+    /// At the pod, after any service was resolved.
+    pub destination: SocketAddr,
+    /// Server name of the TLS that came, if it had one.
+    pub sni: Option<String>,
+    /// SHA-256 of the peer's certificate, where there is one.
+    pub certificate: Option<[u8; 32]>,
+}
+
+impl Facts {
+    pub fn new(source: Option<SpiffeId>, source_ip: IpAddr, destination: SocketAddr) -> Self {
+        Self {
+            principal: source.as_ref().map(SpiffeId::principal),
+            source,
+            source_ip,
+            destination,
+            sni: None,
+            certificate: None,
+        }
+    }
+
+    /// The peer's identity without its scheme.
+    pub fn principal(&self) -> Option<&str> {
+        self.principal.as_deref()
+    }
+}
+
+/// What is known of a request.
+#[derive(Clone, Debug)]
+pub struct RequestFacts<'a> {
+    pub request: &'a Request<'a>,
+    /// Normalized, without query.
+    pub path: &'a str,
+    /// Lower case.
+    pub host: &'a str,
+    /// The original client, as far as proxies are trusted to tell it.
+    pub remote_ip: IpAddr,
+    /// Of the token that was verified.
+    pub claims: Option<&'a Claims>,
+}
+
+/// What a connection carries.
+#[derive(Clone, Copy, Debug)]
+pub enum Layer<'a> {
+    /// Bytes that are not read: policy that needs a request cannot be met.
+    Opaque,
+    Request(&'a RequestFacts<'a>),
 }
 
 /// The policy, and the rule within it, that decided.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct PolicyRef {
     pub kind: &'static str,
-    pub namespace: String,
-    pub name: String,
-    /// Index of the rule that matched; `None` where the policy as a whole decided.
+    pub namespace: Arc<str>,
+    pub name: Arc<str>,
+    /// Index of the rule that matched, from 0; `None` where the policy as a whole
+    /// decided.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rule: Option<usize>,
+}
+
+impl PolicyRef {
+    pub fn at(&self, rule: usize) -> Self {
+        Self {
+            rule: Some(rule),
+            ..self.clone()
+        }
+    }
+
+    /// `kind/namespace/name`.
+    pub fn path(&self) -> String {
+        format!("{}/{}/{}", self.kind, self.namespace, self.name)
+    }
 }
 
 impl fmt::Display for PolicyRef {
@@ -48,102 +108,134 @@ pub enum Verdict {
     Deny(Denial),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+impl Verdict {
+    /// For the one who goes on to dial.
+    pub fn permit(self) -> Result<Permitted, Denial> {
+        match self {
+            Self::Allow(by) => Ok(Permitted { by }),
+            Self::Deny(denial) => Err(denial),
+        }
+    }
+}
+
+/// Why something is denied.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Denial {
-    /// A rule of this policy matched.
+    #[error("denied by {0}")]
     Rule(PolicyRef),
     /// ALLOW policies select the workload and none matched; one of them is named.
+    #[error("no ALLOW policy matched (such as {0})")]
     Implicit(PolicyRef),
     /// PeerAuthentication asks for mutual TLS.
+    #[error("plaintext, and {0} is STRICT")]
     Plaintext(PolicyRef),
+    /// The provider of a CUSTOM policy said no, or could not be asked.
+    #[error("{0}: {1}")]
+    Custom(PolicyRef, String),
+    /// A token that does not hold.
+    #[error("{1} ({0})")]
+    Token(PolicyRef, String),
+    /// A token that belongs to another than the one who presents it.
+    #[error("{0}: the token is bound to another presenter")]
+    Presenter(PolicyRef),
+    /// Policy has come to ask for requests, which were never looked for here.
+    #[error("{0} asks for requests; this connection was opened before it")]
+    Unread(PolicyRef),
+    /// The process may not connect.
+    #[error("the process may not connect: {0}")]
+    Process(PolicyRef),
 }
 
 impl Denial {
     pub fn policy(&self) -> &PolicyRef {
         match self {
-            Self::Rule(policy) | Self::Implicit(policy) | Self::Plaintext(policy) => policy,
+            Self::Rule(policy)
+            | Self::Implicit(policy)
+            | Self::Plaintext(policy)
+            | Self::Custom(policy, _)
+            | Self::Token(policy, _)
+            | Self::Presenter(policy)
+            | Self::Unread(policy)
+            | Self::Process(policy) => policy,
         }
     }
 }
 
-impl fmt::Display for Denial {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Rule(policy) => write!(f, "denied by {policy}"),
-            Self::Implicit(policy) => write!(f, "no ALLOW policy matched (such as {policy})"),
-            Self::Plaintext(policy) => write!(f, "plaintext, and {policy} is STRICT"),
-        }
-    }
-}
-
-/// Proof that a connection was authorized: what dials the application takes one.
-/// Only [`super::PolicySet::authorize`] makes it.
+/// Proof that something was authorized: what dials the application takes one. Only
+/// a [`Verdict`] makes it.
 #[derive(Clone, Debug)]
 pub struct Permitted {
-    pub(super) by: Option<PolicyRef>,
+    by: Option<PolicyRef>,
 }
 
 impl Permitted {
+    /// For a probe of the node itself, which the kernel vouches for: no policy
+    /// applies to it, so that STRICT does not take a pod's readiness (as Istio's
+    /// ambient mode has it).
+    pub fn probe() -> Self {
+        Self { by: None }
+    }
+
     /// The policy that allowed it; `None` where none selects the workload.
     pub fn by(&self) -> Option<&PolicyRef> {
         self.by.as_ref()
     }
 }
 
-/// What a port accepts (Istio PeerAuthentication).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// Plaintext and mutual TLS. Istio's ambient mode reads DISABLE so, too.
-    Permissive,
-    /// Mutual TLS only.
-    Strict(PolicyRef),
+/// `from`, `to` and `when` are all required; entries of the first two are
+/// alternatives. Empty: all.
+#[derive(Clone, Debug, Default)]
+pub struct Rule {
+    pub(super) from: Vec<Clause>,
+    pub(super) to: Vec<Clause>,
+    pub(super) when: Clause,
+    /// Whether something in it is about requests.
+    pub(super) http: bool,
+    /// Whether requests are read for it.
+    pub(super) reads: bool,
 }
 
-/// A compiled AuthorizationPolicy.
+/// Conditions that are all required.
+pub(super) type Clause = Vec<Condition>;
+
+/// A field or key, and the values that it may and may not have.
 #[derive(Clone, Debug)]
-pub(super) struct Authorization {
-    pub policy: PolicyRef,
-    pub action: Action,
-    pub reach: Reach,
-    pub rules: Vec<Rule>,
-}
-
-/// The workloads that a policy selects.
-#[derive(Clone, Debug)]
-pub(super) struct Reach {
-    /// `None`: every namespace, for policies of the root namespace.
-    pub namespace: Option<String>,
-    pub labels: BTreeMap<String, String>,
-}
-
-impl Reach {
-    pub fn selects(&self, namespace: &str, labels: &BTreeMap<String, String>) -> bool {
-        self.namespace.as_ref().is_none_or(|n| n == namespace)
-            && self
-                .labels
-                .iter()
-                .all(|(key, value)| labels.get(key) == Some(value))
-    }
-}
-
-/// `from` and `to` are both required; entries of each are alternatives. `None`: all.
-#[derive(Clone, Debug)]
-pub(super) struct Rule {
-    pub from: Option<Vec<Source>>,
-    pub to: Option<Vec<Operation>>,
+pub(super) struct Condition {
+    /// As it is written.
+    pub name: Cow<'static, str>,
+    pub test: Test,
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct Source {
-    pub principals: Match<Pattern>,
-    pub namespaces: Match<Pattern>,
-    pub service_accounts: Match<(String, String)>,
-    pub ip_blocks: Match<IpNet>,
+pub(super) enum Test {
+    Text(Attribute, Match<Pattern>),
+    Path(Match<PathPattern>),
+    RequestPrincipal(Match<RequestPrincipal>),
+    Account(Match<(String, String)>),
+    Address(Address, Match<IpNet>),
+    Port(Match<u16>),
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct Operation {
-    pub ports: Match<u16>,
+#[derive(Clone, Debug, PartialEq)]
+pub(super) enum Attribute {
+    Principal,
+    Namespace,
+    TrustDomain,
+    Sni,
+    Host,
+    Authority,
+    Method,
+    Header(http::HeaderName),
+    Audiences,
+    Presenter,
+    Claim(Vec<String>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Address {
+    Source,
+    Remote,
+    Destination,
 }
 
 /// Values of a field and of its `not` form.
@@ -154,89 +246,173 @@ pub(super) struct Match<T> {
 }
 
 impl<T> Match<T> {
+    pub fn is_empty(&self) -> bool {
+        self.any.is_empty() && self.none.is_empty()
+    }
+
     /// An absent attribute fails every positive match and passes every negative one.
-    fn accepts<V>(&self, value: Option<V>, fits: impl Fn(&T, &V) -> bool) -> bool {
-        let hit = |list: &[T]| {
-            value
-                .as_ref()
-                .is_some_and(|v| list.iter().any(|t| fits(t, v)))
-        };
-        (self.any.is_empty() || hit(&self.any)) && !hit(&self.none)
-    }
-}
-
-/// Istio's string forms: exact, `prefix*`, `*suffix`, `*` (any non-empty value).
-#[derive(Clone, Debug, PartialEq)]
-pub(super) enum Pattern {
-    Any,
-    Exact(String),
-    Prefix(String),
-    Suffix(String),
-}
-
-impl Pattern {
-    pub fn parse(text: &str) -> Self {
-        // A leading star is looked at first: `*x*` is a suffix with a literal star.
-        if text == "*" {
-            Self::Any
-        } else if let Some(suffix) = text.strip_prefix('*') {
-            Self::Suffix(suffix.to_owned())
-        } else if let Some(prefix) = text.strip_suffix('*') {
-            Self::Prefix(prefix.to_owned())
-        } else {
-            Self::Exact(text.to_owned())
-        }
-    }
-
-    fn fits(&self, value: &str) -> bool {
-        match self {
-            Self::Any => !value.is_empty(),
-            Self::Exact(exact) => value == exact,
-            Self::Prefix(prefix) => value.starts_with(prefix),
-            Self::Suffix(suffix) => value.ends_with(suffix),
-        }
-    }
-}
-
-impl Authorization {
-    /// The first rule that matches.
-    pub fn matching(&self, facts: &Facts) -> Option<PolicyRef> {
-        let rule = self.rules.iter().position(|rule| rule.matches(facts))?;
-        Some(PolicyRef {
-            rule: Some(rule),
-            ..self.policy.clone()
-        })
+    fn accepts(&self, hit: impl Fn(&T) -> bool) -> bool {
+        (self.any.is_empty() || self.any.iter().any(&hit)) && !self.none.iter().any(&hit)
     }
 }
 
 impl Rule {
-    fn matches(&self, facts: &Facts) -> bool {
-        let from = |sources: &Vec<Source>| sources.iter().any(|s| s.matches(facts));
-        let to = |operations: &Vec<Operation>| operations.iter().any(|o| o.matches(facts));
-        self.from.as_ref().is_none_or(from) && self.to.as_ref().is_none_or(to)
+    /// Under ALLOW, what is about requests voids the whole rule where there are none
+    /// to read (Istio).
+    pub fn allows(&self, facts: &Facts, layer: Layer<'_>) -> bool {
+        !self.void(layer) && self.catches(facts, layer)
     }
-}
 
-impl Source {
-    fn matches(&self, facts: &Facts) -> bool {
-        let id = facts.source.as_ref();
-        self.principals
-            .accepts(id.map(SpiffeId::principal), |p, v| p.fits(v))
-            && self
-                .namespaces
-                .accepts(id.map(|i| &i.namespace), |p, v| p.fits(v))
-            && self.service_accounts.accepts(id, |(namespace, name), v| {
-                *namespace == v.namespace && *name == v.service_account
+    pub fn void(&self, layer: Layer<'_>) -> bool {
+        self.http && matches!(layer, Layer::Opaque)
+    }
+
+    /// Under every other action, what cannot be read is left out and the rest
+    /// decides: it fails closed.
+    pub fn catches(&self, facts: &Facts, layer: Layer<'_>) -> bool {
+        self.failure(facts, layer).is_none()
+    }
+
+    /// Whether it may match a request of this connection, and asks for it.
+    pub fn needs_request(&self, facts: &Facts) -> bool {
+        self.reads && self.catches(facts, Layer::Opaque)
+    }
+
+    /// The part that does not match.
+    pub(super) fn failure(&self, facts: &Facts, layer: Layer<'_>) -> Option<Failure<'_>> {
+        let fails = |clause: &Clause| !clause.iter().all(|c| c.holds(facts, layer));
+        if !self.from.is_empty() && self.from.iter().all(fails) {
+            return Some(Failure::From);
+        }
+        if !self.to.is_empty() && self.to.iter().all(fails) {
+            return Some(Failure::To);
+        }
+        let when = self.when.iter().find(|c| !c.holds(facts, layer));
+        when.map(|condition| Failure::When(&condition.name))
+    }
+
+    /// In words, per alternative, what did not match.
+    pub fn explain(&self, facts: &Facts, layer: Layer<'_>) -> Option<String> {
+        let failure = self.failure(facts, layer)?;
+        let clauses = match failure {
+            Failure::From => &self.from,
+            Failure::To => &self.to,
+            Failure::When(name) => return Some(format!("when {name} does not hold")),
+        };
+        let part = if matches!(failure, Failure::From) {
+            "from"
+        } else {
+            "to"
+        };
+        let failed: Vec<String> = clauses
+            .iter()
+            .enumerate()
+            .filter_map(|(index, clause)| {
+                let condition = clause.iter().find(|c| !c.holds(facts, layer))?;
+                Some(format!("{part}[{index}].{} does not match", condition.name))
             })
-            && self
-                .ip_blocks
-                .accepts(Some(facts.source_ip), |net, ip| net.contains(ip))
+            .collect();
+        Some(failed.join(", "))
     }
 }
 
-impl Operation {
-    fn matches(&self, facts: &Facts) -> bool {
-        self.ports
-            .accepts(Some(facts.destination_port), |a, b| a == b)
+/// The part of a rule that did not match.
+pub(super) enum Failure<'a> {
+    From,
+    To,
+    When(&'a str),
+}
+
+impl Condition {
+    pub fn is_http(&self) -> bool {
+        match &self.test {
+            Test::Text(attribute, _) => !matches!(
+                attribute,
+                Attribute::Principal
+                    | Attribute::Namespace
+                    | Attribute::TrustDomain
+                    | Attribute::Sni
+            ),
+            Test::Path(_) | Test::RequestPrincipal(_) => true,
+            Test::Account(_) | Test::Address(..) | Test::Port(_) => false,
+        }
+    }
+
+    pub fn is_remote(&self) -> bool {
+        matches!(self.test, Test::Address(Address::Remote, _))
+    }
+
+    fn holds(&self, facts: &Facts, layer: Layer<'_>) -> bool {
+        let request = match layer {
+            // Left out; under ALLOW the whole rule is void already.
+            Layer::Opaque if self.is_http() => return true,
+            Layer::Opaque => None,
+            Layer::Request(request) => Some(request),
+        };
+        match &self.test {
+            Test::Text(attribute, values) => {
+                values.accepts(|pattern| attribute.fits(pattern, facts, request))
+            }
+            Test::Path(values) => values.accepts(|path| request.is_some_and(|r| path.fits(r.path))),
+            Test::RequestPrincipal(values) => {
+                let principal = request.and_then(|r| r.claims?.principal());
+                values.accepts(|value| principal.is_some_and(|(iss, sub)| value.fits(iss, sub)))
+            }
+            Test::Account(values) => values.accepts(|(namespace, name)| {
+                facts
+                    .source
+                    .as_ref()
+                    .is_some_and(|id| id.namespace == *namespace && id.service_account == *name)
+            }),
+            Test::Address(which, values) => {
+                let ip = match which {
+                    Address::Source => facts.source_ip,
+                    // On raw TCP nobody can tell of another client.
+                    Address::Remote => request.map_or(facts.source_ip, |r| r.remote_ip),
+                    Address::Destination => facts.destination.ip(),
+                };
+                values.accepts(|net| net.contains(&ip))
+            }
+            Test::Port(values) => values.accepts(|port| *port == facts.destination.port()),
+        }
+    }
+}
+
+impl Attribute {
+    /// Whether the attribute, or one of its values, fits.
+    fn fits(&self, pattern: &Pattern, facts: &Facts, request: Option<&RequestFacts<'_>>) -> bool {
+        let of_peer = |value: Option<&str>| value.is_some_and(|v| pattern.fits(v));
+        let id = facts.source.as_ref();
+        match self {
+            Self::Principal => return of_peer(facts.principal()),
+            Self::Namespace => return of_peer(id.map(|id| id.namespace.as_str())),
+            Self::TrustDomain => return of_peer(id.map(|id| id.trust_domain.as_str())),
+            Self::Sni => return of_peer(facts.sni.as_deref()),
+            _ => {}
+        }
+        let Some(request) = request else {
+            return false;
+        };
+        let claims = request.claims;
+        match self {
+            Self::Host => pattern.fits(request.host),
+            Self::Authority => pattern.fits(request.request.host),
+            Self::Method => pattern.fits(request.request.method),
+            // `*` is the header's presence, also with an empty value (Istio).
+            Self::Header(name) => request
+                .request
+                .header(name)
+                .is_some_and(|value| *pattern == Pattern::Any || pattern.fits(&value)),
+            Self::Audiences => {
+                claims.is_some_and(|c| c.audiences().iter().any(|a| pattern.fits(a)))
+            }
+            Self::Presenter => claims
+                .and_then(Claims::presenter)
+                .is_some_and(|p| pattern.fits(p)),
+            Self::Claim(path) => {
+                claims.is_some_and(|c| c.values(path).iter().any(|v| pattern.fits(v)))
+            }
+            Self::Principal | Self::Namespace | Self::TrustDomain | Self::Sni => false,
+        }
     }
 }

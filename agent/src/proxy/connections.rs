@@ -3,16 +3,16 @@
 
 use std::{
     collections::HashMap,
-    net::IpAddr,
     sync::{Arc, Mutex},
 };
 
+use arc_swap::ArcSwap;
 use tokio::sync::oneshot;
 
 use super::LocalPod;
 use crate::{
-    identity::SpiffeId,
     policy::{Denial, Facts, PolicySet, Verdict},
+    workload::Table,
 };
 
 #[derive(Clone, Default)]
@@ -21,27 +21,31 @@ pub struct Connections(Arc<Mutex<Live>>);
 #[derive(Default)]
 struct Live {
     next: u64,
-    open: HashMap<u64, (Subject, oneshot::Sender<Denial>)>,
+    open: HashMap<u64, Subject>,
 }
 
 /// What a connection is judged by. The pod's labels are those that it has by then.
 struct Subject {
     pod: Arc<LocalPod>,
-    source: Option<SpiffeId>,
-    source_ip: IpAddr,
-    port: u16,
+    facts: Facts,
+    carries: Carries,
+    end: oneshot::Sender<Denial>,
 }
 
-impl Subject {
-    fn facts(&self) -> Facts {
-        self.pod
-            .facts(self.source.clone(), self.source_ip, self.port)
-    }
+/// What is known of a connection's bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carries {
+    /// Nobody looked.
+    Unread,
+    /// Looked at, and not HTTP.
+    Raw,
+    /// HTTP, of which each request is judged by itself.
+    Requests,
 }
 
 /// A connection's place among the live ones; dropped at its end.
 pub struct Registered {
-    id: u64,
+    pub id: u64,
     all: Connections,
     ended: oneshot::Receiver<Denial>,
 }
@@ -49,17 +53,17 @@ pub struct Registered {
 impl Connections {
     /// To be called before the connection is judged: policy may change in between.
     pub fn register(&self, pod: Arc<LocalPod>, facts: &Facts) -> Registered {
+        let (end, ended) = oneshot::channel();
         let subject = Subject {
             pod,
-            source: facts.source.clone(),
-            source_ip: facts.source_ip,
-            port: facts.destination_port,
+            facts: facts.clone(),
+            carries: Carries::Unread,
+            end,
         };
-        let (sender, ended) = oneshot::channel();
         let mut live = self.0.lock().expect("no panic while it is held");
         live.next += 1;
         let id = live.next;
-        live.open.insert(id, (subject, sender));
+        live.open.insert(id, subject);
         Registered {
             id,
             all: self.clone(),
@@ -67,23 +71,19 @@ impl Connections {
         }
     }
 
-    /// Judges all anew and ends those that are denied now; says how many.
-    pub fn recheck(&self, policies: &PolicySet) -> usize {
+    /// Judges all anew and ends those that are denied now; says how many. Providers
+    /// of CUSTOM policies are not asked again.
+    pub fn recheck(&self, policies: &ArcSwap<PolicySet>, table: &ArcSwap<Table>) -> usize {
         let mut live = self.0.lock().expect("no panic while it is held");
         let denied: Vec<(u64, Denial)> = live
             .open
             .iter()
-            .filter_map(
-                |(id, (subject, _))| match policies.evaluate(&subject.facts()) {
-                    Verdict::Deny(denial) => Some((*id, denial)),
-                    Verdict::Allow(_) => None,
-                },
-            )
+            .filter_map(|(id, subject)| Some((*id, subject.denial(policies, table)?)))
             .collect();
         let count = denied.len();
         for (id, denial) in denied {
-            if let Some((_, sender)) = live.open.remove(&id) {
-                let _ended_by_itself = sender.send(denial);
+            if let Some(subject) = live.open.remove(&id) {
+                let _ended_by_itself = subject.end.send(denial);
             }
         }
         count
@@ -98,7 +98,32 @@ impl Connections {
     }
 }
 
+impl Subject {
+    fn denial(&self, policies: &ArcSwap<PolicySet>, table: &ArcSwap<Table>) -> Option<Denial> {
+        let selected = self.pod.selected(policies, table);
+        match self.carries {
+            Carries::Requests => selected.transport(&self.facts).err(),
+            Carries::Unread if selected.needs_request(&self.facts).is_some() => {
+                let policy = selected.needs_request(&self.facts)?;
+                Some(Denial::Unread(policy.clone()))
+            }
+            Carries::Unread | Carries::Raw => match selected.opaque(&self.facts) {
+                Verdict::Deny(denial) => Some(denial),
+                Verdict::Allow(_) => None,
+            },
+        }
+    }
+}
+
 impl Registered {
+    /// Says what the connection carries, as soon as that is known.
+    pub fn carries(&self, what: Carries) {
+        let mut live = self.all.0.lock().expect("no panic while it is held");
+        if let Some(subject) = live.open.get_mut(&self.id) {
+            subject.carries = what;
+        }
+    }
+
     /// Returns when policy ends the connection; never, otherwise.
     pub async fn denied(&mut self) -> Denial {
         match (&mut self.ended).await {

@@ -2,15 +2,47 @@
 //! connection speaks HTTP, `h1` and `h2` carry it request by request, each judged
 //! through a [`Gate`] before the application sees a byte of it.
 
-use std::{future::Future, io, time::Duration};
+pub mod chunked;
+pub mod h1;
+pub mod h2;
+pub mod head;
+mod io;
+mod reply;
+mod response;
+mod rules;
+mod sniff;
+#[cfg(test)]
+mod tests;
 
-use http::StatusCode;
+use std::{future::Future, time::Duration};
+
+use ::http::StatusCode;
 use tokio::net::TcpStream;
 
 use crate::{
     policy::Permitted,
     request::{Edits, Reply, Request},
 };
+
+pub use io::Io;
+pub use rules::BadRequest;
+pub use sniff::{Protocol, classify, sniff};
+
+/// Why a connection ended otherwise than in order.
+#[derive(Debug, thiserror::Error)]
+pub enum HttpError {
+    /// Answered where there was somebody to answer, and closed.
+    #[error("the client's request is malformed: {0}")]
+    Malformed(#[from] BadRequest),
+    #[error("the client: {0}")]
+    Client(#[source] std::io::Error),
+    #[error("the application: {0}")]
+    Application(#[source] std::io::Error),
+    #[error("the application's answer is malformed: {0}")]
+    Response(&'static str),
+    #[error("the permission ended while the request ran")]
+    Revoked,
+}
 
 /// Bounds of what a client may ask of the agent.
 #[derive(Clone, Debug)]
@@ -40,7 +72,10 @@ pub trait Gate: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Pass<Self::Held>, Reply>> + Send;
 
     /// Opens a connection to the application.
-    fn dial(&self, permitted: &Permitted) -> impl Future<Output = io::Result<TcpStream>> + Send;
+    fn dial(
+        &self,
+        permitted: &Permitted,
+    ) -> impl Future<Output = std::io::Result<TcpStream>> + Send;
 
     /// Takes note of what was refused before it could be judged, and why.
     fn malformed(&self, status: StatusCode, why: &str);

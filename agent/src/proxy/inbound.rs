@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
-use http::{Method, Request, Response, StatusCode, header::FORWARDED};
+use http::{Method, Request, StatusCode, header::FORWARDED};
 use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
@@ -14,17 +14,17 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{
     LocalPod, Proxy,
+    deliver::{Arrived, Delivery, answer},
     hbone::{SEND_BUFFER, keepalive},
-    is_agent_port, last_hop,
-    outbound::{carry_bytes, finish},
-    reset,
+    is_agent_port, reset,
     splice::End,
     story::{Ending, Story},
 };
 use crate::{
     audit::{Reporter, Transport},
-    identity::{Session, SpiffeId, peer_identity, valid_for},
+    identity::{Session, SpiffeId, fingerprint, peer_identity, valid_for},
     lifecycle::Watcher,
+    policy::Facts,
 };
 
 /// Size of a request's headers; ours have two.
@@ -66,34 +66,18 @@ pub async fn plaintext(
     story.source.workload = proxy.table.load().pod(client.ip()).cloned();
     story.destination.identity = Some(pod.identity().clone());
     story.destination.workload = Some(pod.workload.load_full());
-    let facts = pod.facts(None, client.ip(), dialled.port());
-    // A probe is the node's own and exempt from policy, so that STRICT does not take
-    // a pod's readiness (as Istio's ambient mode has it).
-    let live = (!probe).then(|| proxy.connections.register(pod.clone(), &facts));
-    let judged = if probe {
-        Ok(crate::policy::PolicySet::probe())
-    } else {
-        proxy.policies.load().authorize(&facts)
+    let delivery = Delivery {
+        proxy: &proxy,
+        pod: &pod,
+        facts: Facts::new(None, client.ip(), dialled),
+        client,
+        story: &mut story,
+        drain,
     };
-    let mut source = End::Tcp(stream);
-    let ending = match judged {
-        Err(denial) => {
-            source.reset();
-            Ending::Denied(denial)
-        }
-        Ok(permitted) => match last_hop(&proxy, &permitted, &pod, dialled, client).await {
-            Err(error) => {
-                source.reset();
-                Ending::Failed(format!("the application at {dialled}: {error}"))
-            }
-            Ok((stream, _client)) => {
-                story.opened(permitted.by());
-                let mut end = End::Tcp(stream);
-                let ending = carry_bytes(&mut source, &mut end, live, &story.counters, drain).await;
-                finish(source, end, &ending);
-                ending
-            }
-        },
+    let end = End::Tcp(stream);
+    let ending = match probe {
+        true => delivery.unjudged(end).await,
+        false => delivery.run(Arrived::Open(end)).await,
     };
     story.finish(ending);
 }
@@ -152,7 +136,7 @@ pub async fn tunnel(
     let Some(peer) = peer_identity(leaf) else {
         return;
     };
-    let expired = sleep(valid_for(leaf));
+    let (expired, certificate) = (sleep(valid_for(leaf)), fingerprint(leaf));
     let handshake = h2::server::Builder::new()
         .initial_window_size(proxy.transport.stream_window.0)
         .initial_connection_window_size(proxy.transport.tunnel_window())
@@ -188,6 +172,7 @@ pub async fn tunnel(
             Some(Ok((request, respond))) => {
                 let caller = Caller {
                     peer: peer.clone(),
+                    certificate,
                     session: session.clone(),
                     address: client,
                 };
@@ -206,6 +191,8 @@ pub async fn tunnel(
 /// Who is at the other end of a tunnel.
 struct Caller {
     peer: SpiffeId,
+    /// SHA-256 of its certificate.
+    certificate: [u8; 32],
     session: Session,
     address: SocketAddr,
 }
@@ -272,44 +259,19 @@ async fn stream_of(
             "trust domain {domain} is not known"
         )));
     }
-    let facts = pod.facts(Some(caller.peer), client.ip(), destination.port());
-    let live = proxy.connections.register(pod.clone(), &facts);
-    let permitted = match proxy.policies.load().authorize(&facts) {
-        Ok(permitted) => permitted,
-        Err(denial) => {
-            answer(&mut respond, StatusCode::FORBIDDEN);
-            return story.finish(Ending::Denied(denial));
-        }
+    let mut facts = Facts::new(Some(caller.peer), client.ip(), destination);
+    facts.certificate = Some(caller.certificate);
+    let delivery = Delivery {
+        proxy: &proxy,
+        pod: &pod,
+        facts,
+        client,
+        story: &mut story,
+        drain,
     };
-    let ending = match last_hop(&proxy, &permitted, &pod, destination, client).await {
-        Err(error) => {
-            answer(&mut respond, StatusCode::SERVICE_UNAVAILABLE);
-            Ending::Failed(format!("the application at {destination}: {error}"))
-        }
-        Ok((stream, _client)) => match respond.send_response(Response::new(()), false) {
-            Err(error) => Ending::Failed(format!("the tunnel: {error}")),
-            Ok(send) => {
-                story.opened(permitted.by());
-                let mut source = End::Stream {
-                    send,
-                    recv: request.into_body(),
-                };
-                let mut end = End::Tcp(stream);
-                let live = Some(live);
-                let ending = carry_bytes(&mut source, &mut end, live, &story.counters, drain).await;
-                finish(source, end, &ending);
-                ending
-            }
-        },
-    };
+    let body = request.into_body();
+    let ending = delivery.run(Arrived::Asked { body, respond }).await;
     story.finish(ending);
-}
-
-fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
-    let mut response = Response::new(());
-    *response.status_mut() = status;
-    // The peer may have gone; then nobody needs the answer.
-    let _gone = respond.send_response(response, true);
 }
 
 /// The client that the source's agent names (RFC 7239, `for`).

@@ -8,16 +8,16 @@ use tokio::net::TcpStream;
 
 use super::{
     LocalPod, Proxy,
-    connections::Registered,
-    dial, hbone, is_agent_port, last_hop, reset,
-    splice::{Counters, End, splice},
+    deliver::{Arrived, Delivery, carry_bytes, finish},
+    dial, hbone, is_agent_port, reset,
+    splice::End,
     story::{Ending, Story, process},
 };
 use crate::{
     audit::{Reporter, Transport},
     kernel::from_abi,
     lifecycle::Watcher,
-    policy::Denial,
+    policy::{Caller, Denial, Facts},
     workload::{Target, Workload},
 };
 
@@ -58,14 +58,31 @@ pub async fn carry(
     story.process = Some(process(&dialled));
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
-    let ending = match route(&proxy, &mut story, address) {
-        Err(why) => {
+    let judged = route(&proxy, &mut story, address)
+        .map_err(Ending::Failed)
+        .and_then(|route| match may_connect(&proxy, pod, &story) {
+            Ok(()) => Ok(route),
+            Err(denial) => Err(Ending::Denied(denial)),
+        });
+    let ending = match judged {
+        Err(ending) => {
             reset(stream);
-            Ending::Failed(why)
+            ending
         }
         Ok(route) => run(&proxy, pod, route, &mut story, stream, client, drain).await,
     };
     story.finish(ending);
+}
+
+/// Whether ConnectPolicy lets this process go where the connection leads. A process
+/// that is gone already has no executable: it matches no rule that names one.
+fn may_connect(proxy: &Proxy, pod: &LocalPod, story: &Story) -> Result<(), Denial> {
+    let process = story.process.as_ref();
+    proxy.selected(pod).connect(&Caller {
+        executable: process.and_then(|p| p.exe.as_deref()),
+        uid: process.map_or(u32::MAX, |p| p.uid),
+        destination: story.destination.address.unwrap_or(story.dialled),
+    })
 }
 
 /// Where a connection goes.
@@ -147,29 +164,17 @@ async fn run(
             ending
         }
         Route::Local(to, address) => {
-            let identity = Some(pod.identity().clone());
-            let facts = to.facts(identity, client.ip(), address.port());
-            let live = proxy.connections.register(to.clone(), &facts);
-            let permitted = match proxy.policies.load().authorize(&facts) {
-                Ok(permitted) => permitted,
-                Err(denial) => {
-                    source.reset();
-                    return Ending::Denied(denial);
-                }
+            let mut facts = Facts::new(Some(pod.identity().clone()), client.ip(), address);
+            facts.certificate = pod.credentials.fingerprint();
+            let delivery = Delivery {
+                proxy,
+                pod: &to,
+                facts,
+                client,
+                story,
+                drain,
             };
-            let (stream, _client) = match last_hop(proxy, &permitted, &to, address, client).await {
-                Ok(opened) => opened,
-                Err(error) => {
-                    source.reset();
-                    return Ending::Failed(format!("the application at {address}: {error}"));
-                }
-            };
-            story.opened(permitted.by());
-            let mut end = End::Tcp(stream);
-            let ending =
-                carry_bytes(&mut source, &mut end, Some(live), &story.counters, drain).await;
-            finish(source, end, &ending);
-            ending
+            delivery.run(Arrived::Open(source)).await
         }
         Route::Direct(address) => {
             let limit = proxy.transport.connect_timeout.0;
@@ -188,45 +193,5 @@ async fn run(
                 }
             }
         }
-    }
-}
-
-/// Moves bytes until the connection ends by itself or by policy. A drain lets it go
-/// on, until its time is up.
-pub async fn carry_bytes(
-    source: &mut End,
-    destination: &mut End,
-    live: Option<Registered>,
-    counters: &Counters,
-    mut drain: Watcher,
-) -> Ending {
-    let denied = async {
-        match live {
-            Some(mut live) => live.denied().await,
-            None => std::future::pending::<Denial>().await,
-        }
-    };
-    source.break_on_drop(true);
-    destination.break_on_drop(true);
-    tokio::select! {
-        biased;
-        denial = denied => Ending::Denied(denial),
-        () = drain.time_is_up() => Ending::Drained,
-        done = splice(source, destination, counters) => match done {
-            Ok(()) => Ending::Closed,
-            Err(broken) => Ending::Broken(broken),
-        },
-    }
-}
-
-/// A connection that did not end in order is broken at both ends.
-pub fn finish(source: End, destination: End, ending: &Ending) {
-    if matches!(ending, Ending::Closed) {
-        // What is written is still to be sent.
-        source.break_on_drop(false);
-        destination.break_on_drop(false);
-    } else {
-        source.reset();
-        destination.reset();
     }
 }

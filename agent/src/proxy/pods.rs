@@ -10,14 +10,14 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::Notify;
 
 use crate::{
     identity::{Authority, Bundle, Credentials, IdentityError, SpiffeId},
     kernel::Netns,
-    policy::Facts,
-    workload::Workload,
+    policy::{PolicySet, Selected, Subject},
+    workload::{Table, Workload},
 };
 
 /// A local pod whose connections are carried.
@@ -28,6 +28,15 @@ pub struct LocalPod {
     pub workload: ArcSwap<Workload>,
     pub netns: Arc<Netns>,
     pub credentials: Arc<Credentials>,
+    selected: ArcSwapOption<Selection>,
+}
+
+/// The policies that select a pod, and what they were found from.
+struct Selection {
+    policies: Arc<PolicySet>,
+    table: Arc<Table>,
+    workload: Arc<Workload>,
+    selected: Arc<Selected>,
 }
 
 impl LocalPod {
@@ -39,6 +48,7 @@ impl LocalPod {
             workload: ArcSwap::new(workload),
             netns,
             credentials,
+            selected: ArcSwapOption::empty(),
         }
     }
 
@@ -60,16 +70,30 @@ impl LocalPod {
             .find(|own| own.is_ipv4() == ip.is_ipv4())
     }
 
-    /// The facts of a connection to this pod.
-    pub fn facts(&self, source: Option<SpiffeId>, source_ip: IpAddr, port: u16) -> Facts {
+    /// The policies that select it now; looked for again only when they, the pod or
+    /// the services have changed.
+    pub fn selected(&self, policies: &ArcSwap<PolicySet>, table: &ArcSwap<Table>) -> Arc<Selected> {
+        let (policies, table) = (policies.load(), table.load());
         let workload = self.workload.load();
-        Facts {
-            source,
-            source_ip,
-            destination_port: port,
-            namespace: workload.namespace.clone(),
-            labels: Arc::new(workload.labels.clone()),
+        if let Some(known) = &*self.selected.load()
+            && Arc::ptr_eq(&known.policies, &policies)
+            && Arc::ptr_eq(&known.table, &table)
+            && Arc::ptr_eq(&known.workload, &workload)
+        {
+            return known.selected.clone();
         }
+        let selected = Arc::new(policies.select(&Subject {
+            namespace: workload.namespace.clone(),
+            labels: workload.labels.clone(),
+            services: table.services_of(&workload),
+        }));
+        self.selected.store(Some(Arc::new(Selection {
+            policies: policies.clone(),
+            table: table.clone(),
+            workload: workload.clone(),
+            selected: selected.clone(),
+        })));
+        selected
     }
 }
 

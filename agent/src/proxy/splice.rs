@@ -41,6 +41,14 @@ impl Counters {
             received: self.received.load(Ordering::Relaxed),
         }
     }
+
+    pub(super) fn add_sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_received(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
 }
 
 /// Which end broke, and how.
@@ -285,7 +293,7 @@ impl Writer<'_> {
     }
 }
 
-fn from_h2(error: h2::Error) -> io::Error {
+pub(super) fn from_h2(error: h2::Error) -> io::Error {
     if error.is_reset() {
         return io::Error::new(io::ErrorKind::ConnectionReset, error);
     }

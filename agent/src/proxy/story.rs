@@ -33,6 +33,10 @@ pub struct Story {
     pub destination: Party,
     pub dialled: SocketAddr,
     pub service: Option<NamespacedName>,
+    /// Of the destination's side: what its requests' records name it by.
+    pub id: u64,
+    /// What was read of it.
+    pub protocol: Option<&'static str>,
     pub verdict: Verdict,
     pub policy: Option<PolicyRef>,
     pub tls: Option<Session>,
@@ -50,7 +54,7 @@ pub struct Party {
 }
 
 impl Party {
-    fn peer(&self) -> Peer {
+    pub fn peer(&self) -> Peer {
         let workload = self.workload.as_deref();
         match self.address {
             Some(address) => Peer::new(address, self.identity.clone(), workload),
@@ -102,6 +106,8 @@ impl Story {
             },
             dialled,
             service: None,
+            id: 0,
+            protocol: None,
             verdict: Verdict::Failed,
             policy: None,
             tls: None,
@@ -166,6 +172,8 @@ impl Story {
         self.proxy
             .audit
             .record(Record::Connection(Box::new(Connection {
+                id: self.id,
+                protocol: self.protocol,
                 reporter: self.reporter,
                 transport: self.transport,
                 started: self.started,

@@ -10,7 +10,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    audit::Reporter,
+    audit::{Reporter, Verdict},
     identity::SpiffeId,
     workload::{NamespacedName, Workload},
 };
@@ -112,12 +112,22 @@ pub struct Name {
     pub name: &'static str,
 }
 
+/// Of requests that policy had read.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    protocol: &'static str,
+    verdict: &'static str,
+    /// Empty where it was broken off before.
+    code: String,
+}
+
 pub struct Metrics {
     registry: Registry,
     pub opened: Family<ConnectionLabels, Counter>,
     pub closed: Family<ConnectionLabels, Counter>,
     pub sent: Family<ConnectionLabels, Counter>,
     pub received: Family<ConnectionLabels, Counter>,
+    requests: Family<RequestLabels, Counter>,
     /// By `client`, `server`, and each's failures.
     pub handshakes: Family<Name, Counter>,
     pub handshake_seconds: Histogram,
@@ -141,6 +151,7 @@ impl Default for Metrics {
             closed: Family::default(),
             sent: Family::default(),
             received: Family::default(),
+            requests: Family::default(),
             handshakes: Family::default(),
             handshake_seconds: Histogram::new([
                 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
@@ -168,6 +179,11 @@ impl Default for Metrics {
             m.received.clone(),
         );
         let own = registry.sub_registry_with_prefix("postern");
+        own.register(
+            "requests",
+            "HTTP requests that policy had read",
+            m.requests.clone(),
+        );
         own.register(
             "tls_handshakes",
             "TLS handshakes by side and outcome",
@@ -230,6 +246,19 @@ impl Metrics {
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string");
         text
+    }
+
+    pub fn request(&self, protocol: &'static str, verdict: Verdict, status: Option<u16>) {
+        let labels = RequestLabels {
+            protocol,
+            verdict: match verdict {
+                Verdict::Allow => "allow",
+                Verdict::Deny => "deny",
+                Verdict::Failed => "failed",
+            },
+            code: status.map(|s| s.to_string()).unwrap_or_default(),
+        };
+        self.requests.get_or_create(&labels).inc();
     }
 
     pub fn handshake(&self, name: &'static str) {

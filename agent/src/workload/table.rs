@@ -2,7 +2,7 @@
 //! published as one snapshot.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
@@ -132,6 +132,8 @@ pub struct Table {
     pub workloads: Vec<Arc<Workload>>,
     pods: HashMap<IpAddr, Arc<Workload>>,
     services: HashMap<SocketAddr, Arc<ServicePort>>,
+    /// By uid of a workload, the services of its namespace that it is behind.
+    behind: HashMap<String, BTreeSet<String>>,
 }
 
 impl Table {
@@ -175,6 +177,12 @@ impl Table {
 
     pub fn service(&self, address: SocketAddr) -> Option<&Arc<ServicePort>> {
         self.services.get(&address)
+    }
+
+    /// Names of the services of its namespace that a workload is behind, ready or not.
+    pub fn services_of(&self, workload: &Workload) -> Vec<String> {
+        let own = self.behind.get(&workload.uid);
+        own.into_iter().flatten().cloned().collect()
     }
 
     pub fn target(&self, address: SocketAddr) -> Option<Target> {
@@ -242,6 +250,12 @@ impl Table {
                 Some(listed) => listed,
                 None => self.selected(&service.name, port, &spec.selector),
             };
+            for workload in listed.iter().filter_map(|e| e.endpoint.workload.as_ref()) {
+                if workload.namespace == service.name.namespace {
+                    let behind = self.behind.entry(workload.uid.clone()).or_default();
+                    behind.insert(service.name.name.clone());
+                }
+            }
             let in_mesh = listed.iter().any(|e| match &e.endpoint.workload {
                 Some(workload) => workload.in_mesh(),
                 None => e.is_pod,

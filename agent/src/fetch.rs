@@ -1,0 +1,264 @@
+//! Fetches small documents by HTTP and HTTPS: key sets and what leads to them.
+//! Policy names the URLs, so an answer is never followed elsewhere, and no name
+//! leads to a node's metadata service: what is connected to is what was looked at.
+
+mod address;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::{
+    error::Error,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Empty, LengthLimitError, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use rustls::{
+    ClientConfig, RootCertStore,
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
+
+use address::{RefusedAddress, Vetted, refused};
+
+/// Largest document, bytes.
+pub const MAX_BODY: usize = 1 << 20;
+/// Largest head of an answer, bytes.
+const MAX_HEAD: usize = 64 << 10;
+
+/// Why the roots that servers are trusted under could not be read: configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("{path}: {message}")]
+pub struct RootsError {
+    pub path: PathBuf,
+    pub message: String,
+}
+
+/// URLs in errors are without credentials and query, which may be secrets.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    #[error("{url}: {why}")]
+    Url { url: String, why: &'static str },
+    #[error("{url}: {address} is link-local, a metadata service or no host's address")]
+    RefusedAddress { url: String, address: IpAddr },
+    #[error("{url}: {message}")]
+    Exchange { url: String, message: String },
+    #[error("{url}: no answer within {limit:?}")]
+    Timeout { url: String, limit: Duration },
+    #[error("{url}: answered {status}, only 200 is taken")]
+    Status { url: String, status: StatusCode },
+    #[error("{url}: larger than {MAX_BODY} bytes")]
+    TooLarge { url: String },
+}
+
+/// A document, and how long its server says that it holds.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    pub body: Bytes,
+    /// `Cache-Control: max-age` less `Age` (RFC 9111 4.2).
+    pub lifetime: Option<Duration>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Fetcher {
+    client: Client<HttpsConnector<HttpConnector<Vetted>>, Empty<Bytes>>,
+}
+
+impl Fetcher {
+    /// Trusts the system's roots, or Mozilla's where the system has none, and
+    /// those of a PEM file besides.
+    pub fn new(more_roots: Option<&Path>) -> Result<Self, RootsError> {
+        Self::with_names(more_roots, Vetted::system())
+    }
+
+    fn with_names(more_roots: Option<&Path>, names: Vetted) -> Result<Self, RootsError> {
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let tls = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("the provider has suites of both versions")
+            .with_root_certificates(roots(more_roots)?)
+            .with_no_client_auth();
+        let mut tcp = HttpConnector::new_with_resolver(names);
+        tcp.enforce_http(false);
+        let connector = HttpsConnectorBuilder::new()
+            .with_tls_config(tls)
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
+        // Minutes pass between two fetches: no connection is kept.
+        let client = Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(0)
+            .http1_max_buf_size(MAX_HEAD)
+            .build(connector);
+        Ok(Self { client })
+    }
+
+    /// Fetches one document; `limit` is for all of it, name lookup included.
+    pub async fn get(&self, url: &str, limit: Duration) -> Result<Fetched, FetchError> {
+        let uri = checked(url)?;
+        match tokio::time::timeout(limit, self.exchange(url, uri)).await {
+            Ok(result) => result,
+            Err(_elapsed) => Err(FetchError::Timeout {
+                url: shown(url),
+                limit,
+            }),
+        }
+    }
+
+    async fn exchange(&self, url: &str, uri: Uri) -> Result<Fetched, FetchError> {
+        let failed = |error: &(dyn Error + 'static)| match refusal(error) {
+            Some(&RefusedAddress(address)) => FetchError::RefusedAddress {
+                url: shown(url),
+                address,
+            },
+            None => FetchError::Exchange {
+                url: shown(url),
+                message: causes(error),
+            },
+        };
+        let request = http::Request::get(uri)
+            .header(header::ACCEPT, "application/json, */*;q=0.1")
+            .header(
+                header::USER_AGENT,
+                concat!("postern/", env!("CARGO_PKG_VERSION")),
+            )
+            .body(Empty::new())
+            .expect("its parts are valid");
+        let answer = self.client.request(request).await.map_err(|e| failed(&e))?;
+        let (head, body) = answer.into_parts();
+        if head.status != StatusCode::OK {
+            return Err(FetchError::Status {
+                url: shown(url),
+                status: head.status,
+            });
+        }
+        let body = Limited::new(body, MAX_BODY).collect().await.map_err(|e| {
+            if e.is::<LengthLimitError>() {
+                FetchError::TooLarge { url: shown(url) }
+            } else {
+                failed(&*e)
+            }
+        })?;
+        Ok(Fetched {
+            body: body.to_bytes(),
+            lifetime: lifetime(&head.headers),
+        })
+    }
+}
+
+/// A URL as it may be told to people: without credentials, query and fragment.
+pub fn shown(url: &str) -> String {
+    let bare = url.split(['?', '#']).next().unwrap_or_default();
+    let Some((scheme, rest)) = bare.split_once("://") else {
+        return bare.to_owned();
+    };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = authority
+        .rsplit_once('@')
+        .map_or(authority, |(_, host)| host);
+    format!("{scheme}://{host}{path}")
+}
+
+/// The URL's parts, if it is one that can be fetched.
+fn checked(url: &str) -> Result<Uri, FetchError> {
+    let wrong = |why| FetchError::Url {
+        url: shown(url),
+        why,
+    };
+    let uri: Uri = url.parse().map_err(|_e| wrong("not a URL"))?;
+    if !matches!(uri.scheme_str(), Some("http" | "https")) {
+        return Err(wrong("neither an http nor an https URL"));
+    }
+    let authority = uri.authority().ok_or_else(|| wrong("names no host"))?;
+    if authority.as_str().contains('@') {
+        return Err(wrong("credentials in a URL are not sent"));
+    }
+    // The connector asks no resolver for these.
+    let host = authority.host();
+    let literal = host.trim_start_matches('[').trim_end_matches(']');
+    match literal.parse() {
+        Ok(address) if refused(address) => Err(FetchError::RefusedAddress {
+            url: shown(url),
+            address,
+        }),
+        _ if host.is_empty() => Err(wrong("names no host")),
+        _ => Ok(uri),
+    }
+}
+
+fn roots(more: Option<&Path>) -> Result<RootCertStore, RootsError> {
+    let mut store = RootCertStore::empty();
+    let native = rustls_native_certs::load_native_certs();
+    for error in native.errors {
+        tracing::warn!(%error, "a root of the system cannot be read");
+    }
+    // Systems hold old roots that do not parse; the others serve.
+    store.add_parsable_certificates(native.certs);
+    if store.is_empty() {
+        store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    }
+    let Some(path) = more else {
+        return Ok(store);
+    };
+    let wrong = |message: String| RootsError {
+        path: path.to_owned(),
+        message,
+    };
+    let listed: Vec<_> = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect)
+        .map_err(|e| wrong(e.to_string()))?;
+    if listed.is_empty() {
+        return Err(wrong("holds no PEM certificate".into()));
+    }
+    for der in listed {
+        let usable = store.add(der);
+        usable.map_err(|e| wrong(format!("not usable as a root: {e}")))?;
+    }
+    Ok(store)
+}
+
+/// The refused address among an error's causes.
+fn refusal<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a RefusedAddress> {
+    std::iter::successors(Some(error), |&e| e.source()).find_map(|e| e.downcast_ref())
+}
+
+/// An error with all its causes: the last one says what happened.
+fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    for cause in std::iter::successors(error.source(), |&e| e.source()) {
+        let cause = cause.to_string();
+        if !text.ends_with(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+/// How much longer the answer is fresh, where its server says so (RFC 9111 4.2).
+fn lifetime(headers: &HeaderMap) -> Option<Duration> {
+    let max_age = headers
+        .get_all(header::CACHE_CONTROL)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .find_map(|directive| {
+            let (name, value) = directive.trim().split_once('=')?;
+            let seconds = value.trim().trim_matches('"').parse::<u64>().ok();
+            seconds.filter(|_| name.eq_ignore_ascii_case("max-age"))
+        })?;
+    let age = headers
+        .get(header::AGE)
+        .and_then(|value| value.to_str().ok()?.trim().parse::<u64>().ok())
+        .unwrap_or(0);
+    Some(Duration::from_secs(max_age.saturating_sub(age)))
+}

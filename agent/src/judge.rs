@@ -1,0 +1,326 @@
+//! The order in which connections and requests are judged (Istio): mutual TLS, then
+//! CUSTOM, then tokens, then DENY, then ALLOW. The same code for the data path and
+//! for `postern policy eval`.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderName, StatusCode};
+
+use crate::{
+    authorizer::{AuthorizerError, Authorizers, Check, Decision},
+    config::Config,
+    fetch::RootsError,
+    identity::SpiffeId,
+    jwt::{self, Claims, KeyStore, LEEWAY, Options, Outcome, RemoteKeys, Verified, VerifiedTokens},
+    policy::{
+        Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Selected, Verdict, normalize,
+    },
+    request::{Edits, Reply, Request},
+};
+
+/// What deciding needs beside policy: keys, and providers to ask.
+pub struct Judge {
+    pub keys: KeyStore,
+    pub authorizers: Authorizers,
+    pub verified: VerifiedTokens,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum JudgeError {
+    #[error("jwt.roots: {0}")]
+    Roots(#[from] RootsError),
+    #[error("policies.extensionProviders: {0}")]
+    Providers(#[from] AuthorizerError),
+}
+
+/// A request that may go on.
+#[derive(Debug)]
+pub struct Allowed {
+    pub permitted: Permitted,
+    pub edits: Edits,
+    pub claims: Option<Arc<Claims>>,
+    /// When its token no longer holds.
+    pub expires: Option<SystemTime>,
+    /// Policies without effect that have something to say.
+    pub told: Vec<PolicyRef>,
+}
+
+/// A request that is refused, and what is answered.
+#[derive(Debug)]
+pub struct Refused {
+    pub why: Why,
+    pub reply: Reply,
+    pub claims: Option<Arc<Claims>>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Why {
+    #[error("{0}")]
+    Malformed(String),
+    #[error(transparent)]
+    Denied(Denial),
+}
+
+impl Refused {
+    /// As Istio answers.
+    fn denied(denial: Denial) -> Self {
+        Self {
+            why: Why::Denied(denial),
+            reply: Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied"),
+            claims: None,
+        }
+    }
+}
+
+/// How long a first fetch of keys may hold up a request.
+const FIRST_FETCH: Duration = Duration::from_secs(5);
+
+impl Judge {
+    /// To be called within a runtime: keys are fetched by tasks.
+    pub fn new(config: &Config) -> Result<Self, JudgeError> {
+        let jwt = &config.jwt;
+        Ok(Self {
+            keys: KeyStore::new(Options {
+                refresh: jwt.refresh.0,
+                keep: jwt.keep.0,
+                refetch_interval: jwt.refetch_interval.0,
+                roots: jwt.roots.clone(),
+                files: jwt.files.clone().into_iter().collect(),
+            })?,
+            authorizers: Authorizers::new(config.policies.extension_providers.clone())?,
+            verified: VerifiedTokens::default(),
+        })
+    }
+
+    /// Judges a connection whose bytes are not read.
+    pub async fn connection(
+        &self,
+        selected: &Selected,
+        facts: &Facts,
+        identity: Option<&SpiffeId>,
+        source: SocketAddr,
+    ) -> Result<Permitted, Denial> {
+        selected.transport(facts)?;
+        let providers = selected.providers(facts, Layer::Opaque);
+        self.ask(&providers, facts, identity, source, None)
+            .await
+            .map_err(|(denial, _)| denial)?;
+        selected.decide(facts, Layer::Opaque).permit()
+    }
+
+    /// Judges one request.
+    pub async fn request(
+        &self,
+        selected: &Selected,
+        facts: &Facts,
+        identity: Option<&SpiffeId>,
+        source: SocketAddr,
+        request: &Request<'_>,
+        now: SystemTime,
+    ) -> Result<Allowed, Refused> {
+        selected.transport(facts).map_err(Refused::denied)?;
+        let normal =
+            normalize(request.path, selected.reading.normalization).map_err(|bad| Refused {
+                why: Why::Malformed(bad.to_string()),
+                reply: Reply::new(StatusCode::BAD_REQUEST, bad.to_string()),
+                claims: None,
+            })?;
+        let (original, target) = (request.path, normal.target());
+        let request = &Request {
+            path: &target,
+            ..request.clone()
+        };
+        let mut about = RequestFacts {
+            request,
+            path: &normal.path,
+            host: &request.host.to_lowercase(),
+            remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
+            claims: None,
+        };
+        let providers = selected.providers(facts, Layer::Request(&about));
+        let asked = self
+            .ask(&providers, facts, identity, source, Some(request))
+            .await;
+        let mut edits = asked.map_err(|(denial, reply)| Refused {
+            reply: reply.unwrap_or_else(|| Refused::denied(denial.clone()).reply),
+            why: Why::Denied(denial),
+            claims: None,
+        })?;
+
+        let verified = self
+            .authenticate(selected, request, now, &mut edits)
+            .await?;
+        let expires = verified.as_ref().and_then(|v| v.expires);
+        let claims = verified.map(|v| v.claims);
+        let refused = |denial| Refused {
+            claims: claims.clone(),
+            ..Refused::denied(denial)
+        };
+        if let Some(claims) = &claims {
+            selected
+                .presenter(facts, claims)
+                .map_err(|denial| Refused {
+                    reply: jwt::invalid_token(
+                        request,
+                        StatusCode::UNAUTHORIZED,
+                        "the token is bound to another presenter".into(),
+                    ),
+                    ..refused(denial)
+                })?;
+        }
+        about.claims = claims.as_deref();
+        if edits.path.is_none() && target != original {
+            edits.path = Some(target.clone());
+        }
+        let layer = Layer::Request(&about);
+        let permitted = selected.decide(facts, layer).permit().map_err(refused)?;
+        let told = selected.told(facts, layer);
+        Ok(Allowed {
+            permitted,
+            expires: expires.map(|at| at + Duration::from_secs(LEEWAY)),
+            claims,
+            edits,
+            told,
+        })
+    }
+
+    /// Whether a request that runs is still allowed, with the token that it came
+    /// with. Providers are not asked again.
+    pub fn still(
+        &self,
+        selected: &Selected,
+        facts: &Facts,
+        request: &Request<'_>,
+        claims: Option<&Claims>,
+    ) -> Verdict {
+        let verdict = || -> Result<Verdict, Denial> {
+            selected.transport(facts)?;
+            let Ok(normal) = normalize(request.path, selected.reading.normalization) else {
+                return Ok(Verdict::Allow(None));
+            };
+            let about = RequestFacts {
+                request,
+                path: &normal.path,
+                host: &request.host.to_lowercase(),
+                remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
+                claims,
+            };
+            if let Some(claims) = claims {
+                selected.presenter(facts, claims)?;
+            }
+            Ok(selected.decide(facts, Layer::Request(&about)))
+        };
+        verdict().unwrap_or_else(Verdict::Deny)
+    }
+
+    /// The request's token, verified; `None` without one.
+    async fn authenticate(
+        &self,
+        selected: &Selected,
+        request: &Request<'_>,
+        now: SystemTime,
+        edits: &mut Edits,
+    ) -> Result<Option<Verified>, Refused> {
+        if selected.tokens().is_empty() {
+            return Ok(None);
+        }
+        let mut refetched = false;
+        loop {
+            let keys = |from: &RemoteKeys| self.keys.get(from);
+            let rules = selected.tokens();
+            match jwt::authenticate(rules, request, now, keys, Some(&self.verified)) {
+                Outcome::Anonymous(changes) => {
+                    merge(edits, changes);
+                    return Ok(None);
+                }
+                Outcome::Verified(verified) => {
+                    merge(edits, verified.edits.clone());
+                    return Ok(Some(verified));
+                }
+                // The issuer may have a new key, or none was fetched yet.
+                Outcome::Refused(refusal) if !refetched && !refusal.refetch.is_empty() => {
+                    refetched = true;
+                    for source in &refusal.refetch {
+                        let had = self.keys.get(source).is_some();
+                        if had || self.keys.ready(source, FIRST_FETCH).await.is_none() {
+                            self.keys.refetch(source).await;
+                        }
+                    }
+                }
+                Outcome::Refused(refusal) => {
+                    let policy = selected.token_policy(refusal.rule);
+                    return Err(Refused {
+                        reply: refusal.reply(request),
+                        why: Why::Denied(Denial::Token(policy.clone(), refusal.error.to_string())),
+                        claims: None,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Asks providers in turn; the first that says no ends it.
+    async fn ask(
+        &self,
+        providers: &[(&str, PolicyRef)],
+        facts: &Facts,
+        identity: Option<&SpiffeId>,
+        source: SocketAddr,
+        request: Option<&Request<'_>>,
+    ) -> Result<Edits, (Denial, Option<Reply>)> {
+        let mut edits = Edits::default();
+        for (provider, policy) in providers {
+            let check = Check {
+                source,
+                source_principal: facts.source.as_ref().map(ToString::to_string),
+                destination: facts.destination,
+                destination_principal: identity.map(ToString::to_string),
+                sni: facts.sni.clone(),
+                request,
+            };
+            let answer = self.authorizers.check(provider, &check).await;
+            match answer.decision {
+                Decision::Allow(more) => merge(&mut edits, more),
+                Decision::Deny(reply) => {
+                    let why = format!("provider {provider}: {}", answer.reason);
+                    return Err((Denial::Custom(policy.clone(), why), Some(reply)));
+                }
+            }
+        }
+        Ok(edits)
+    }
+}
+
+fn merge(edits: &mut Edits, more: Edits) {
+    // What is removed later must not come back by what was set earlier.
+    edits.set.retain(|(name, _)| !more.remove.contains(name));
+    edits.remove.extend(more.remove);
+    edits.set.extend(more.set);
+    edits.path = more.path.or(edits.path.take());
+}
+
+/// The `proxies`th address from the right of `X-Forwarded-For`; the packets' source
+/// where there are fewer (Istio `numTrustedProxies`, Envoy `xff_num_trusted_hops`).
+fn remote_ip(request: &Request<'_>, source: IpAddr, proxies: usize) -> IpAddr {
+    const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+    if proxies == 0 {
+        return source;
+    }
+    let told = request.header(&FORWARDED_FOR);
+    let nth = told
+        .as_deref()
+        .and_then(|list| list.rsplit(',').nth(proxies - 1));
+    let address = nth.map(str::trim).and_then(|text| {
+        let text = text
+            .strip_prefix('[')
+            .and_then(|t| t.strip_suffix(']'))
+            .unwrap_or(text);
+        let plain = text.parse().ok();
+        plain.or_else(|| text.parse::<SocketAddr>().ok().map(|a| a.ip()))
+    });
+    address.unwrap_or(source).to_canonical()
+}

@@ -1,0 +1,234 @@
+//! The jwtRules of the RequestAuthentications that select a workload, against one
+//! request.
+
+use std::{borrow::Borrow, sync::Arc, time::SystemTime};
+
+use http::{HeaderName, Method, header};
+
+use super::{
+    cache::{Fingerprint, VerifiedTokens},
+    claims::Claims,
+    headers::{put_out, remove, without_spoofed},
+    keys::KeySet,
+    locate::{Found, Locations, Place, without_parameters},
+    outcome::{Outcome, Refusal, Verified},
+    source::RemoteKeys,
+    verify::{Expected, MAX_TOKEN, Token, TokenError},
+};
+use crate::request::{Edits, Request};
+
+/// Tokens that one rule checks of a request. Each costs signature checks, and a query
+/// can hold hundreds.
+const MAX_TOKENS: usize = 8;
+
+/// One jwtRule, compiled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// `None`: tokens of any issuer, as long as the keys fit.
+    pub issuer: Option<String>,
+    pub audiences: Vec<String>,
+    pub locations: Locations,
+    /// Whether the application gets the token, too.
+    pub forward_original: bool,
+    /// Gets the payload as it stands in the token, base64url.
+    pub payload_to_header: Option<HeaderName>,
+    /// Headers, and the path to the claim that each gets.
+    pub claims_to_headers: Vec<(HeaderName, Vec<String>)>,
+    pub space_delimited: Vec<String>,
+    pub keys: KeySource,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum KeySource {
+    Inline(Arc<KeySet>),
+    Remote(RemoteKeys),
+}
+
+/// Judges a request by all rules of its workload.
+///
+/// It passes if no rule finds a token, or if one rule verifies every token that it
+/// finds and no token is left that no rule verifies. The first such rule gives the
+/// claims. Rules of one issuer are alternatives. What is not proven is refused with the
+/// error of the token that came farthest.
+///
+/// `keys` hands out what is known of an issuer's keys now, and does not wait.
+pub fn authenticate<R: Borrow<Rule>>(
+    rules: &[R],
+    request: &Request<'_>,
+    now: SystemTime,
+    keys: impl Fn(&RemoteKeys) -> Option<Arc<KeySet>>,
+    cache: Option<&VerifiedTokens>,
+) -> Outcome {
+    let rules: Vec<&Rule> = rules.iter().map(Borrow::borrow).collect();
+    let mut edits = without_spoofed(&rules, request);
+    if is_preflight(request) {
+        return Outcome::Anonymous(edits);
+    }
+    let judge = Judge { now, keys, cache };
+    let mut judged = Vec::new();
+    for (index, rule) in rules.iter().enumerate() {
+        let all = rule.locations.find(request);
+        let too_many = all.len() > MAX_TOKENS;
+        for found in all {
+            let verdict = match too_many {
+                true => Err(TokenError::TooMany),
+                false => judge.judge(rule, &found),
+            };
+            judged.push(Judged {
+                rule: index,
+                found,
+                verdict,
+            });
+        }
+    }
+    if judged.is_empty() {
+        return Outcome::Anonymous(edits);
+    }
+    let settled = |place: &Place| {
+        judged
+            .iter()
+            .any(|j| j.found.place == *place && j.is_good())
+    };
+    let winner = judged
+        .iter()
+        .find(|j| judged.iter().all(|o| o.rule != j.rule || o.is_good()));
+    let (Some(winner), true) = (winner, judged.iter().all(|j| settled(&j.found.place))) else {
+        // With a winner, what is wrong is a token that nobody verified.
+        let to_blame = |j: &&Judged<'_>| winner.is_none() || !settled(&j.found.place);
+        return Outcome::Refused(refusal(&rules, judged.iter().filter(to_blame)));
+    };
+    take_out_tokens(&rules, &judged, winner.rule, request, &mut edits);
+    let claims = winner.claims().expect("a winner has only good tokens");
+    put_out(rules[winner.rule], &winner.found.text, claims, &mut edits);
+    Outcome::Verified(Verified {
+        claims: claims.clone(),
+        rule: winner.rule,
+        expires: judged
+            .iter()
+            .filter(|j| j.rule == winner.rule)
+            .filter_map(|j| j.claims()?.expires())
+            .min(),
+        edits,
+    })
+}
+
+/// A token in the eyes of one rule.
+struct Judged<'a> {
+    rule: usize,
+    found: Found<'a>,
+    verdict: Result<Arc<Claims>, TokenError>,
+}
+
+impl Judged<'_> {
+    fn is_good(&self) -> bool {
+        self.verdict.is_ok()
+    }
+
+    fn claims(&self) -> Option<&Arc<Claims>> {
+        self.verdict.as_ref().ok()
+    }
+}
+
+struct Judge<'a, K> {
+    now: SystemTime,
+    keys: K,
+    cache: Option<&'a VerifiedTokens>,
+}
+
+impl<K: Fn(&RemoteKeys) -> Option<Arc<KeySet>>> Judge<'_, K> {
+    fn judge(&self, rule: &Rule, found: &Found<'_>) -> Result<Arc<Claims>, TokenError> {
+        let token = &*found.text;
+        // Before it is hashed.
+        if token.len() > MAX_TOKEN {
+            return Err(TokenError::TooLarge);
+        }
+        let expected = Expected {
+            issuer: rule.issuer.as_deref(),
+            audiences: &rule.audiences,
+            space_delimited: &rule.space_delimited,
+        };
+        let keys = match &rule.keys {
+            KeySource::Inline(keys) => Some(keys.clone()),
+            KeySource::Remote(remote) => (self.keys)(remote),
+        };
+        let verify = || Token::parse(token)?.verify(expected, keys.as_deref(), self.now);
+        let (Some(cache), Some(keys)) = (self.cache, &keys) else {
+            return verify().map(Arc::new);
+        };
+        let fingerprint = Fingerprint::new(token, expected, keys);
+        if let Some(claims) = cache.get(&fingerprint) {
+            return claims.check_time(self.now).map(|()| claims);
+        }
+        let claims = Arc::new(verify()?);
+        cache.put(fingerprint, token, claims.clone());
+        Ok(claims)
+    }
+}
+
+/// Fetch, "CORS-preflight request". Browsers send it without credentials.
+fn is_preflight(request: &Request<'_>) -> bool {
+    let has = |name| request.header(&name).is_some_and(|value| !value.is_empty());
+    request.method == Method::OPTIONS.as_str()
+        && has(header::ORIGIN)
+        && has(header::ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+/// Of all tokens, unless the rule that verified it says to forward it: the winner if it
+/// is one of its own, else the first.
+fn take_out_tokens(
+    rules: &[&Rule],
+    judged: &[Judged<'_>],
+    winner: usize,
+    request: &Request<'_>,
+    edits: &mut Edits,
+) {
+    let mut parameters = Vec::new();
+    for (index, one) in judged.iter().enumerate() {
+        let same_place = |j: &&Judged<'_>| j.found.place == one.found.place;
+        if judged[..index].iter().any(|j| same_place(&j)) {
+            continue;
+        }
+        let good = || judged.iter().filter(same_place).filter(|j| j.is_good());
+        let owner = good().find(|j| j.rule == winner).or_else(|| good().next());
+        if owner.is_some_and(|owner| rules[owner.rule].forward_original) {
+            continue;
+        }
+        match &one.found.place {
+            Place::Header(name) => remove(edits, name),
+            Place::Param(index) => parameters.push(*index),
+            // As Istio has it; a cookie is the application's session as well.
+            Place::Cookie(_) => {}
+        }
+    }
+    if !parameters.is_empty() {
+        edits.path = Some(without_parameters(request.path, &parameters));
+    }
+}
+
+fn refusal<'a>(rules: &[&Rule], to_blame: impl Iterator<Item = &'a Judged<'a>>) -> Refusal {
+    let mut refusal: Option<Refusal> = None;
+    let mut refetch = Vec::new();
+    for judged in to_blame {
+        let Err(error) = judged.verdict else {
+            continue;
+        };
+        if let (true, KeySource::Remote(remote)) = (error.may_be_stale(), &rules[judged.rule].keys)
+            && !refetch.contains(remote)
+        {
+            refetch.push(remote.clone());
+        }
+        if refusal
+            .as_ref()
+            .is_none_or(|known| known.error.stage() < error.stage())
+        {
+            refusal = Some(Refusal {
+                error,
+                rule: judged.rule,
+                refetch: Vec::new(),
+            });
+        }
+    }
+    let mut refusal = refusal.expect("where nothing is wrong, a rule wins");
+    refusal.refetch = refetch;
+    refusal
+}

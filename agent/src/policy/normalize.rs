@@ -1,0 +1,223 @@
+//! Paths as they are matched, and as the application gets them: both see the same
+//! (Istio `pathNormalization`).
+
+use std::borrow::Cow;
+
+use crate::config::Normalization;
+
+/// A path apart from its query.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Normal<'a> {
+    pub path: Cow<'a, str>,
+    pub query: Option<&'a str>,
+}
+
+impl Normal<'_> {
+    /// Both together, as a request carries them.
+    pub fn target(&self) -> String {
+        match self.query {
+            Some(query) => format!("{}?{query}", self.path),
+            None => self.path.clone().into_owned(),
+        }
+    }
+}
+
+/// Why a path is refused: 400, whatever policy says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadPath {
+    #[error("the path has an escaped NUL")]
+    Nul,
+    #[error("the path does not begin with `/`")]
+    Form,
+}
+
+pub fn normalize(target: &str, degree: Normalization) -> Result<Normal<'_>, BadPath> {
+    let target = target.split('#').next().unwrap_or(target);
+    let (path, query) = match target.split_once('?') {
+        Some((path, query)) => (path, Some(query)),
+        None => (target, None),
+    };
+    if path != "*" && !path.starts_with('/') && !(path.starts_with('\\')) {
+        return Err(BadPath::Form);
+    }
+    if degree == Normalization::None || path == "*" {
+        return match path.starts_with('\\') {
+            true => Err(BadPath::Form),
+            false => Ok(Normal {
+                path: path.into(),
+                query,
+            }),
+        };
+    }
+    if path.contains("%00") {
+        return Err(BadPath::Nul);
+    }
+    let plain = !path.contains(['%', '\\']) && !path.contains("/.") && !path.contains("//");
+    if plain {
+        return Ok(Normal {
+            path: path.into(),
+            query,
+        });
+    }
+    let decoded = decode(path, degree == Normalization::DecodeAndMergeSlashes);
+    let mut resolved = resolve(&decoded);
+    if degree != Normalization::Base {
+        resolved = merge(&resolved);
+    }
+    Ok(Normal {
+        path: resolved.into(),
+        query,
+    })
+}
+
+/// Decodes once: unreserved characters (RFC 3986 2.3), and slashes if asked for.
+fn decode(path: &str, slashes: bool) -> String {
+    let mut out = String::with_capacity(path.len());
+    let mut rest = path;
+    while let Some(at) = rest.find(['%', '\\']) {
+        out.push_str(&rest[..at]);
+        rest = &rest[at..];
+        if let Some(after) = rest.strip_prefix('\\') {
+            out.push('/');
+            rest = after;
+            continue;
+        }
+        let escaped = rest
+            .get(1..3)
+            .filter(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()))
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok());
+        match escaped {
+            Some(b'/' | b'\\') if slashes => out.push('/'),
+            Some(byte) if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) => {
+                out.push(char::from(byte));
+            }
+            // Neither to be decoded nor to be looked at twice.
+            _ => {
+                out.push('%');
+                rest = &rest[1..];
+                continue;
+            }
+        }
+        rest = &rest[3..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Resolves `.` and `..` (RFC 3986 5.2.4), which never climb above the root. Empty
+/// segments count as segments.
+fn resolve(path: &str) -> String {
+    let mut kept: Vec<&str> = Vec::new();
+    let mut segments = path.split('/').skip(1).peekable();
+    while let Some(segment) = segments.next() {
+        let last = segments.peek().is_none();
+        match segment {
+            "." | ".." => {
+                if segment == ".." {
+                    kept.pop();
+                }
+                if last {
+                    kept.push("");
+                }
+            }
+            other => kept.push(other),
+        }
+    }
+    let mut out = String::with_capacity(path.len());
+    for segment in kept {
+        out.push('/');
+        out.push_str(segment);
+    }
+    if out.is_empty() {
+        out.push('/');
+    }
+    out
+}
+
+fn merge(path: &str) -> String {
+    let mut out = String::with_capacity(path.len());
+    for c in path.chars() {
+        if c != '/' || !out.ends_with('/') {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Normalization::*, *};
+
+    #[test]
+    fn degrees() {
+        for (target, none, base, merged, decoded) in [
+            ("/a", "/a", "/a", "/a", "/a"),
+            ("/", "/", "/", "/", "/"),
+            ("/a/../b", "/a/../b", "/b", "/b", "/b"),
+            ("/a//../b", "/a//../b", "/a/b", "/a/b", "/a/b"),
+            ("/a//b", "/a//b", "/a//b", "/a/b", "/a/b"),
+            ("/a/./b/.", "/a/./b/.", "/a/b/", "/a/b/", "/a/b/"),
+            ("/a/b/..", "/a/b/..", "/a/", "/a/", "/a/"),
+            ("/../../a", "/../../a", "/a", "/a", "/a"),
+            ("/..", "/..", "/", "/", "/"),
+            ("/%61dmin", "/%61dmin", "/admin", "/admin", "/admin"),
+            ("/%2e%2E/a", "/%2e%2E/a", "/a", "/a", "/a"),
+            ("/a\\b", "/a\\b", "/a/b", "/a/b", "/a/b"),
+            ("/a%2fb", "/a%2fb", "/a%2fb", "/a%2fb", "/a/b"),
+            (
+                "/a%5C..%2Fb",
+                "/a%5C..%2Fb",
+                "/a%5C..%2Fb",
+                "/a%5C..%2Fb",
+                "/b",
+            ),
+            ("/a%252fb", "/a%252fb", "/a%252fb", "/a%252fb", "/a%252fb"),
+            ("/%2561", "/%2561", "/%2561", "/%2561", "/%2561"),
+            ("/a%zz%4", "/a%zz%4", "/a%zz%4", "/a%zz%4", "/a%zz%4"),
+            ("/a;x=1/b", "/a;x=1/b", "/a;x=1/b", "/a;x=1/b", "/a;x=1/b"),
+            ("/A", "/A", "/A", "/A", "/A"),
+            (
+                "/a/%C3%A9",
+                "/a/%C3%A9",
+                "/a/%C3%A9",
+                "/a/%C3%A9",
+                "/a/%C3%A9",
+            ),
+            ("/.hidden", "/.hidden", "/.hidden", "/.hidden", "/.hidden"),
+            ("*", "*", "*", "*", "*"),
+        ] {
+            for (degree, expected) in [
+                (None, none),
+                (Base, base),
+                (MergeSlashes, merged),
+                (DecodeAndMergeSlashes, decoded),
+            ] {
+                let normal = normalize(target, degree).expect(target);
+                assert_eq!(normal.path, expected, "{target} {degree:?}");
+                // Once is enough, unless escapes were hidden in escapes.
+                if !target.contains('%') {
+                    assert_eq!(normalize(expected, degree).expect("again").path, expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn query_and_fragment() {
+        let normal = normalize("/a/../b?x=/../%2e#f?y", Base).expect("a path");
+        assert_eq!((&*normal.path, normal.query), ("/b", Some("x=/../%2e")));
+        assert_eq!(normal.target(), "/b?x=/../%2e");
+        assert_eq!(normalize("/a#/../b", None).expect("a path").target(), "/a");
+        assert_eq!(normalize("/a?#", Base).expect("a path").target(), "/a?");
+    }
+
+    #[test]
+    fn refused() {
+        assert_eq!(normalize("/a%00", Base), Err(BadPath::Nul));
+        for form in ["", "a", "?a", "#", "http://x/", "%2Fa"] {
+            assert_eq!(normalize(form, Base), Err(BadPath::Form), "{form}");
+        }
+        assert_eq!(normalize("\\a", None), Err(BadPath::Form));
+        assert_eq!(normalize("\\a", Base).expect("a path").path, "/a");
+    }
+}

@@ -1,0 +1,531 @@
+//! All policies, and those of them that select one workload.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::Arc,
+};
+
+use super::{
+    compile::{self, Mesh, Reach, Reading, Wrong},
+    evaluate::{Denial, Facts, Layer, PolicyRef, Rule, Verdict},
+    extension::{Binding, Caller, Connect},
+    schema::{self, Action, MtlsMode, PolicyObject},
+};
+use crate::{
+    jwt::{self, KeySource, RemoteKeys},
+    objects::Located,
+};
+
+#[derive(Debug, thiserror::Error)]
+#[error("{path}:{line}: {kind} {namespace}/{name}: {field}: {message}", path = path.display())]
+pub struct PolicyError {
+    pub path: PathBuf,
+    pub line: u64,
+    pub kind: &'static str,
+    pub namespace: String,
+    pub name: String,
+    pub field: &'static str,
+    pub message: String,
+}
+
+/// What policies select workloads by.
+#[derive(Clone, Debug, Default)]
+pub struct Subject {
+    pub namespace: String,
+    pub labels: BTreeMap<String, String>,
+    /// Names of the services of its namespace that it is behind.
+    pub services: Vec<String>,
+}
+
+/// All policies, compiled; published as one snapshot.
+#[derive(Debug, Default)]
+pub struct PolicySet {
+    count: usize,
+    reading: Reading,
+    authorizations: Index<Authorization>,
+    peers: Index<Peer>,
+    tokens: Index<Tokens>,
+    bindings: Index<Binding>,
+    connects: Index<Connect>,
+    remote_keys: Vec<RemoteKeys>,
+}
+
+/// A compiled AuthorizationPolicy.
+#[derive(Debug)]
+pub struct Authorization {
+    pub policy: PolicyRef,
+    pub action: Action,
+    /// Evaluated and told, never enforced.
+    pub dry_run: bool,
+    pub rules: Vec<Rule>,
+}
+
+/// A compiled PeerAuthentication.
+#[derive(Debug)]
+struct Peer {
+    policy: PolicyRef,
+    level: Level,
+    /// Oldest first decides among equals (Istio); those without come last.
+    age: (bool, Option<String>),
+    mode: MtlsMode,
+    ports: BTreeMap<u16, MtlsMode>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Level {
+    Workload,
+    Namespace,
+    Mesh,
+}
+
+/// A compiled RequestAuthentication.
+#[derive(Debug)]
+struct Tokens {
+    policy: PolicyRef,
+    rules: Vec<Arc<jwt::Rule>>,
+}
+
+/// Policies by what selects them, so that finding a workload's own does not cost
+/// more with those of others.
+#[derive(Debug)]
+struct Index<T>(HashMap<Key, Vec<Entry<T>>>);
+
+/// Namespace (none: all) and one label of the selector (none: there are no labels).
+type Key = (Option<Arc<str>>, Option<(String, String)>);
+
+#[derive(Debug)]
+struct Entry<T> {
+    /// Place among all policies, so that the order is that of the files.
+    order: usize,
+    reach: Reach,
+    item: Arc<T>,
+}
+
+impl<T> Default for Index<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T> Index<T> {
+    fn add(&mut self, order: usize, reach: Reach, item: T) {
+        let label = reach.labels.iter().next();
+        let key = (
+            reach.namespace.clone(),
+            label.map(|(k, v)| (k.clone(), v.clone())),
+        );
+        self.0.entry(key).or_default().push(Entry {
+            order,
+            reach,
+            item: Arc::new(item),
+        });
+    }
+
+    fn select(&self, subject: &Subject) -> Vec<Arc<T>> {
+        let namespaces = [None, Some(Arc::from(subject.namespace.as_str()))];
+        let mut found: Vec<(usize, Arc<T>)> = Vec::new();
+        for namespace in namespaces {
+            let labels = subject
+                .labels
+                .iter()
+                .map(|(k, v)| Some((k.clone(), v.clone())));
+            for label in labels.chain([None]) {
+                let entries = self.0.get(&(namespace.clone(), label));
+                found.extend(
+                    (entries.into_iter().flatten())
+                        .filter(|entry| entry.reach.selects(subject))
+                        .map(|entry| (entry.order, entry.item.clone())),
+                );
+            }
+        }
+        found.sort_by_key(|(order, _)| *order);
+        found.into_iter().map(|(_, item)| item).collect()
+    }
+}
+
+impl Reach {
+    /// Namespace and the first label are the index's; looked at again, for they cost
+    /// nothing and the rule is then in one place.
+    fn selects(&self, subject: &Subject) -> bool {
+        self.namespace
+            .as_deref()
+            .is_none_or(|n| n == subject.namespace)
+            && self
+                .labels
+                .iter()
+                .all(|(key, value)| subject.labels.get(key) == Some(value))
+            && self.services.as_ref().is_none_or(|services| {
+                services
+                    .iter()
+                    .any(|service| subject.services.contains(service))
+            })
+    }
+}
+
+impl PolicySet {
+    /// All that is wrong is told, and then nothing is taken.
+    pub fn compile(
+        objects: Vec<Located<PolicyObject>>,
+        mesh: &Mesh<'_>,
+    ) -> Result<Self, Vec<PolicyError>> {
+        let mut set = Self {
+            reading: mesh.requests,
+            ..Self::default()
+        };
+        let mut errors = Vec::new();
+        let mut seen = HashMap::new();
+        for Located { object, path, line } in objects {
+            let (kind, meta) = (object.kind(), object.metadata());
+            let (namespace, name) = (meta.namespace().to_owned(), meta.name.clone());
+            let identity = (kind, namespace.clone(), name.clone());
+            let result = match seen.insert(identity, (path.clone(), line)) {
+                Some((other, at)) => Err(Wrong {
+                    field: "metadata.name",
+                    message: format!("the same object stands at {}:{at}", other.display()),
+                }),
+                None => set.add(object, mesh),
+            };
+            if let Err(Wrong { field, message }) = result {
+                errors.push(PolicyError {
+                    path,
+                    line,
+                    kind,
+                    namespace,
+                    name,
+                    field,
+                    message,
+                });
+            }
+        }
+        match errors.is_empty() {
+            true => Ok(set),
+            false => Err(errors),
+        }
+    }
+
+    fn add(&mut self, object: PolicyObject, mesh: &Mesh<'_>) -> Result<(), Wrong> {
+        let order = self.count;
+        let kind = object.kind();
+        let real_only = |dry_run: Option<bool>| match dry_run {
+            Some(_) => Err(Wrong {
+                field: "metadata.annotations[istio.io/dry-run]",
+                message: "is for AuthorizationPolicy with ALLOW or DENY only".into(),
+            }),
+            None => Ok(()),
+        };
+        match object {
+            PolicyObject::AuthorizationPolicy(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                let spec = object.spec.unwrap_or_default();
+                if !matches!(spec.action, Action::Allow | Action::Deny) {
+                    real_only(dry_run)?;
+                }
+                let rules = (spec.rules.into_iter())
+                    .map(|rule| compile::rule(rule, &policy.namespace, mesh))
+                    .collect();
+                let reach = compile::reach(&policy, spec.selector, spec.targets, mesh);
+                let item = Authorization {
+                    policy,
+                    action: spec.action,
+                    dry_run: dry_run == Some(true),
+                    rules,
+                };
+                self.authorizations.add(order, reach, item);
+            }
+            PolicyObject::PeerAuthentication(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                real_only(dry_run)?;
+                let created = object.metadata.creation_timestamp.clone();
+                let spec = object.spec.unwrap_or_default();
+                let reach = compile::reach(&policy, spec.selector, None, mesh);
+                self.add_peer(
+                    order,
+                    policy,
+                    created,
+                    reach,
+                    spec.mtls,
+                    &spec.port_level_mtls,
+                );
+            }
+            PolicyObject::RequestAuthentication(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                real_only(dry_run)?;
+                let spec = object.spec.unwrap_or_default();
+                let rules: Vec<Arc<jwt::Rule>> = (spec.jwt_rules.into_iter())
+                    .map(|rule| Arc::new(compile::jwt_rule(rule)))
+                    .collect();
+                for rule in &rules {
+                    if let KeySource::Remote(keys) = &rule.keys
+                        && !self.remote_keys.contains(keys)
+                    {
+                        self.remote_keys.push(keys.clone());
+                    }
+                }
+                let reach = compile::reach(&policy, spec.selector, spec.targets, mesh);
+                self.tokens.add(order, reach, Tokens { policy, rules });
+            }
+            PolicyObject::ConnectPolicy(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                real_only(dry_run)?;
+                let mut spec = object.spec.unwrap_or_default();
+                let reach = compile::reach(&policy, spec.selector.take(), None, mesh);
+                self.connects.add(order, reach, Connect::new(policy, spec)?);
+            }
+            PolicyObject::TokenBinding(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                real_only(dry_run)?;
+                let Some(mut spec) = object.spec else {
+                    return Err(Wrong {
+                        field: "spec",
+                        message: "is missing".into(),
+                    });
+                };
+                let reach = compile::reach(&policy, spec.selector.take(), None, mesh);
+                self.bindings.add(order, reach, Binding::new(policy, spec));
+            }
+        }
+        self.count += 1;
+        Ok(())
+    }
+
+    fn add_peer(
+        &mut self,
+        order: usize,
+        policy: PolicyRef,
+        created: Option<String>,
+        reach: Reach,
+        mtls: schema::MutualTls,
+        ports: &BTreeMap<schema::PortKey, schema::MutualTls>,
+    ) {
+        let level = match (&reach.namespace, reach.labels.is_empty()) {
+            (None, true) => Level::Mesh,
+            (Some(_), true) => Level::Namespace,
+            (Some(_), false) => Level::Workload,
+            (None, false) => {
+                tracing::warn!(%policy, "a selector in the root namespace has no effect (Istio)");
+                return;
+            }
+        };
+        let item = Peer {
+            policy,
+            level,
+            age: (created.is_none(), created),
+            mode: mtls.mode,
+            ports: ports
+                .iter()
+                .map(|(port, mtls)| (port.0, mtls.mode))
+                .collect(),
+        };
+        self.peers.add(order, reach, item);
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Key sets that are fetched for these policies.
+    pub fn remote_keys(&self) -> &[RemoteKeys] {
+        &self.remote_keys
+    }
+
+    /// The policies of one workload.
+    pub fn select(&self, subject: &Subject) -> Selected {
+        let mut peers = self.peers.select(subject);
+        peers.sort_by(|a, b| {
+            let order = |p: &Peer| (p.level, p.age.clone(), p.policy.name.clone());
+            order(a).cmp(&order(b))
+        });
+        let mut selected = Selected {
+            reading: self.reading,
+            peers,
+            custom: Vec::new(),
+            deny: Vec::new(),
+            allow: Vec::new(),
+            told: Vec::new(),
+            tokens: Vec::new(),
+            token_policies: Vec::new(),
+            bindings: self.bindings.select(subject),
+            connects: self.connects.select(subject),
+        };
+        for policy in self.authorizations.select(subject) {
+            match policy.action {
+                _ if policy.dry_run => selected.told.push(policy),
+                Action::Audit => selected.told.push(policy),
+                Action::Custom(_) => selected.custom.push(policy),
+                Action::Deny => selected.deny.push(policy),
+                Action::Allow => selected.allow.push(policy),
+            }
+        }
+        for tokens in self.tokens.select(subject) {
+            let indices = 0..tokens.rules.len();
+            selected.tokens.extend(tokens.rules.iter().cloned());
+            (selected.token_policies).extend(indices.map(|index| tokens.policy.at(index)));
+        }
+        selected
+    }
+}
+
+/// The policies that select one workload: what its connections and requests are
+/// judged by. One snapshot: what is judged by it is judged by all of it.
+#[derive(Clone, Debug, Default)]
+pub struct Selected {
+    pub reading: Reading,
+    /// The narrowest level first.
+    peers: Vec<Arc<Peer>>,
+    custom: Vec<Arc<Authorization>>,
+    deny: Vec<Arc<Authorization>>,
+    allow: Vec<Arc<Authorization>>,
+    /// AUDIT and dry-run: told, without effect.
+    told: Vec<Arc<Authorization>>,
+    tokens: Vec<Arc<jwt::Rule>>,
+    /// The policy, and the index in it, of each of those.
+    token_policies: Vec<PolicyRef>,
+    bindings: Vec<Arc<Binding>>,
+    connects: Vec<Arc<Connect>>,
+}
+
+impl Selected {
+    /// PeerAuthentication: whether plaintext may come in at this port.
+    pub fn transport(&self, facts: &Facts) -> Result<(), Denial> {
+        if facts.source.is_some() {
+            return Ok(());
+        }
+        let port = facts.destination.port();
+        // Per level only the winner counts, and the workload's winner has the ports.
+        let winner = |level| self.peers.iter().find(|p| p.level == level);
+        let on_port = winner(Level::Workload).and_then(|p| Some((p, *p.ports.get(&port)?)));
+        let levels = [Level::Workload, Level::Namespace, Level::Mesh];
+        let whole = levels.into_iter().filter_map(winner).map(|p| (p, p.mode));
+        match on_port
+            .into_iter()
+            .chain(whole)
+            .find(|(_, mode)| *mode != MtlsMode::Unset)
+        {
+            Some((peer, MtlsMode::Strict)) => Err(Denial::Plaintext(peer.policy.clone())),
+            // DISABLE is read as PERMISSIVE, as in Istio's ambient mode.
+            _ => Ok(()),
+        }
+    }
+
+    /// The policy that asks to read the requests of this connection, if any does.
+    pub fn needs_request(&self, facts: &Facts) -> Option<&PolicyRef> {
+        let tokens = self.token_policies.first();
+        let all = [&self.custom, &self.deny, &self.allow, &self.told];
+        tokens.or_else(|| {
+            all.into_iter()
+                .flatten()
+                .find(|p| p.rules.iter().any(|rule| rule.needs_request(facts)))
+                .map(|p| &p.policy)
+        })
+    }
+
+    /// The providers that decide first, each once, and the policies that ask them.
+    pub fn providers(&self, facts: &Facts, layer: Layer<'_>) -> Vec<(&str, PolicyRef)> {
+        let mut providers: Vec<(&str, PolicyRef)> = Vec::new();
+        for policy in &self.custom {
+            if let Action::Custom(name) = &policy.action
+                && !providers.iter().any(|(other, _)| other == name)
+                && let Some(rule) = policy.rules.iter().position(|r| r.catches(facts, layer))
+            {
+                providers.push((name, policy.policy.at(rule)));
+            }
+        }
+        providers
+    }
+
+    pub fn has_providers(&self) -> bool {
+        !self.custom.is_empty()
+    }
+
+    /// DENY, then ALLOW.
+    pub fn decide(&self, facts: &Facts, layer: Layer<'_>) -> Verdict {
+        for policy in &self.deny {
+            if let Some(rule) = policy.rules.iter().position(|r| r.catches(facts, layer)) {
+                return Verdict::Deny(Denial::Rule(policy.policy.at(rule)));
+            }
+        }
+        let Some(first) = self.allow.first() else {
+            return Verdict::Allow(None);
+        };
+        for policy in &self.allow {
+            if let Some(rule) = policy.rules.iter().position(|r| r.allows(facts, layer)) {
+                return Verdict::Allow(Some(policy.policy.at(rule)));
+            }
+        }
+        Verdict::Deny(Denial::Implicit(first.policy.clone()))
+    }
+
+    /// PeerAuthentication, DENY and ALLOW for a connection whose bytes are not read.
+    pub fn opaque(&self, facts: &Facts) -> Verdict {
+        match self.transport(facts) {
+            Err(denial) => Verdict::Deny(denial),
+            Ok(()) => self.decide(facts, Layer::Opaque),
+        }
+    }
+
+    /// What policies without effect would say: AUDIT that match, dry-run DENY that
+    /// match, dry-run ALLOW of which none matches.
+    pub fn told(&self, facts: &Facts, layer: Layer<'_>) -> Vec<PolicyRef> {
+        let mut told = Vec::new();
+        let mut tried: Option<&PolicyRef> = None;
+        let mut allowed = false;
+        for policy in &self.told {
+            if policy.action == Action::Allow {
+                tried = tried.or(Some(&policy.policy));
+                allowed |= policy.rules.iter().any(|r| r.allows(facts, layer));
+            } else if let Some(rule) = policy.rules.iter().position(|r| r.catches(facts, layer)) {
+                told.push(policy.policy.at(rule));
+            }
+        }
+        if let (Some(policy), false) = (tried, allowed) {
+            told.push(policy.clone());
+        }
+        told
+    }
+
+    /// The rules by which tokens are verified.
+    pub fn tokens(&self) -> &[Arc<jwt::Rule>] {
+        &self.tokens
+    }
+
+    /// The policy that such a rule is of.
+    pub fn token_policy(&self, rule: usize) -> &PolicyRef {
+        &self.token_policies[rule]
+    }
+
+    /// Whether a verified token may be presented by this peer.
+    pub fn presenter(&self, facts: &Facts, claims: &jwt::Claims) -> Result<(), Denial> {
+        match self.bindings.iter().find(|b| !b.holds(facts, claims)) {
+            Some(binding) => Err(Denial::Presenter(binding.policy.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether a process of this workload may dial.
+    pub fn connect(&self, caller: &Caller<'_>) -> Result<(), Denial> {
+        Connect::decide(&self.connects, caller).map_err(Denial::Process)
+    }
+
+    /// All AuthorizationPolicies, in the order in which they are asked.
+    pub fn authorizations(&self) -> impl Iterator<Item = &Authorization> {
+        [&self.custom, &self.deny, &self.allow, &self.told]
+            .into_iter()
+            .flatten()
+            .map(|policy| &**policy)
+    }
+}
+
+impl Authorization {
+    /// `None` where the rule matches, or else where it does not.
+    pub fn outcome(&self, rule: &Rule, facts: &Facts, layer: Layer<'_>) -> Option<String> {
+        if self.action == Action::Allow && rule.void(layer) {
+            return Some("asks for a request, and this is none".into());
+        }
+        rule.explain(facts, layer)
+    }
+}

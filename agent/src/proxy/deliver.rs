@@ -1,0 +1,341 @@
+//! The destination's side of a connection, wherever it came from: registered,
+//! judged, read where policy asks for requests, and carried to the application.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use h2::{RecvStream, server::SendResponse};
+use http::{Response, StatusCode};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
+
+use super::{
+    LocalPod, Proxy,
+    connections::{Carries, Registered},
+    gate::RequestGate,
+    http::{Io, Limits, Protocol, h1, h2 as http2, sniff},
+    last_hop,
+    splice::{End, splice},
+    story::{Ending, Story},
+};
+use crate::{
+    kernel::ClientEntry,
+    lifecycle::Watcher,
+    policy::{Facts, Permitted, Selected, Verdict},
+};
+
+/// A connection that has come to its destination's agent.
+pub enum Arrived {
+    /// It stands already.
+    Open(End),
+    /// A CONNECT that is still to be answered.
+    Asked {
+        body: RecvStream,
+        respond: SendResponse<Bytes>,
+    },
+}
+
+/// How long a client may keep a connection that nothing but a request can allow,
+/// without sending one: browsers and pools open them early.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+impl Arrived {
+    /// Lets the other side begin.
+    fn open(self) -> Result<End, h2::Error> {
+        match self {
+            Self::Open(end) => Ok(end),
+            Self::Asked { body, mut respond } => Ok(End::Stream {
+                send: respond.send_response(Response::new(()), false)?,
+                recv: body,
+            }),
+        }
+    }
+
+    fn refuse(self, status: StatusCode) {
+        match self {
+            Self::Open(end) => end.reset(),
+            Self::Asked { mut respond, .. } => answer(&mut respond, status),
+        }
+    }
+}
+
+pub fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+    let mut response = Response::new(());
+    *response.status_mut() = status;
+    // The peer may have gone; then nobody needs the answer.
+    let _gone = respond.send_response(response, true);
+}
+
+/// One connection and all that it is judged and carried with.
+pub struct Delivery<'a> {
+    pub proxy: &'a Arc<Proxy>,
+    pub pod: &'a Arc<LocalPod>,
+    pub facts: Facts,
+    /// The client's address as the application sees it.
+    pub client: SocketAddr,
+    pub story: &'a mut Story,
+    pub drain: Watcher,
+}
+
+impl Delivery<'_> {
+    pub async fn run(mut self, arrived: Arrived) -> Ending {
+        let live = (self.proxy.connections).register(self.pod.clone(), &self.facts);
+        self.story.id = live.id;
+        let selected = self.proxy.selected(self.pod);
+        if let Err(denial) = selected.transport(&self.facts) {
+            arrived.refuse(StatusCode::FORBIDDEN);
+            return Ending::Denied(denial);
+        }
+        if selected.needs_request(&self.facts).is_some() {
+            live.carries(Carries::Requests);
+            return self.read(arrived, live, &selected).await;
+        }
+        let identity = Some(self.pod.identity());
+        let judged = (self.proxy.judge)
+            .connection(&selected, &self.facts, identity, self.client)
+            .await;
+        let permitted = match judged {
+            Ok(permitted) => permitted,
+            Err(denial) => {
+                arrived.refuse(StatusCode::FORBIDDEN);
+                return Ending::Denied(denial);
+            }
+        };
+        let (stream, _client) = match self.dial(&permitted).await {
+            Ok(opened) => opened,
+            Err(error) => {
+                arrived.refuse(StatusCode::SERVICE_UNAVAILABLE);
+                return self.unreachable(&error);
+            }
+        };
+        match arrived.open() {
+            Ok(end) => self.carry(end, stream, &permitted, live).await,
+            Err(error) => Ending::Failed(format!("the tunnel: {error}")),
+        }
+    }
+
+    /// A connection without policy: a probe of the node itself.
+    pub async fn unjudged(mut self, end: End) -> Ending {
+        let permitted = Permitted::probe();
+        match self.dial(&permitted).await {
+            Ok((stream, _client)) => self.carry_on(end, stream, &permitted, None).await,
+            Err(error) => {
+                end.reset();
+                self.unreachable(&error)
+            }
+        }
+    }
+
+    /// Looks at the first bytes, and carries HTTP request by request. What is not
+    /// HTTP is judged without a request.
+    async fn read(mut self, arrived: Arrived, live: Registered, selected: &Selected) -> Ending {
+        // What may pass unread may come from a server that speaks first.
+        let mut early = None;
+        if !selected.has_providers()
+            && let Verdict::Allow(by) = selected.opaque(&self.facts)
+            && let Ok(permitted) = Verdict::Allow(by).permit()
+        {
+            match self.dial(&permitted).await {
+                Ok(opened) => early = Some((permitted, opened)),
+                Err(error) => {
+                    arrived.refuse(StatusCode::SERVICE_UNAVAILABLE);
+                    return self.unreachable(&error);
+                }
+            }
+        }
+        let mut source = match arrived.open() {
+            Ok(end) => Io::new(end, BytesMut::new()),
+            Err(error) => return Ending::Failed(format!("the tunnel: {error}")),
+        };
+        let limits = self.proxy.http.clone();
+        let protocol = match &early {
+            Some((_, (application, _))) => tokio::select! {
+                biased;
+                found = sniff(&mut source, &limits) => found,
+                // It spoke first: no HTTP server does.
+                ready = application.readable() => ready.map(|()| Protocol::NotHttp),
+            },
+            None => {
+                let first = timeout_at(Instant::now() + PATIENCE, sniff(&mut source, &limits));
+                first
+                    .await
+                    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+            }
+        };
+        let protocol = match protocol {
+            Ok(protocol) => protocol,
+            Err(error) => {
+                source.reset();
+                return Ending::Failed(format!("before its first request: {error}"));
+            }
+        };
+        if protocol != Protocol::NotHttp {
+            return self.serve(source, protocol, early, live, &limits).await;
+        }
+        live.carries(Carries::Raw);
+        let (permitted, (application, _client)) = match early {
+            Some(early) => early,
+            None => {
+                let identity = Some(self.pod.identity());
+                let judged = (self.proxy.judge)
+                    .connection(
+                        &self.proxy.selected(self.pod),
+                        &self.facts,
+                        identity,
+                        self.client,
+                    )
+                    .await;
+                let permitted = match judged {
+                    Ok(permitted) => permitted,
+                    Err(denial) => {
+                        source.reset();
+                        return Ending::Denied(denial);
+                    }
+                };
+                match self.dial(&permitted).await {
+                    Ok(opened) => (permitted, opened),
+                    Err(error) => {
+                        source.reset();
+                        return self.unreachable(&error);
+                    }
+                }
+            }
+        };
+        let (end, prefix) = source.into_end();
+        let mut application = application;
+        if let Err(error) = application.write_all(&prefix).await {
+            end.reset();
+            return Ending::Failed(format!("the application: {error}"));
+        }
+        self.story.counters.add_sent(prefix.len());
+        self.carry(end, application, &permitted, live).await
+    }
+
+    async fn serve(
+        self,
+        source: Io,
+        protocol: Protocol,
+        early: Option<(Permitted, (TcpStream, ClientEntry))>,
+        mut live: Registered,
+        limits: &Limits,
+    ) -> Ending {
+        let Self {
+            proxy,
+            pod,
+            story,
+            mut drain,
+            ..
+        } = self;
+        let source = source.counted(story.counters.clone());
+        story.protocol = Some(match protocol {
+            Protocol::Http2 => "http/2",
+            _ => "http/1",
+        });
+        story.opened(early.as_ref().and_then(|(permitted, _)| permitted.by()));
+        let (application, entry) = match early {
+            Some((_, (stream, entry))) => (Some(stream), Some(entry)),
+            None => (None, None),
+        };
+        let gate = Arc::new(RequestGate::new(
+            proxy.clone(),
+            pod.clone(),
+            self.facts,
+            self.client,
+            story,
+            entry,
+        ));
+        let http = async {
+            match protocol {
+                Protocol::Http2 => http2::serve(source, gate, limits, application).await,
+                _ => h1::serve(source, gate, limits, application).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            denial = live.denied() => Ending::Denied(denial),
+            () = drain.time_is_up() => Ending::Drained,
+            done = http => match done {
+                Ok(()) => Ending::Closed,
+                Err(error) => Ending::Failed(error.to_string()),
+            },
+        }
+    }
+
+    async fn carry(
+        &mut self,
+        end: End,
+        application: TcpStream,
+        permitted: &Permitted,
+        live: Registered,
+    ) -> Ending {
+        self.carry_on(end, application, permitted, Some(live)).await
+    }
+
+    async fn carry_on(
+        &mut self,
+        mut source: End,
+        application: TcpStream,
+        permitted: &Permitted,
+        live: Option<Registered>,
+    ) -> Ending {
+        self.story.opened(permitted.by());
+        let mut end = End::Tcp(application);
+        let drain = self.drain.clone();
+        let ending = carry_bytes(&mut source, &mut end, live, &self.story.counters, drain).await;
+        finish(source, end, &ending);
+        ending
+    }
+
+    async fn dial(&self, permitted: &Permitted) -> io::Result<(TcpStream, ClientEntry)> {
+        let destination = self.facts.destination;
+        last_hop(self.proxy, permitted, self.pod, destination, self.client).await
+    }
+
+    fn unreachable(&self, error: &io::Error) -> Ending {
+        let destination = self.facts.destination;
+        Ending::Failed(format!("the application at {destination}: {error}"))
+    }
+}
+
+/// Moves bytes until the connection ends by itself or by policy. A drain lets it go
+/// on, until its time is up.
+pub async fn carry_bytes(
+    source: &mut End,
+    destination: &mut End,
+    live: Option<Registered>,
+    counters: &super::splice::Counters,
+    mut drain: Watcher,
+) -> Ending {
+    let denied = async {
+        match live {
+            Some(mut live) => live.denied().await,
+            None => std::future::pending().await,
+        }
+    };
+    source.break_on_drop(true);
+    destination.break_on_drop(true);
+    tokio::select! {
+        biased;
+        denial = denied => Ending::Denied(denial),
+        () = drain.time_is_up() => Ending::Drained,
+        done = splice(source, destination, counters) => match done {
+            Ok(()) => Ending::Closed,
+            Err(broken) => Ending::Broken(broken),
+        },
+    }
+}
+
+/// A connection that did not end in order is broken at both ends.
+pub fn finish(source: End, destination: End, ending: &Ending) {
+    if matches!(ending, Ending::Closed) {
+        // What is written is still to be sent.
+        source.break_on_drop(false);
+        destination.break_on_drop(false);
+    } else {
+        source.reset();
+        destination.reset();
+    }
+}

@@ -1,0 +1,282 @@
+//! One HTTP connection's way to policy and to its application: each request is
+//! judged by the policies of that moment, all of them or none, and told at its end.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::{Instant, SystemTime},
+};
+
+use http::{HeaderName, HeaderValue, StatusCode};
+use tokio::{net::TcpStream, sync::watch};
+
+use super::{
+    LocalPod, Proxy,
+    http::{Gate, Held, Pass},
+    last_hop,
+    story::Story,
+};
+use crate::{
+    audit::{Peer, Record, RequestRecord, TokenRecord, Verdict as Told},
+    judge::{Allowed, Why},
+    jwt::Claims,
+    kernel::ClientEntry,
+    policy::{Denial, Facts, Permitted, PolicyRef, Verdict},
+    request::{Reply, Request},
+};
+
+pub struct RequestGate {
+    about: Arc<About>,
+    /// The kernel shows the client to the application while these stand.
+    shown: Mutex<Vec<ClientEntry>>,
+}
+
+/// What is the same for all requests of a connection.
+struct About {
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    facts: Facts,
+    client: SocketAddr,
+    connection: u64,
+    protocol: &'static str,
+    source: Peer,
+    destination: Peer,
+}
+
+impl RequestGate {
+    pub fn new(
+        proxy: Arc<Proxy>,
+        pod: Arc<LocalPod>,
+        facts: Facts,
+        client: SocketAddr,
+        story: &Story,
+        shown: Option<ClientEntry>,
+    ) -> Self {
+        Self {
+            about: Arc::new(About {
+                proxy,
+                pod,
+                facts,
+                client,
+                connection: story.id,
+                protocol: story.protocol.unwrap_or_default(),
+                source: story.source.peer(),
+                destination: story.destination.peer(),
+            }),
+            shown: Mutex::new(shown.into_iter().collect()),
+        }
+    }
+}
+
+impl Gate for RequestGate {
+    type Held = HeldRequest;
+
+    async fn judge(&self, request: &Request<'_>) -> Result<Pass<HeldRequest>, Reply> {
+        let about = &self.about;
+        // Before the judgement: policy may change in between.
+        let changed = about.proxy.changed.subscribe();
+        let selected = about.proxy.selected(&about.pod);
+        let mut held = HeldRequest::new(about.clone(), request, changed);
+        let identity = Some(about.pod.identity());
+        let judged = (about.proxy.judge)
+            .request(
+                &selected,
+                &about.facts,
+                identity,
+                about.client,
+                request,
+                SystemTime::now(),
+            )
+            .await;
+        match judged {
+            Ok(Allowed {
+                permitted,
+                edits,
+                claims,
+                expires,
+                told,
+            }) => {
+                held.record.policy = permitted.by().cloned();
+                held.record.told = told;
+                held.record.token = claims.as_deref().map(TokenRecord::new);
+                held.claims = claims;
+                held.expires = expires;
+                Ok(Pass {
+                    edits,
+                    permitted,
+                    held,
+                })
+            }
+            Err(refused) => {
+                held.record.token = refused.claims.as_deref().map(TokenRecord::new);
+                held.record.reason = refused.why.to_string();
+                held.record.verdict = Told::Deny;
+                if let Why::Denied(denial) = &refused.why {
+                    held.record.policy = Some(denial.policy().clone());
+                }
+                held.answered(refused.reply.status);
+                Err(refused.reply)
+            }
+        }
+    }
+
+    async fn dial(&self, permitted: &Permitted) -> io::Result<TcpStream> {
+        let About {
+            proxy,
+            pod,
+            facts,
+            client,
+            ..
+        } = &*self.about;
+        let (stream, entry) = last_hop(proxy, permitted, pod, facts.destination, *client).await?;
+        let mut shown = self.shown.lock().expect("no panic while it is held");
+        shown.push(entry);
+        Ok(stream)
+    }
+
+    fn malformed(&self, status: StatusCode, why: &str) {
+        let mut record = self.about.record();
+        record.status = Some(status.as_u16());
+        record.verdict = Told::Deny;
+        record.reason = why.to_owned();
+        self.about.tell(record);
+    }
+}
+
+impl About {
+    fn record(&self) -> RequestRecord {
+        RequestRecord {
+            connection: self.connection,
+            protocol: self.protocol,
+            started: SystemTime::now(),
+            source: self.source.clone(),
+            destination: self.destination.clone(),
+            verdict: Told::Allow,
+            ..RequestRecord::default()
+        }
+    }
+
+    fn tell(&self, record: RequestRecord) {
+        self.proxy
+            .metrics
+            .request(self.protocol, record.verdict, record.status);
+        self.proxy.audit.record(Record::Request(Box::new(record)));
+    }
+}
+
+/// A request that runs.
+pub struct HeldRequest {
+    about: Arc<About>,
+    began: Instant,
+    record: RequestRecord,
+    /// As it was judged, to be judged again.
+    head: OwnedHead,
+    claims: Option<Arc<Claims>>,
+    expires: Option<SystemTime>,
+    changed: watch::Receiver<()>,
+}
+
+struct OwnedHead {
+    method: String,
+    path: String,
+    host: String,
+    headers: Vec<(HeaderName, HeaderValue)>,
+}
+
+impl HeldRequest {
+    fn new(about: Arc<About>, request: &Request<'_>, changed: watch::Receiver<()>) -> Self {
+        const PATH: usize = 512;
+        let mut record = about.record();
+        let path = request.path.split(['?', '#']).next().unwrap_or_default();
+        record.method = Some(request.method.to_owned());
+        record.host = Some(request.host.to_owned());
+        record.path = Some(path.chars().take(PATH).collect());
+        let own = |(name, value): &(&HeaderName, &HeaderValue)| ((*name).clone(), (*value).clone());
+        Self {
+            record,
+            head: OwnedHead {
+                method: request.method.to_owned(),
+                path: request.path.to_owned(),
+                host: request.host.to_owned(),
+                headers: request.headers.iter().map(own).collect(),
+            },
+            about,
+            began: Instant::now(),
+            claims: None,
+            expires: None,
+            changed,
+        }
+    }
+
+    /// Whether policy denies it now.
+    fn denial(&self) -> Option<Denial> {
+        let About {
+            proxy, pod, facts, ..
+        } = &*self.about;
+        let OwnedHead {
+            method,
+            path,
+            host,
+            headers,
+        } = &self.head;
+        let request = Request {
+            method,
+            path,
+            host,
+            headers: headers.iter().map(|(name, value)| (name, value)).collect(),
+        };
+        let selected = proxy.selected(pod);
+        match proxy
+            .judge
+            .still(&selected, facts, &request, self.claims.as_deref())
+        {
+            Verdict::Deny(denial) => Some(denial),
+            Verdict::Allow(_) => None,
+        }
+    }
+
+    fn revoke(&mut self, reason: String, policy: Option<PolicyRef>) {
+        self.record.verdict = Told::Deny;
+        self.record.reason = reason;
+        self.record.policy = policy.or(self.record.policy.take());
+    }
+}
+
+impl Held for HeldRequest {
+    async fn revoked(&mut self) {
+        loop {
+            let left = self
+                .expires
+                .map(|at| at.duration_since(SystemTime::now()).unwrap_or_default());
+            let expired = async {
+                match left {
+                    Some(left) => tokio::time::sleep(left).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = expired => return self.revoke("its token has expired".into(), None),
+                changed = self.changed.changed() => match changed {
+                    Ok(()) => if let Some(denial) = self.denial() {
+                        let policy = denial.policy().clone();
+                        return self.revoke(denial.to_string(), Some(policy));
+                    },
+                    Err(_agent_ends) => std::future::pending().await,
+                },
+            }
+        }
+    }
+
+    fn answered(&mut self, status: StatusCode) {
+        self.record.status = Some(status.as_u16());
+    }
+}
+
+impl Drop for HeldRequest {
+    fn drop(&mut self) {
+        self.record.duration_ms = self.began.elapsed().as_millis() as u64;
+        let record = std::mem::take(&mut self.record);
+        self.about.tell(record);
+    }
+}

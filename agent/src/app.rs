@@ -201,11 +201,16 @@ impl State {
 
 impl StatusSource for State {
     fn status(&self) -> Status {
-        let problems = self
+        let mut problems = self
             .problems
             .lock()
             .expect("no panic while it is held")
             .clone();
+        let keys = self.proxy.judge.keys.problems();
+        problems.extend(
+            keys.into_iter()
+                .map(|p| format!("keys: {}: {}", p.source, p.error)),
+        );
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             node: self.proxy.audit.node().into(),

@@ -9,16 +9,15 @@ mod http;
 mod proto;
 #[cfg(test)]
 mod tests;
+mod values;
 
 use std::{collections::HashMap, net::SocketAddr, time::Duration};
 
 use ::http::StatusCode;
 
-pub use config::{
-    ErrorStatus, ExtensionProvider, FixedHeaders, GrpcProvider, Host, HttpProvider, Kind,
-    PathPrefix,
-};
+pub use config::{ExtensionProvider, GrpcProvider, HttpProvider, Kind};
 pub use headers::Pattern;
+pub use values::{ErrorStatus, FixedHeaders, Host, PathPrefix};
 
 use crate::request::{Edits, Reply, Request};
 
@@ -91,8 +90,8 @@ struct Authorizer {
 
 #[derive(Debug)]
 enum Client {
-    Grpc(grpc::Client),
-    Http(http::Client),
+    Grpc(Box<grpc::Client>),
+    Http(Box<http::Client>),
 }
 
 impl Authorizers {
@@ -135,8 +134,8 @@ impl Authorizer {
         Self {
             name: provider.name,
             client: match provider.kind {
-                Kind::Grpc(grpc) => Client::Grpc(grpc::Client::new(&grpc)),
-                Kind::Http(http) => Client::Http(http::Client::new(http)),
+                Kind::Grpc(grpc) => Client::Grpc(Box::new(grpc::Client::new(&grpc))),
+                Kind::Http(http) => Client::Http(Box::new(http::Client::new(http))),
             },
             timeout: timeout.0,
             fail_open,

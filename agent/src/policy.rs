@@ -15,6 +15,6 @@ mod tests;
 pub use compile::{Mesh, Reading};
 pub use evaluate::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Rule, Verdict};
 pub use extension::Caller;
-pub use normalize::{BadPath, normalize};
+pub use normalize::{BadPath, Normal, normalize};
 pub use schema::PolicyObject;
 pub use set::{Authorization, PolicyError, PolicySet, Selected, Subject};

@@ -8,5 +8,6 @@ mod lifecycle;
 mod operate;
 mod policy;
 mod programs;
+mod requests;
 mod smoke;
 mod streams;

@@ -210,7 +210,7 @@ fn a_bad_file_leaves_the_last_good_state() -> Result<()> {
     )?;
     lab.policies(1)?;
     assert!(!echoes(&client, &at(&server, ECHO))?);
-    lab.policy("q", "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: q, namespace: shop}\nspec:\n  rules:\n  - to: [{operation: {methods: [GET]}}]\n")?;
+    lab.policy("q", "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: q, namespace: shop}\nspec:\n  rules:\n  - to: [{operation: {metods: [GET]}}]\n")?;
     let wrong = |lab: &Lab| -> Option<String> {
         let status = lab.nodes[1].status().ok()?;
         Some(status["problems"].as_array()?.first()?.as_str()?.to_owned())
@@ -222,7 +222,7 @@ fn a_bad_file_leaves_the_last_good_state() -> Result<()> {
     )?;
     let problem = wrong(&lab).unwrap_or_default();
     assert!(
-        problem.contains("q.yaml:6") && problem.contains("methods"),
+        problem.contains("q.yaml:6") && problem.contains("metods"),
         "{problem}"
     );
     assert!(!echoes(&client, &at(&server, ECHO))?);

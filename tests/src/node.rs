@@ -38,6 +38,8 @@ pub struct NodeOptions {
     pub root: String,
     /// Directory of manifests in the lab's directory.
     pub manifests: String,
+    /// Further keys of `policies`, as YAML flow pairs that begin with a comma.
+    pub policies: String,
     /// Further configuration, as top-level YAML.
     pub more: String,
 }
@@ -48,6 +50,7 @@ impl Default for NodeOptions {
             trust_domain: "cluster.local".into(),
             root: "root".into(),
             manifests: "manifests".into(),
+            policies: String::new(),
             more: String::new(),
         }
     }
@@ -137,11 +140,12 @@ impl Node {
             trust_domain,
             root,
             manifests,
+            policies,
             more,
         } = &self.options;
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
-             workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies}}\n\
+             workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies{policies}}}\n\
              kernel: {{cgroup: {}, pin: {}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
              log: {{level: 'info,postern=debug'}}\n{}{more}",
             self.name,

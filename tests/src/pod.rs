@@ -248,6 +248,7 @@ impl Pod {
              client_body_temp_path {root}/b; proxy_temp_path {root}/p; fastcgi_temp_path {root}/f;\n\
              uwsgi_temp_path {root}/u; scgi_temp_path {root}/s; keepalive_requests 1000000;\n\
              server {{ listen [::]:{port} ipv6only=off; root {root};\n\
+             location /app/ {{ return 200 \"$request_method $request_uri sub=$http_x_sub auth=$http_authorization\\n\"; }}\n\
              location = /peer {{ return 200 \"$remote_addr:$remote_port $server_addr:$server_port\\n\"; }} }} }}\n"
             ),
         )?;

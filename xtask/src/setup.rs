@@ -63,6 +63,19 @@ const LAB: &[(&str, Sign)] = &[
     ("tcpdump", Program("tcpdump")),
     ("wrk", Program("wrk")),
     ("procps", Program("ps")),
+    ("python3-jwt", File("/usr/lib/python3/dist-packages/jwt/")),
+    (
+        "python3-cryptography",
+        File("/usr/lib/python3/dist-packages/cryptography/"),
+    ),
+    (
+        "python3-grpcio",
+        File("/usr/lib/python3/dist-packages/grpc/"),
+    ),
+    (
+        "python3-websockets",
+        File("/usr/lib/python3/dist-packages/websockets/"),
+    ),
 ];
 
 const VM: &[(&str, Sign)] = &[

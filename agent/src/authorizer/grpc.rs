@@ -21,8 +21,8 @@ use super::{
     headers::{Editor, framing},
     proto::{
         Address, AttributeContext, AttributeRequest, CheckRequest, CheckResponse,
-        DeniedHttpResponse, HeaderField, HeaderValueOption, HttpRequest, OkHttpResponse, Peer,
-        SocketAddress, Timestamp, TlsSession,
+        DeniedHttpResponse, HeaderField, HttpRequest, OkHttpResponse, Peer, SocketAddress,
+        Timestamp, TlsSession,
     },
 };
 use crate::request::{Edits, Reply, Request};

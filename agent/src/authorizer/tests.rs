@@ -1,3 +1,4 @@
+mod double;
 mod grpc;
 mod http;
 

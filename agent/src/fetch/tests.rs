@@ -203,7 +203,10 @@ async fn refused_addresses_are_not_connected_to() {
     // Forms that only the resolver reads: inet_aton's.
     for host in ["0xa9fea9fe", "2852039166"] {
         let error = fetcher().get(&format!("http://{host}/"), LIMIT).await;
-        assert!(error.is_err(), "{host}");
+        assert!(
+            matches!(error, Err(FetchError::RefusedAddress { .. })),
+            "{host}: {error:?}"
+        );
     }
 }
 

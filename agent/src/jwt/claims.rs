@@ -44,6 +44,20 @@ impl Claims {
         }
     }
 
+    /// Claims that no token was needed for.
+    #[cfg(test)]
+    pub(crate) fn of_test(payload: Value, space_delimited: &[&str]) -> Self {
+        let Value::Object(payload) = payload else {
+            panic!("claims are an object");
+        };
+        let names: Vec<String> = space_delimited.iter().map(|&n| n.to_owned()).collect();
+        let validity = Validity {
+            not_before: None,
+            expires: None,
+        };
+        Self::new(Arc::new(payload), &names, validity)
+    }
+
     /// A token that was good once: whether it is still in its time.
     pub fn check_time(&self, now: SystemTime) -> Result<(), TokenError> {
         self.validity.check(now)

@@ -129,7 +129,7 @@ pub(super) fn rule(rule: schema::Rule, namespace: &str, mesh: &Mesh<'_>) -> Rule
     let told = mesh.requests.trusted_proxies > 0 && some(Condition::is_remote);
     Rule {
         http,
-        reads: http || told,
+        reads: http || told || some(Condition::is_sni),
         from,
         to,
         when,

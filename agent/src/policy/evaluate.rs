@@ -191,7 +191,7 @@ pub struct Rule {
     pub(super) when: Clause,
     /// Whether something in it is about requests.
     pub(super) http: bool,
-    /// Whether requests are read for it.
+    /// Whether the first bytes are read for it: a request, or a server's name.
     pub(super) reads: bool,
 }
 
@@ -340,6 +340,10 @@ impl Condition {
 
     pub fn is_remote(&self) -> bool {
         matches!(self.test, Test::Address(Address::Remote, _))
+    }
+
+    pub fn is_sni(&self) -> bool {
+        matches!(self.test, Test::Text(Attribute::Sni, _))
     }
 
     fn holds(&self, facts: &Facts, layer: Layer<'_>) -> bool {

@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+mod refused;
+mod requests;
+
 use super::*;
 use crate::{identity::TrustDomain, objects::load_text};
 

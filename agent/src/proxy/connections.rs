@@ -34,7 +34,7 @@ struct Subject {
 
 /// What is known of a connection's bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Carries {
+enum Carries {
     /// Nobody looked.
     Unread,
     /// Looked at, and not HTTP.
@@ -116,11 +116,23 @@ impl Subject {
 }
 
 impl Registered {
-    /// Says what the connection carries, as soon as that is known.
-    pub fn carries(&self, what: Carries) {
+    /// Its requests will be judged one by one.
+    pub fn reads_requests(&self) {
+        self.learned(|subject| subject.carries = Carries::Requests);
+    }
+
+    /// It was looked at and is no HTTP; and more may be known of it.
+    pub fn is_raw(&self, facts: &Facts) {
+        self.learned(|subject| {
+            subject.carries = Carries::Raw;
+            subject.facts = facts.clone();
+        });
+    }
+
+    fn learned(&self, change: impl FnOnce(&mut Subject)) {
         let mut live = self.all.0.lock().expect("no panic while it is held");
         if let Some(subject) = live.open.get_mut(&self.id) {
-            subject.carries = what;
+            change(subject);
         }
     }
 

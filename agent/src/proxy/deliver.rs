@@ -6,17 +6,13 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use bytes::{Bytes, BytesMut};
 use h2::{RecvStream, server::SendResponse};
 use http::{Response, StatusCode};
-use tokio::{
-    io::AsyncWriteExt as _,
-    net::TcpStream,
-    time::{Instant, timeout_at},
-};
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 
 use super::{
     LocalPod, Proxy,
-    connections::{Carries, Registered},
+    connections::Registered,
     gate::RequestGate,
-    http::{Io, Limits, Protocol, h1, h2 as http2, sniff},
+    http::{Io, Limits, Protocol, h1, h2 as http2, server_name, sniff},
     last_hop,
     splice::{End, splice},
     story::{Ending, Story},
@@ -90,7 +86,7 @@ impl Delivery<'_> {
             return Ending::Denied(denial);
         }
         if selected.needs_request(&self.facts).is_some() {
-            live.carries(Carries::Requests);
+            live.reads_requests();
             return self.read(arrived, live, &selected).await;
         }
         let identity = Some(self.pod.identity());
@@ -159,10 +155,8 @@ impl Delivery<'_> {
                 ready = application.readable() => ready.map(|()| Protocol::NotHttp),
             },
             None => {
-                let first = timeout_at(Instant::now() + PATIENCE, sniff(&mut source, &limits));
-                first
-                    .await
-                    .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+                let first = timeout(PATIENCE, sniff(&mut source, &limits)).await;
+                first.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
             }
         };
         let protocol = match protocol {
@@ -175,37 +169,32 @@ impl Delivery<'_> {
         if protocol != Protocol::NotHttp {
             return self.serve(source, protocol, early, live, &limits).await;
         }
-        live.carries(Carries::Raw);
-        let (permitted, (application, _client)) = match early {
-            Some(early) => early,
-            None => {
-                let identity = Some(self.pod.identity());
-                let judged = (self.proxy.judge)
-                    .connection(
-                        &self.proxy.selected(self.pod),
-                        &self.facts,
-                        identity,
-                        self.client,
-                    )
-                    .await;
-                let permitted = match judged {
-                    Ok(permitted) => permitted,
-                    Err(denial) => {
-                        source.reset();
-                        return Ending::Denied(denial);
-                    }
-                };
-                match self.dial(&permitted).await {
-                    Ok(opened) => (permitted, opened),
-                    Err(error) => {
-                        source.reset();
-                        return self.unreachable(&error);
-                    }
-                }
+        let named = timeout(limits.head_timeout, server_name(&mut source)).await;
+        self.facts.sni = named.ok().and_then(Result::ok).flatten();
+        live.is_raw(&self.facts);
+        let selected = self.proxy.selected(self.pod);
+        let identity = Some(self.pod.identity());
+        let judged = (self.proxy.judge)
+            .connection(&selected, &self.facts, identity, self.client)
+            .await;
+        let permitted = match judged {
+            Ok(permitted) => permitted,
+            Err(denial) => {
+                source.reset();
+                return Ending::Denied(denial);
             }
         };
+        let (mut application, _client) = match early {
+            Some((_, opened)) => opened,
+            None => match self.dial(&permitted).await {
+                Ok(opened) => opened,
+                Err(error) => {
+                    source.reset();
+                    return self.unreachable(&error);
+                }
+            },
+        };
         let (end, prefix) = source.into_end();
-        let mut application = application;
         if let Err(error) = application.write_all(&prefix).await {
             end.reset();
             return Ending::Failed(format!("the application: {error}"));

@@ -6,6 +6,7 @@ pub mod chunked;
 pub mod h1;
 pub mod h2;
 pub mod head;
+mod hello;
 mod io;
 mod reply;
 mod response;
@@ -24,6 +25,7 @@ use crate::{
     request::{Edits, Reply, Request},
 };
 
+pub use hello::server_name;
 pub use io::Io;
 pub use rules::BadRequest;
 pub use sniff::{Protocol, classify, sniff};

@@ -5,6 +5,7 @@
 
 mod application;
 mod check;
+mod forward;
 mod stream;
 mod watch;
 
@@ -80,7 +81,7 @@ pub async fn serve<G: Gate>(
             () = shared.application.gone() => connection.graceful_shutdown(),
         }
     };
-    drop(streams);
+    drop((streams, connection));
     if result.is_ok() {
         shared.application.close().await;
     }

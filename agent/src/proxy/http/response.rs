@@ -65,7 +65,10 @@ pub(super) fn parse(buffer: &[u8], asker: Asker) -> Result<Option<Answer>, &'sta
             .flat_map(|value| value.split(|b| *b == b','))
             .any(|option| option.trim_ascii().eq_ignore_ascii_case(wanted.as_bytes()))
     };
+    let coded = named("transfer-encoding").next().is_some();
     let keep_alive = match response.version {
+        // Faulty framing (RFC 9112 6.1): nothing may follow.
+        Some(0) if coded => false,
         Some(1) if !asker.http10 => !option("close"),
         _ => option("keep-alive") && !option("close"),
     };
@@ -85,7 +88,6 @@ pub(super) fn parse(buffer: &[u8], asker: Asker) -> Result<Option<Answer>, &'sta
         }
         Some(_) => return Err("its Content-Lengths differ"),
     };
-    let coded = named("transfer-encoding").next().is_some();
     if coded && length.is_some() {
         return Err("it has both Transfer-Encoding and Content-Length");
     }

@@ -4,6 +4,8 @@
 
 use std::io;
 
+use tokio::time::{Instant, timeout_at};
+
 use super::{Io, Limits, io::HEAD_CHUNK, rules::is_token_byte};
 
 /// RFC 9113 3.4.
@@ -21,11 +23,24 @@ pub enum Protocol {
 /// without bound for a client that says nothing, as those of protocols in which the
 /// server speaks first do. Safe to cancel.
 pub async fn sniff(io: &mut Io, limits: &Limits) -> io::Result<Protocol> {
+    // From the first byte on.
+    let mut deadline = None;
     loop {
         if let Some(protocol) = classify(&io.buffer, limits.head_bytes) {
             return Ok(protocol);
         }
-        if io.fill(HEAD_CHUNK).await? == 0 {
+        // A first line that never ends is neither: nobody may choose to be unread.
+        let read = match io.buffer.is_empty() {
+            true => io.fill(HEAD_CHUNK).await?,
+            false => {
+                let limit = || Instant::now() + limits.head_timeout;
+                let deadline = deadline.get_or_insert_with(limit);
+                let late = |_elapsed| io::Error::from(io::ErrorKind::TimedOut);
+                let more = timeout_at(*deadline, io.fill(HEAD_CHUNK));
+                more.await.map_err(late)??
+            }
+        };
+        if read == 0 {
             // An application may take the end for that of the line.
             let mut line = io.buffer.clone();
             line.extend_from_slice(b"\n");

@@ -9,13 +9,14 @@ use std::{
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, client::ResponseFuture, server::SendResponse};
-use http::{HeaderMap, Request, Response, StatusCode, Uri, header, request::Parts, uri};
+use http::{Request, Response, StatusCode, Uri, header, request::Parts, uri};
 use tokio::select;
 
 use super::{
     super::{BadRequest, Gate, Held, Limits, Pass, reply, rules},
     application::Application,
     check::check,
+    forward::{Cut, Rest, Why, finish, forward, reset, why},
 };
 use crate::{
     policy::Permitted,
@@ -38,10 +39,10 @@ pub(super) enum Ended {
 
 /// Why a stream is broken off.
 enum Off {
-    /// The client is gone, or has broken its stream or the rules.
-    Client(Reason),
+    /// The client has reset its stream, or is gone.
+    Client(Why),
     /// The application, likewise.
-    Application(Reason),
+    Application(Why),
     Malformed(BadRequest),
     Revoked,
 }
@@ -76,8 +77,8 @@ pub(super) async fn serve<G: Gate>(
     };
     let judged = select! {
         biased;
-        judged = shared.gate.judge(&seen) => judged,
         _reset = poll_fn(|cx| respond.poll_reset(cx)) => return Ended::Reset,
+        judged = shared.gate.judge(&seen) => judged,
     };
     drop(seen);
     let Pass {
@@ -94,8 +95,8 @@ pub(super) async fn serve<G: Gate>(
     };
     let opened = select! {
         biased;
-        opened = open(shared, &permitted, asked, body.is_end_stream()) => opened,
         _reset = poll_fn(|cx| respond.poll_reset(cx)) => return Ended::Reset,
+        opened = open(shared, &permitted, asked, body.is_end_stream()) => opened,
     };
     let Ok((answer, mut send)) = opened else {
         held.answered(StatusCode::SERVICE_UNAVAILABLE);
@@ -113,28 +114,27 @@ pub(super) async fn serve<G: Gate>(
         return Ended::Served;
     };
     let reply = match off {
-        Off::Client(reason) => {
-            send.send_reset(reason);
-            respond.send_reset(reason);
+        Off::Client(why) => {
+            // An end without error must not pass for that of the body.
+            let reason = why.filter(|reason| *reason != Reason::NO_ERROR);
+            send.send_reset(reason.unwrap_or(Reason::CANCEL));
+            respond.send_reset(Reason::CANCEL);
             return match answered {
                 true => Ended::Served,
                 false => Ended::Reset,
             };
         }
-        Off::Application(reason) => {
-            if answered {
-                respond.send_reset(reason);
-                return Ended::Served;
-            }
-            if reason == Reason::INTERNAL_ERROR {
-                reply::no_answer()
-            } else {
-                // What it says by that, the client shall hear: it may try again.
-                held.answered(StatusCode::BAD_GATEWAY);
-                respond.send_reset(reason);
-                return Ended::Served;
-            }
+        Off::Application(why) if answered => {
+            respond.send_reset(why.unwrap_or(Reason::INTERNAL_ERROR));
+            return Ended::Served;
         }
+        // What it says by that, the client shall hear: it may try again.
+        Off::Application(Some(reason)) => {
+            held.answered(StatusCode::BAD_GATEWAY);
+            respond.send_reset(reason);
+            return Ended::Served;
+        }
+        Off::Application(None) => reply::no_answer(),
         Off::Malformed(bad) => {
             shared.gate.malformed(bad.status, bad.why);
             send.send_reset(Reason::CANCEL);
@@ -261,12 +261,12 @@ impl Exchange<'_> {
                 // A break of the client is noticed while the application thinks.
                 respond
                     .poll_reset(cx)
-                    .map(|reset| Err(Off::Client(reset.unwrap_or(Reason::CANCEL))))
+                    .map(|reason| Err(Off::Client(reset(reason))))
             });
             match alongside(hearing, upload.as_mut(), &mut sending, held).await? {
                 Heard::Interim(interim) => respond
                     .send_informational(interim)
-                    .map_err(|error| Off::Client(reason(&error)))?,
+                    .map_err(|error| Off::Client(why(&error)))?,
                 Heard::Final(response) => break response,
             }
         };
@@ -276,14 +276,18 @@ impl Exchange<'_> {
         let end = from.is_end_stream();
         let mut to = respond
             .send_response(Response::from_parts(head, ()), end)
-            .map_err(|error| Off::Client(reason(&error)))?;
+            .map_err(|error| Off::Client(why(&error)))?;
         if !end {
             let download = async {
-                let trailers = forward(&mut from, &mut to).await.map_err(|off| match off {
-                    Cut::Source(reason) => Off::Application(reason),
-                    Cut::Sink(reason) => Off::Client(reason),
-                })?;
-                finish(&mut to, trailers).map_err(Off::Client)
+                let rest = match forward(&mut from, &mut to).await {
+                    // So ends a complete response whose request nobody reads on (RFC
+                    // 9113 8.1); the library has forgotten by then that it was.
+                    Err(Cut::Source(Some(Reason::NO_ERROR))) => Rest::End,
+                    Err(Cut::Source(why)) => return Err(Off::Application(why)),
+                    Err(Cut::Sink(why)) => return Err(Off::Client(why)),
+                    Ok(rest) => rest,
+                };
+                finish(&mut to, rest).map_err(Off::Client)
             };
             alongside(download, upload.as_mut(), &mut sending, held).await?;
         }
@@ -307,16 +311,13 @@ enum Heard {
     Final(Response<RecvStream>),
 }
 
-fn hear(
-    answer: &mut ResponseFuture,
-    cx: &mut std::task::Context<'_>,
-) -> Poll<Result<Heard, Reason>> {
+fn hear(answer: &mut ResponseFuture, cx: &mut std::task::Context<'_>) -> Poll<Result<Heard, Why>> {
     if let Poll::Ready(Some(interim)) = answer.poll_informational(cx) {
-        return Poll::Ready(interim.map(Heard::Interim).map_err(|e| reason(&e)));
+        return Poll::Ready(interim.map(Heard::Interim).map_err(|e| why(&e)));
     }
     Pin::new(answer)
         .poll(cx)
-        .map(|response| response.map(Heard::Final).map_err(|e| reason(&e)))
+        .map(|response| response.map(Heard::Final).map_err(|e| why(&e)))
 }
 
 /// Runs `main` to its end while the request goes on being sent, for as long as the
@@ -352,8 +353,8 @@ async fn upload(
     edits: &Edits,
 ) -> Result<(), Off> {
     let trailers = forward(body, send).await.map_err(|off| match off {
-        Cut::Source(reason) => Off::Client(reason),
-        Cut::Sink(reason) => Off::Application(reason),
+        Cut::Source(why) => Off::Client(why),
+        Cut::Sink(why) => Off::Application(why),
     })?;
     let trailers = match trailers {
         Rest::Trailers(mut trailers) => {
@@ -374,79 +375,4 @@ async fn upload(
         rest => rest,
     };
     finish(send, trailers).map_err(Off::Application)
-}
-
-/// What follows the data.
-enum Rest {
-    /// The end has been sent with the data.
-    Nothing,
-    End,
-    Trailers(HeaderMap),
-}
-
-enum Cut {
-    Source(Reason),
-    Sink(Reason),
-}
-
-/// Passes data on as it is taken; what is taken is what makes room for more.
-async fn forward(from: &mut RecvStream, to: &mut SendStream<Bytes>) -> Result<Rest, Cut> {
-    let source = |error: h2::Error| Cut::Source(reason(&error));
-    let sink = |error: h2::Error| Cut::Sink(reason(&error));
-    loop {
-        let data = select! {
-            biased;
-            data = from.data() => data.transpose().map_err(source)?,
-            reset = poll_fn(|cx| to.poll_reset(cx)) => {
-                return Err(Cut::Sink(reset.unwrap_or(Reason::CANCEL)));
-            }
-        };
-        let Some(mut data) = data else {
-            break;
-        };
-        let length = data.len();
-        let last = from.is_end_stream();
-        while !data.is_empty() {
-            to.reserve_capacity(data.len());
-            let room = match to.capacity() {
-                0 => poll_fn(|cx| to.poll_capacity(cx))
-                    .await
-                    .unwrap_or_else(|| Err(Reason::STREAM_CLOSED.into()))
-                    .map_err(sink)?,
-                room => room,
-            };
-            let part = data.split_to(room.min(data.len()));
-            to.send_data(part, last && data.is_empty()).map_err(sink)?;
-        }
-        from.flow_control()
-            .release_capacity(length)
-            .map_err(source)?;
-        if last {
-            if length == 0 {
-                to.send_data(Bytes::new(), true).map_err(sink)?;
-            }
-            return Ok(Rest::Nothing);
-        }
-    }
-    match from.trailers().await.map_err(source)? {
-        Some(trailers) => Ok(Rest::Trailers(trailers)),
-        None => Ok(Rest::End),
-    }
-}
-
-fn finish(to: &mut SendStream<Bytes>, rest: Rest) -> Result<(), Reason> {
-    match rest {
-        Rest::Nothing => Ok(()),
-        Rest::End => to.send_data(Bytes::new(), true),
-        Rest::Trailers(trailers) => to.send_trailers(trailers),
-    }
-    .map_err(|error| reason(&error))
-}
-
-/// What a peer has said of it; else the connection below has broken.
-fn reason(error: &h2::Error) -> Reason {
-    match error.is_reset() {
-        true => error.reason().unwrap_or(Reason::CANCEL),
-        false => Reason::INTERNAL_ERROR,
-    }
 }

@@ -1,0 +1,47 @@
+"""gRPC without generated code: bytes in, bytes out (grpcio).
+
+`serve PORT`; `call ADDRESS METHOD [TOKEN]` prints the status code and the answer;
+`many ADDRESS METHOD` streams 1000 messages there and back.
+"""
+
+import sys
+from concurrent import futures
+
+import grpc
+
+
+class Handler(grpc.GenericRpcHandler):
+    def service(self, details):
+        if details.method.endswith("/Stream"):
+            return grpc.stream_stream_rpc_method_handler(lambda messages, _: messages)
+        return grpc.unary_unary_rpc_method_handler(self.answer)
+
+    def answer(self, request, context):
+        context.set_trailing_metadata((("x-trailer", "kept"),))
+        if request == b"fail":
+            context.abort(grpc.StatusCode.OUT_OF_RANGE, "as asked")
+        return b"echo " + request
+
+
+command, at, *rest = sys.argv[1:]
+if command == "serve":
+    server = grpc.server(futures.ThreadPoolExecutor(4), handlers=(Handler(),))
+    server.add_insecure_port(f"0.0.0.0:{at}")
+    server.start()
+    print("listening", flush=True)
+    server.wait_for_termination()
+
+metadata = (("authorization", f"Bearer {rest[1]}"),) if len(rest) > 1 else ()
+with grpc.insecure_channel(at, options=(("grpc.enable_http_proxy", 0),)) as channel:
+    try:
+        if command == "many":
+            sent = [b"x" * 1000 for _ in range(1000)]
+            back = list(channel.stream_stream(rest[0])(iter(sent), timeout=20))
+            print("OK", len(back), sum(map(len, back)))
+        else:
+            answer, call = channel.unary_unary(rest[0]).with_call(
+                b"hello" if "Fail" not in rest[0] else b"fail", metadata=metadata, timeout=20
+            )
+            print("OK", answer.decode(), dict(call.trailing_metadata()).get("x-trailer"))
+    except grpc.RpcError as error:
+        print(error.code().name, error.details())

@@ -1,6 +1,7 @@
 //! Postern's node agent. A connection flows `kernel -> proxy::outbound -> workload
-//! -> identity -> policy -> hbone => hbone -> proxy::inbound -> policy ->
-//! application`; a kernel event flows `kernel -> audit`. Only `app` wires parts.
+//! -> identity -> policy -> hbone => hbone -> proxy::inbound -> policy (-> http -> jwt
+//! -> policy) -> application`; a kernel event flows `kernel -> audit`. Only `app`
+//! wires parts.
 
 pub mod app;
 pub mod audit;

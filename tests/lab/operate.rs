@@ -20,13 +20,10 @@ fn a_wrong_configuration_is_refused_with_code_2() -> Result<()> {
         assert!(node.log().contains(expected), "{more}: {}", node.log());
     }
     node.options.more.clear();
-    lab.policy("bad", "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: r, namespace: shop}\n")?;
+    lab.policy("bad", "apiVersion: security.istio.io/v1\nkind: RequestAuthorization\nmetadata: {name: r, namespace: shop}\n")?;
     assert_eq!(lab.nodes[0].start_refused()?, Some(2));
-    assert!(
-        lab.nodes[0]
-            .log()
-            .contains("kind RequestAuthentication is not supported yet")
-    );
+    let log = lab.nodes[0].log();
+    assert!(log.contains("RequestAuthorization is no policy"), "{log}");
     Ok(())
 }
 

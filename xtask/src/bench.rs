@@ -28,3 +28,17 @@ pub const SELECTED: &[&str] = &["--release", "-p", "postern", "-p", "postern-tes
 pub fn build_release() -> Result<()> {
     cmd::run(cmd::cargo().arg("build").args(SELECTED).arg("--bins"))
 }
+
+/// What decisions and tokens cost: a program of the agent's library, without root.
+pub fn policy() -> Result<()> {
+    setup::ensure(&[Tier::Build])?;
+    let mut bench = cmd::cargo();
+    bench.args(["bench", "--profile"]);
+    // The first of those is `--release`.
+    cmd::run(
+        bench
+            .arg("release")
+            .args(&SELECTED[1..])
+            .args(["--bench", "policy"]),
+    )
+}

@@ -56,9 +56,9 @@ enum Verb {
     },
     /// Check formatting, lints, dependencies and documents
     Lint,
-    /// Run the benchmarks (needs root)
+    /// Run the benchmarks (needs root), or `policy`: what a decision costs
     Bench {
-        /// Arguments of the benchmarks
+        /// `policy`, or arguments of the benchmarks
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<OsString>,
     },
@@ -102,6 +102,9 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Demo { args } => bench::exec("demo", &args),
         Verb::Test { tier, filter } => test::run(tier, &filter),
         Verb::Lint => lint::run(&verbs()),
+        Verb::Bench { args } if args.first().is_some_and(|first| first == "policy") => {
+            bench::policy()
+        }
         Verb::Bench { args } => bench::exec("bench", &args),
         Verb::Image { tag } => image::run(&tag),
         Verb::VmRun { command } => vm::run_command(&command),

@@ -61,9 +61,11 @@ fn allowed(text: &str, source: Option<&str>, ip: &str) -> bool {
 }
 
 #[test]
-fn the_shipped_example_loads() {
-    let text = include_str!("../../../config/policies/example.yaml");
-    assert_eq!(load(text).expect("it loads").len(), 2);
+fn the_shipped_examples_load() {
+    let mut text = include_str!("../../../config/policies/example.yaml").to_owned();
+    text += "\n---\n";
+    text += include_str!("../../../config/policies/requests.yaml");
+    assert_eq!(load(&text).expect("they load").len(), 6);
 }
 
 #[test]

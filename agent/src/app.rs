@@ -70,6 +70,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
     let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
     let judge = Judge::new(&config).map_err(|e| misconfigured(&e))?;
+    reload::warn(&policies, &judge);
     judge
         .keys
         .want(policies.remote_keys().iter().cloned().collect());

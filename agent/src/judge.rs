@@ -197,6 +197,14 @@ impl Judge {
         request: &Request<'_>,
         claims: Option<&Claims>,
     ) -> Verdict {
+        // A token of an issuer that is trusted no longer says nothing any more.
+        let claims = claims.filter(|claims| {
+            let issuer = claims.issuer();
+            let rules = selected.tokens().iter();
+            rules
+                .map(|rule| rule.issuer.as_deref())
+                .any(|i| i.is_none() || i == issuer)
+        });
         let verdict = || -> Result<Verdict, Denial> {
             selected.transport(facts)?;
             let Ok(normal) = normalize(request.path, selected.reading.normalization) else {

@@ -227,6 +227,9 @@ fn check(directory: &Path, context: &inspect::Context, output: Output) -> Result
     let (valid, problems) = match inspect::load(directory, context) {
         Ok(set) => {
             if matches!(output, Output::Text) {
+                for warning in set.warnings() {
+                    println!("warning: {warning}");
+                }
                 println!("{}: {} policies, valid", directory.display(), set.len());
             }
             (true, Vec::new())

@@ -10,6 +10,7 @@ use super::State;
 use crate::{
     audit::Record,
     config::Config,
+    judge::Judge,
     lifecycle::Watcher,
     objects::{LoadError, load_directory},
     policy::{Mesh, PolicyError, PolicySet, Reading},
@@ -91,6 +92,7 @@ fn reload(state: &State) {
     }
     match policies(&state.config) {
         Ok(policies) => {
+            warn(&policies, &proxy.judge);
             proxy
                 .judge
                 .keys
@@ -111,6 +113,22 @@ fn reload(state: &State) {
     match identities.bundle.reload(identities.authority(), more) {
         Ok(()) => state.problem("bundle", None),
         Err(error) => refused(state, "bundle", &error.to_string()),
+    }
+}
+
+/// Tells what is taken, and may not be meant.
+pub fn warn(policies: &PolicySet, judge: &Judge) {
+    for warning in policies.warnings() {
+        tracing::warn!(warning, "policy");
+    }
+    for provider in policies
+        .provider_names()
+        .filter(|name| !judge.authorizers.has(name))
+    {
+        tracing::warn!(
+            provider,
+            "no such extension provider: what asks it is denied"
+        );
     }
 }
 

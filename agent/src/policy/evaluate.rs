@@ -273,6 +273,14 @@ impl Rule {
         self.failure(facts, layer).is_none()
     }
 
+    /// Whether under DENY it takes every connection of some peer that is no HTTP.
+    pub(super) fn denies_all_tcp(&self) -> bool {
+        let by_port = |c: &Condition| matches!(c.test, Test::Port(_));
+        let everywhere = |clause: &Clause| !clause.iter().any(by_port);
+        let to = self.to.is_empty() || self.to.iter().any(everywhere);
+        self.http && to && everywhere(&self.when)
+    }
+
     /// Whether it may match a request of this connection, and asks for it.
     pub fn needs_request(&self, facts: &Facts) -> bool {
         self.reads && self.catches(facts, Layer::Opaque)

@@ -49,6 +49,7 @@ pub struct PolicySet {
     bindings: Index<Binding>,
     connects: Index<Connect>,
     remote_keys: Vec<RemoteKeys>,
+    warnings: Vec<String>,
 }
 
 /// A compiled AuthorizationPolicy.
@@ -224,6 +225,7 @@ impl PolicySet {
                 let rules = (spec.rules.into_iter())
                     .map(|rule| compile::rule(rule, &policy.namespace, mesh))
                     .collect();
+                self.warn(&policy, spec.selector.as_ref(), spec.targets.as_deref());
                 let reach = compile::reach(&policy, spec.selector, spec.targets, mesh);
                 let item = Authorization {
                     policy,
@@ -231,6 +233,12 @@ impl PolicySet {
                     dry_run: dry_run == Some(true),
                     rules,
                 };
+                if item.action == Action::Deny && item.rules.iter().any(Rule::denies_all_tcp) {
+                    self.warnings.push(format!(
+                        "{}: without a port, a DENY rule on requests denies whatever is no HTTP",
+                        item.policy
+                    ));
+                }
                 self.authorizations.add(order, reach, item);
             }
             PolicyObject::PeerAuthentication(object) => {
@@ -238,6 +246,7 @@ impl PolicySet {
                 real_only(dry_run)?;
                 let created = object.metadata.creation_timestamp.clone();
                 let spec = object.spec.unwrap_or_default();
+                self.warn(&policy, spec.selector.as_ref(), None);
                 let reach = compile::reach(&policy, spec.selector, None, mesh);
                 self.add_peer(
                     order,
@@ -256,12 +265,22 @@ impl PolicySet {
                     .map(|rule| Arc::new(compile::jwt_rule(rule)))
                     .collect();
                 for rule in &rules {
-                    if let KeySource::Remote(keys) = &rule.keys
-                        && !self.remote_keys.contains(keys)
-                    {
-                        self.remote_keys.push(keys.clone());
+                    match &rule.keys {
+                        KeySource::Remote(keys) if !self.remote_keys.contains(keys) => {
+                            self.remote_keys.push(keys.clone());
+                        }
+                        KeySource::Remote(_) => {}
+                        KeySource::Inline(keys) => {
+                            let skipped = keys.skipped().iter().map(ToString::to_string);
+                            let private = keys
+                                .has_private()
+                                .then(|| "jwks has a private key; publish public ones".to_owned());
+                            let all = skipped.chain(private).map(|why| format!("{policy}: {why}"));
+                            self.warnings.extend(all);
+                        }
                     }
                 }
+                self.warn(&policy, spec.selector.as_ref(), spec.targets.as_deref());
                 let reach = compile::reach(&policy, spec.selector, spec.targets, mesh);
                 self.tokens.add(order, reach, Tokens { policy, rules });
             }
@@ -303,8 +322,8 @@ impl PolicySet {
             (Some(_), true) => Level::Namespace,
             (Some(_), false) => Level::Workload,
             (None, false) => {
-                tracing::warn!(%policy, "a selector in the root namespace has no effect (Istio)");
-                return;
+                let why = "a selector in the root namespace has no effect (Istio)";
+                return self.warnings.push(format!("{policy}: {why}"));
             }
         };
         let item = Peer {
@@ -326,6 +345,36 @@ impl PolicySet {
 
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// What may not be meant as it stands, and is taken as it stands.
+    fn warn(
+        &mut self,
+        policy: &PolicyRef,
+        selector: Option<&schema::Selector>,
+        targets: Option<&[schema::TargetRef]>,
+    ) {
+        let mut say = |why: &str| self.warnings.push(format!("{policy}: {why}"));
+        if selector.is_some_and(|s| s.match_labels.is_empty()) {
+            say("an empty selector selects every workload");
+        }
+        if targets.is_some_and(|all| all.iter().all(|target| target.service.is_none())) {
+            say("it is for gateways only, and selects no workload");
+        }
+    }
+
+    /// What is taken, and may not be meant.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// Providers that CUSTOM policies ask.
+    pub fn provider_names(&self) -> impl Iterator<Item = &str> {
+        let policies = self.authorizations.0.values().flatten();
+        policies.filter_map(|entry| match &entry.item.action {
+            Action::Custom(provider) => Some(provider.as_str()),
+            _ => None,
+        })
     }
 
     /// Key sets that are fetched for these policies.

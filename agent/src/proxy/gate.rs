@@ -131,6 +131,9 @@ impl Gate for RequestGate {
         } = &*self.about;
         let (stream, entry) = last_hop(proxy, permitted, pod, facts.destination, *client).await?;
         let mut shown = self.shown.lock().expect("no panic while it is held");
+        // An earlier connection to the application is gone, or about to go.
+        let old = shown.len().saturating_sub(3);
+        shown.drain(..old);
         shown.push(entry);
         Ok(stream)
     }

@@ -29,6 +29,7 @@ use crate::{
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
     lifecycle::{Watcher, drain},
+    policy::PolicySet,
     proxy::{
         Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
         Proxy, Tunnels, http::Limits,
@@ -70,7 +71,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
     let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
     let judge = Judge::new(&config).map_err(|e| misconfigured(&e))?;
-    reload::warn(&policies, &judge);
+    reload::warn(&PolicySet::default(), &policies, &judge);
     judge
         .keys
         .want(policies.remote_keys().iter().cloned().collect());

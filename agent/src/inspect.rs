@@ -542,3 +542,131 @@ impl Head {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn context() -> Context {
+        Context {
+            root_namespace: "istio-system".into(),
+            trust_domain: TrustDomain::default(),
+            aliases: Vec::new(),
+            normalization: Normalization::default(),
+            trusted_proxies: 0,
+        }
+    }
+
+    fn directory(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).expect("a file");
+        }
+        dir
+    }
+
+    const OPEN: &str = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\n\
+         metadata: {name: open, namespace: shop}\n\
+         spec:\n  rules:\n  - to: [{operation: {paths: ['/open/*'], methods: [GET]}}]\n";
+
+    #[test]
+    fn everything_that_is_wrong_is_told() {
+        let misspelt = OPEN.replace("paths", "pahts");
+        let unnamed = OPEN.replace("name: open, ", "");
+        let both = format!("{OPEN}---\n{}", OPEN.replace("GET", "''"));
+        let dir = directory(&[
+            ("a.yaml", &misspelt),
+            ("b.yaml", &both),
+            ("c.yaml", &unnamed),
+        ]);
+        let problems = load(dir.path(), &context()).expect_err("they are wrong");
+        let told: Vec<_> = problems
+            .iter()
+            .map(|p| {
+                let file = p
+                    .file
+                    .file_name()
+                    .and_then(|n| n.to_str())
+                    .unwrap_or_default();
+                (file, p.line, p.object.as_str(), p.field.as_str())
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                (
+                    "a.yaml",
+                    6,
+                    "AuthorizationPolicy/shop/open",
+                    "spec.rules[0].to[0].operation.pahts"
+                ),
+                (
+                    "b.yaml",
+                    12,
+                    "AuthorizationPolicy/shop/open",
+                    "spec.rules[0].to[0].operation.methods[0]"
+                ),
+                ("c.yaml", 1, "AuthorizationPolicy/shop/", "metadata.name"),
+            ]
+        );
+    }
+
+    #[tokio::test]
+    async fn requests_are_answered_in_order_and_explained() {
+        let policies = directory(&[("open.yaml", OPEN)]);
+        let other = directory(&[(
+            "workload.json",
+            r#"{"namespace": "shop", "labels": {"a": "b"}}"#,
+        )]);
+        let workload = other.path().join("workload.json");
+        let config = Config::default();
+        let evaluation = Evaluation::new(policies.path(), &workload, &context(), None, &config)
+            .expect("all is there");
+        let call = |name: &str, http: &str| {
+            format!(
+                r#"{{"name": "{name}", "connection": {{"source_ip": "10.0.0.1", "destination_port": 80}}{http}}}"#
+            )
+        };
+        let lines = [
+            call(
+                "open",
+                r#", "http": {"path": "/open/../open/%61?q", "headers": {"A": "b"}}"#,
+            ),
+            call("closed", r#", "http": {"path": "/", "host": "h"}"#),
+            String::new(),
+            call("tcp", ""),
+            call("bad", r#", "http": {"path": "/a%00"}"#),
+        ]
+        .join("\n");
+        let mut said = Vec::new();
+        let answered = evaluation.answer_all(lines.as_bytes(), |answer, explained| {
+            let json = serde_json::to_value(answer).expect("JSON");
+            said.push((json, explained));
+            Ok(())
+        });
+        answered.await.expect("answers");
+        let decisions: Vec<_> = said
+            .iter()
+            .map(|(json, _)| {
+                let text = |key: &str| json[key].as_str().unwrap_or_default().to_owned();
+                (text("name"), text("decision"), json["status"].as_u64())
+            })
+            .collect();
+        let expected = [
+            ("open", "allow", None),
+            ("closed", "deny", Some(403)),
+            ("tcp", "deny", None),
+            ("bad", "deny", Some(400)),
+        ];
+        let expected = expected.map(|(n, d, s)| (n.to_owned(), d.to_owned(), s));
+        assert_eq!(decisions, expected);
+        assert_eq!(said[0].0["policy"], "AuthorizationPolicy/shop/open");
+        assert_eq!(said[0].0["headers"]["a"], "b");
+        assert!(
+            said[1].1.contains("rule 0: to[0].paths does not match"),
+            "{}",
+            said[1].1
+        );
+        assert!(said[2].1.contains("asks for a request"), "{}", said[2].1);
+    }
+}

@@ -332,3 +332,63 @@ fn remote_ip(request: &Request<'_>, source: IpAddr, proxies: usize) -> IpAddr {
     });
     address.unwrap_or(source).to_canonical()
 }
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn the_client_is_as_many_proxies_away_as_are_trusted() {
+        let source: IpAddr = "10.0.0.9".parse().expect("address");
+        for (forwarded, proxies, expected) in [
+            (&["192.0.2.1, 192.0.2.2"][..], 0, "10.0.0.9"),
+            (&["192.0.2.1, 192.0.2.2"], 1, "192.0.2.2"),
+            (&["192.0.2.1, 192.0.2.2"], 2, "192.0.2.1"),
+            (&["192.0.2.1, 192.0.2.2"], 3, "10.0.0.9"),
+            (&["192.0.2.1", "192.0.2.2"], 2, "192.0.2.1"),
+            (&["2001:db8::1"], 1, "2001:db8::1"),
+            (&["[2001:db8::1]:99"], 1, "2001:db8::1"),
+            (&["[2001:db8::1]"], 1, "2001:db8::1"),
+            (&["192.0.2.1:99"], 1, "192.0.2.1"),
+            (&["::ffff:192.0.2.1"], 1, "192.0.2.1"),
+            (&["unknown"], 1, "10.0.0.9"),
+            (&[""], 1, "10.0.0.9"),
+            (&[], 1, "10.0.0.9"),
+        ] {
+            let name = HeaderName::from_static("x-forwarded-for");
+            let values: Vec<HeaderValue> = forwarded
+                .iter()
+                .map(|v| HeaderValue::from_static(v))
+                .collect();
+            let request = Request {
+                method: "GET",
+                path: "/",
+                host: "h",
+                headers: values.iter().map(|value| (&name, value)).collect(),
+            };
+            let told = remote_ip(&request, source, proxies).to_string();
+            assert_eq!(told, expected, "{forwarded:?} {proxies}");
+        }
+    }
+
+    #[test]
+    fn what_is_removed_later_does_not_come_back() {
+        let (a, b) = (HeaderName::from_static("a"), HeaderName::from_static("b"));
+        let value = HeaderValue::from_static("v");
+        let mut edits = Edits {
+            set: vec![(a.clone(), value.clone()), (b.clone(), value)],
+            ..Edits::default()
+        };
+        let more = Edits {
+            remove: vec![a.clone()],
+            path: Some("/x".into()),
+            ..Edits::default()
+        };
+        merge(&mut edits, more);
+        assert_eq!(edits.set.len(), 1);
+        assert!(!edits.keeps(&a) && !edits.keeps(&b));
+        assert_eq!(edits.path.as_deref(), Some("/x"));
+    }
+}

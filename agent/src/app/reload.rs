@@ -1,7 +1,7 @@
 //! Reads the directories, and reads them again when they change. A change that
 //! does not parse leaves the last good state standing.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
 
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
@@ -92,7 +92,7 @@ fn reload(state: &State) {
     }
     match policies(&state.config) {
         Ok(policies) => {
-            warn(&policies, &proxy.judge);
+            warn(&proxy.policies.load(), &policies, &proxy.judge);
             proxy
                 .judge
                 .keys
@@ -116,19 +116,21 @@ fn reload(state: &State) {
     }
 }
 
-/// Tells what is taken, and may not be meant.
-pub fn warn(policies: &PolicySet, judge: &Judge) {
-    for warning in policies.warnings() {
-        tracing::warn!(warning, "policy");
-    }
-    for provider in policies
+/// What is taken, and may not be meant.
+fn warnings(policies: &PolicySet, judge: &Judge) -> BTreeSet<String> {
+    let unknown = policies
         .provider_names()
-        .filter(|name| !judge.authorizers.has(name))
-    {
-        tracing::warn!(
-            provider,
-            "no such extension provider: what asks it is denied"
-        );
+        .filter(|name| !judge.authorizers.has(name));
+    let unknown = unknown.map(|name| {
+        format!("no extension provider `{name}`: what policies have it asked about is denied")
+    });
+    policies.warnings().iter().cloned().chain(unknown).collect()
+}
+
+/// Tells the warnings that were not there before.
+pub fn warn(before: &PolicySet, now: &PolicySet, judge: &Judge) {
+    for warning in warnings(now, judge).difference(&warnings(before, judge)) {
+        tracing::warn!("{warning}");
     }
 }
 

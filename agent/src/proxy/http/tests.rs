@@ -29,7 +29,7 @@ use tokio::{
 
 use super::{Gate, Held, HttpError, Io, Limits, Pass};
 use crate::{
-    policy::{Permitted, PolicySet},
+    policy::Permitted,
     proxy::splice::{Counters, End},
     request::{Edits, Reply, Request},
 };
@@ -111,7 +111,7 @@ impl Gate for TestGate {
         self.notes.live.fetch_add(1, Ordering::SeqCst);
         Ok(Pass {
             edits,
-            permitted: PolicySet::probe(),
+            permitted: Permitted::probe(),
             held: TestHeld {
                 notes: self.notes.clone(),
                 revoked: self.notes.revoked.subscribe(),

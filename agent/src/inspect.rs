@@ -602,7 +602,7 @@ mod tests {
                 ),
                 (
                     "b.yaml",
-                    12,
+                    13,
                     "AuthorizationPolicy/shop/open",
                     "spec.rules[0].to[0].operation.methods[0]"
                 ),

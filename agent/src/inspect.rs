@@ -10,19 +10,23 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderName, HeaderValue, Method};
+use bytes::BytesMut;
+use http::{StatusCode, header::HOST};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{Config, Normalization},
+    config::{self, Config, Normalization},
     identity::{SpiffeId, TrustDomain},
-    judge::{Allowed, Judge, Refused, Why},
-    objects::{LoadError, parse_document, read_directory},
+    judge::{Allowed, Judge, Refused, Why, remote_ip},
+    objects::{LoadError, or_default, parse_document, read_directory},
     policy::{
-        Denial, Facts, Layer, Mesh, PolicyError, PolicyObject, PolicySet, Reading, RequestFacts,
-        Selected, Subject, normalize,
+        Denial, Facts, Layer, Mesh, PolicyError, PolicyObject, PolicyRef, PolicySet, Reading,
+        RequestFacts, Selected, Subject, normalize,
     },
-    request::Request,
+    proxy::http::{
+        BadRequest,
+        head::{self, Head},
+    },
 };
 
 /// What policies are read with, where there is no agent's configuration.
@@ -134,89 +138,71 @@ pub struct Checked {
 }
 
 #[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+#[serde(rename_all = "camelCase")]
 struct Workload {
     namespace: String,
+    #[serde(default, deserialize_with = "or_default")]
     service_account: String,
+    #[serde(default, deserialize_with = "or_default")]
     labels: BTreeMap<String, String>,
     /// Services of its namespace that it is behind, for `targetRefs`.
+    #[serde(default, deserialize_with = "or_default")]
     services: Vec<String>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+/// One line. What is `null` is as absent; what is not known here is passed over.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 struct Asked {
-    #[serde(default)]
-    name: Option<serde_json::Value>,
-    connection: Connection,
-    #[serde(default)]
+    connection: Option<Connection>,
     http: Option<Http>,
 }
 
-#[derive(Debug, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 struct Connection {
-    source_ip: IpAddr,
-    source_port: u16,
-    destination_ip: IpAddr,
-    destination_port: u16,
+    source_ip: Option<IpAddr>,
+    source_port: Option<u16>,
+    destination_ip: Option<IpAddr>,
+    destination_port: Option<u16>,
+    /// Proven, by mutual TLS or by the kernel. `None`: plaintext, or TLS with nobody.
     peer_identity: Option<String>,
-    tls: bool,
     sni: Option<String>,
 }
 
-impl Default for Connection {
-    fn default() -> Self {
-        let nowhere = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
-        Self {
-            source_ip: nowhere,
-            source_port: 0,
-            destination_ip: nowhere,
-            destination_port: 0,
-            peer_identity: None,
-            tls: false,
-            sni: None,
-        }
-    }
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
 struct Http {
-    #[serde(default = "get")]
-    method: String,
-    #[serde(default = "root")]
-    path: String,
-    #[serde(default)]
-    host: String,
-    #[serde(default)]
-    headers: BTreeMap<String, Values>,
-}
-
-fn get() -> String {
-    "GET".into()
-}
-
-fn root() -> String {
-    "/".into()
+    method: Option<String>,
+    path: Option<String>,
+    host: Option<String>,
+    headers: Option<BTreeMap<String, Values>>,
 }
 
 /// A header's value, or its values where it is repeated.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 enum Values {
-    One(String),
-    Many(Vec<String>),
+    Many(Vec<Value>),
+    One(Value),
+}
+
+/// Numbers and the like are what they look like in a header.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Value {
+    Text(String),
+    Other(serde_json::Value),
 }
 
 /// What `postern policy eval` answers to a request.
 #[derive(Debug, Serialize)]
 pub struct Answer {
-    #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<serde_json::Value>,
-    decision: Option<&'static str>,
+    decision: &'static str,
     status: Option<u16>,
     policy: Option<String>,
+    /// Index of the rule; of a jwtRule where a token was refused.
     rule: Option<usize>,
     reason: String,
     headers: Option<BTreeMap<String, String>>,
@@ -239,8 +225,6 @@ pub enum InspectError {
     File(#[from] LoadError),
     #[error("{path}: {message}", path = path.display())]
     Workload { path: PathBuf, message: String },
-    #[error("line {line}: {message}")]
-    Request { line: usize, message: String },
     #[error("{0}")]
     Setup(String),
     #[error(transparent)]
@@ -295,102 +279,101 @@ impl Evaluation {
         }
     }
 
-    /// Answers each line of a JSON Lines file in order.
+    /// Answers each line of a JSON Lines file in order; says how many could not be
+    /// read. Those are answered, too.
     pub async fn answer_all(
         &self,
         requests: impl BufRead,
         mut each: impl FnMut(&Answer, String) -> std::io::Result<()>,
-    ) -> Result<(), InspectError> {
+    ) -> Result<usize, InspectError> {
+        let mut unreadable = 0;
         for (index, line) in requests.lines().enumerate() {
             let text = line?;
             if text.trim().is_empty() {
                 continue;
             }
-            let asked: Asked = serde_json::from_str(&text).map_err(|e| InspectError::Request {
-                line: index + 1,
-                message: e.to_string(),
-            })?;
-            let (answer, explained) = self.answer(asked).await;
+            let json = serde_json::from_str::<serde_json::Value>(&text);
+            let mut answer = Answer {
+                name: json.as_ref().ok().and_then(|v| v.get("name").cloned()),
+                decision: "deny",
+                status: None,
+                policy: None,
+                rule: None,
+                reason: String::new(),
+                headers: None,
+            };
+            let explained = match json.and_then(serde_json::from_value::<Asked>) {
+                Ok(asked) => self.answer(asked, &mut answer).await,
+                Err(error) => {
+                    unreadable += 1;
+                    answer.reason = format!("line {}: {error}", index + 1);
+                    String::new()
+                }
+            };
             each(&answer, explained)?;
         }
-        Ok(())
+        Ok(unreadable)
     }
 
-    async fn answer(&self, asked: Asked) -> (Answer, String) {
-        let mut answer = Answer {
-            name: asked.name,
-            decision: Some("deny"),
-            status: None,
-            policy: None,
-            rule: None,
-            reason: String::new(),
-            headers: None,
-        };
-        let connection = asked.connection;
-        // TLS without an identity is no mutual TLS: the peer is nobody.
-        let peer = match connection
-            .peer_identity
-            .as_deref()
-            .map(str::parse::<SpiffeId>)
-        {
-            None => None,
-            Some(Ok(id)) => Some(id),
-            Some(Err(error)) => {
+    async fn answer(&self, asked: Asked, answer: &mut Answer) -> String {
+        let connection = asked.connection.unwrap_or_default();
+        let named = connection.peer_identity.filter(|id| !id.is_empty());
+        let peer = match named.as_deref().map(str::parse::<SpiffeId>).transpose() {
+            Ok(peer) => peer,
+            Err(error) => {
                 answer.reason = format!("peer_identity: {error}");
-                return (answer, String::new());
+                return String::new();
             }
         };
-        let destination = SocketAddr::new(connection.destination_ip, connection.destination_port);
-        let source = SocketAddr::new(connection.source_ip.to_canonical(), connection.source_port);
+        let address = |ip: Option<IpAddr>, port: Option<u16>| {
+            let nowhere = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+            SocketAddr::new(ip.unwrap_or(nowhere).to_canonical(), port.unwrap_or(0))
+        };
+        let source = address(connection.source_ip, connection.source_port);
+        let destination = address(connection.destination_ip, connection.destination_port);
         let mut facts = Facts::new(peer, source.ip(), destination);
-        facts.sni = connection.sni;
-        let _says_nothing_more = connection.tls;
+        facts.sni = connection.sni.map(|name| name.to_lowercase());
+        let identity = Some(&self.identity);
         let Some(http) = asked.http else {
-            let explained = self.explain(&facts, Layer::Opaque);
             let judged = (self.judge)
-                .connection(&self.selected, &facts, Some(&self.identity), source)
+                .connection(&self.selected, &facts, identity, source)
                 .await;
             match judged {
-                Ok(permitted) => {
-                    answer.decision = Some("allow");
-                    answer.of_policy(permitted.by());
-                    answer.reason = allowed_by(permitted.by());
-                }
-                Err(denial) => answer.of_denial(&denial),
+                Ok(permitted) => answer.allow(permitted.by()),
+                Err(denial) => answer.deny(&denial),
             }
-            return (answer, explained);
+            return self.explain(&facts, Layer::Opaque);
         };
+        if let Err(denial) = self.selected.transport(&facts) {
+            // The connection is closed before there is a request.
+            answer.deny(&denial);
+            return self.explain(&facts, Layer::Opaque);
+        }
         let head = match http.head() {
             Ok(head) => head,
-            Err(why) => {
-                answer.status = Some(400);
-                answer.reason = why;
-                return (answer, String::new());
+            Err(bad) => {
+                answer.status = Some(bad.status.as_u16());
+                answer.reason = bad.why.to_owned();
+                return String::new();
             }
         };
-        let request = head.request(&http);
+        let request = head.request();
         let now = self.now.unwrap_or_else(SystemTime::now);
         let judged = (self.judge)
-            .request(
-                &self.selected,
-                &facts,
-                Some(&self.identity),
-                source,
-                &request,
-                now,
-            )
+            .request(&self.selected, &facts, identity, source, &request, now)
             .await;
         let claims = match &judged {
             Ok(allowed) => allowed.claims.clone(),
             Err(refused) => refused.claims.clone(),
         };
-        let explained = match normalize(request.path, self.selected.reading.normalization) {
+        let reading = self.selected.reading;
+        let explained = match normalize(request.path, reading.normalization) {
             Ok(normal) => {
                 let about = RequestFacts {
                     request: &request,
                     path: &normal.path,
                     host: &request.host.to_lowercase(),
-                    remote_ip: source.ip(),
+                    remote_ip: remote_ip(&request, source.ip(), reading.trusted_proxies),
                     claims: claims.as_deref(),
                 };
                 self.explain(&facts, Layer::Request(&about))
@@ -401,38 +384,33 @@ impl Evaluation {
             Ok(Allowed {
                 permitted, edits, ..
             }) => {
-                answer.decision = Some("allow");
-                answer.of_policy(permitted.by());
-                answer.reason = allowed_by(permitted.by());
-                let kept = head.headers.iter().filter(|(name, _)| edits.keeps(name));
-                let mut headers = BTreeMap::new();
-                for (name, value) in kept.chain(&edits.set) {
-                    let text = String::from_utf8_lossy(value.as_bytes());
-                    let entry: &mut String = headers.entry(name.to_string()).or_default();
-                    if !entry.is_empty() {
-                        entry.push(',');
+                answer.allow(permitted.by());
+                let mut headers: BTreeMap<String, Vec<String>> = BTreeMap::new();
+                for (name, value) in edits.headers(&request) {
+                    if *name != HOST || http.names_host() {
+                        let text = String::from_utf8_lossy(value.as_bytes()).into_owned();
+                        headers.entry(name.to_string()).or_default().push(text);
                     }
-                    entry.push_str(&text);
                 }
-                answer.headers = Some(headers);
+                let joined = headers.into_iter().map(|(name, values)| {
+                    let separator = if name == "cookie" { "; " } else { "," };
+                    let value = values.join(separator);
+                    (name, value)
+                });
+                answer.headers = Some(joined.collect());
             }
             Err(Refused { why, reply, .. }) => {
+                answer.status = Some(reply.status.as_u16());
                 answer.reason = why.to_string();
-                match &why {
-                    // The connection is closed before there is a request.
-                    Why::Denied(denial @ Denial::Plaintext(_)) => answer.of_denial(denial),
-                    Why::Denied(denial) => {
-                        answer.of_denial(denial);
-                        answer.status = Some(reply.status.as_u16());
-                        if reply.status == http::StatusCode::UNAUTHORIZED {
-                            answer.decision = Some("unauthenticated");
-                        }
-                    }
-                    Why::Malformed(_) => answer.status = Some(reply.status.as_u16()),
+                if let Why::Denied(denial) = &why {
+                    answer.deny(denial);
+                }
+                if reply.status == StatusCode::UNAUTHORIZED {
+                    answer.decision = "unauthenticated";
                 }
             }
         }
-        (answer, explained)
+        explained
     }
 
     /// Each rule that was tried, and where it failed.
@@ -459,20 +437,22 @@ impl Evaluation {
     }
 }
 
-fn allowed_by(policy: Option<&crate::policy::PolicyRef>) -> String {
-    match policy {
-        Some(policy) => format!("allowed by {policy}"),
-        None => "no ALLOW policy selects the workload".into(),
-    }
-}
-
 impl Answer {
-    fn of_policy(&mut self, policy: Option<&crate::policy::PolicyRef>) {
-        self.policy = policy.map(crate::policy::PolicyRef::path);
+    fn of_policy(&mut self, policy: Option<&PolicyRef>) {
+        self.policy = policy.map(PolicyRef::path);
         self.rule = policy.and_then(|policy| policy.rule);
     }
 
-    fn of_denial(&mut self, denial: &Denial) {
+    fn allow(&mut self, by: Option<&PolicyRef>) {
+        self.decision = "allow";
+        self.of_policy(by);
+        self.reason = match by {
+            Some(policy) => format!("allowed by {policy}"),
+            None => "no ALLOW policy selects the workload".into(),
+        };
+    }
+
+    fn deny(&mut self, denial: &Denial) {
         self.of_policy(Some(denial.policy()));
         self.reason = denial.to_string();
     }
@@ -485,61 +465,58 @@ impl Answer {
             None => "request".into(),
         };
         let status = self.status.map(|s| format!(" {s}")).unwrap_or_default();
-        format!(
-            "{name}: {}{status}: {}",
-            self.decision.unwrap_or("deny"),
-            self.reason
-        )
+        format!("{name}: {}{status}: {}", self.decision, self.reason)
     }
-}
-
-/// Headers as they would have been parsed.
-struct Head {
-    headers: Vec<(HeaderName, HeaderValue)>,
 }
 
 impl Http {
-    fn head(&self) -> Result<Head, String> {
-        let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
-        if self.method.is_empty() || !self.method.bytes().all(token) {
-            return Err(format!("`{}` is no method", self.method));
-        }
-        if self.method == Method::CONNECT.as_str() {
-            return Err("CONNECT is refused".into());
-        }
-        if !self.path.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err("the path has characters that must be escaped".into());
-        }
-        let mut headers = Vec::new();
-        for (name, values) in &self.headers {
-            let name =
-                HeaderName::try_from(name).map_err(|_| format!("`{name}` is no header name"))?;
-            let values: Vec<&String> = match values {
-                Values::One(value) => vec![value],
-                Values::Many(values) => values.iter().collect(),
+    /// The head, written as HTTP/1 and read by the data path's parser.
+    fn head(&self) -> Result<Head, BadRequest> {
+        let bad = |why| BadRequest {
+            status: StatusCode::BAD_REQUEST,
+            why,
+        };
+        let host = self.host.as_deref().filter(|host| !host.is_empty());
+        let mut lines: Vec<String> = host
+            .map(|host| format!("host: {host}"))
+            .into_iter()
+            .collect();
+        for (name, values) in self.headers.iter().flatten() {
+            let values = match values {
+                Values::One(value) => std::slice::from_ref(value),
+                Values::Many(values) => values,
             };
             for value in values {
-                let value = HeaderValue::from_bytes(value.trim().as_bytes())
-                    .map_err(|_| format!("header {name} has a control character"))?;
-                headers.push((name.clone(), value));
+                let text = match value {
+                    Value::Text(text) => text.clone(),
+                    Value::Other(other) => other.to_string(),
+                };
+                // The same host twice is meant once.
+                if !(name.eq_ignore_ascii_case("host") && host == Some(text.trim())) {
+                    lines.push(format!("{name}: {text}"));
+                }
             }
         }
-        Ok(Head { headers })
-    }
-}
-
-impl Head {
-    fn request<'a>(&'a self, http: &'a Http) -> Request<'a> {
-        Request {
-            method: &http.method,
-            path: &http.path,
-            host: &http.host,
-            headers: self
-                .headers
-                .iter()
-                .map(|(name, value)| (name, value))
-                .collect(),
+        // HTTP/1.0 is the one that may have no host.
+        let version = match host.is_some() || self.names_host() {
+            true => "HTTP/1.1",
+            false => "HTTP/1.0",
+        };
+        let method = self.method.as_deref().unwrap_or("GET");
+        let path = self.path.as_deref().unwrap_or("/");
+        lines.insert(0, format!("{method} {path} {version}"));
+        if lines.iter().any(|line| line.contains(['\r', '\n', '\0'])) {
+            return Err(bad("a control character in the head"));
         }
+        let mut bytes = BytesMut::from(format!("{}\r\n\r\n", lines.join("\r\n")).as_str());
+        let limits = (&config::Http::default()).into();
+        head::parse(&mut bytes, &limits)?.ok_or(bad("the head has no end"))
+    }
+
+    /// Whether `Host` stands among the headers.
+    fn names_host(&self) -> bool {
+        let mut names = self.headers.iter().flatten().map(|(name, _)| name);
+        names.any(|name| name.eq_ignore_ascii_case("host"))
     }
 }
 

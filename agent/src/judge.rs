@@ -15,10 +15,10 @@ use crate::{
     config::Config,
     fetch::RootsError,
     identity::SpiffeId,
-    jwt::{self, Claims, KeyStore, LEEWAY, Options, Outcome, RemoteKeys, Verified, VerifiedTokens},
-    policy::{
-        Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Selected, Verdict, normalize,
+    jwt::{
+        self, Claims, KeyStore, LEEWAY, Options, Outcome, RemoteKeys, TokenError, VerifiedTokens,
     },
+    policy::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Selected, normalize},
     request::{Edits, Reply, Request},
 };
 
@@ -42,6 +42,8 @@ pub enum JudgeError {
 pub struct Allowed {
     pub permitted: Permitted,
     pub edits: Edits,
+    /// Those of the edits that providers made, which the rest was judged with.
+    pub by_providers: Edits,
     pub claims: Option<Arc<Claims>>,
     /// When its token no longer holds.
     pub expires: Option<SystemTime>,
@@ -65,7 +67,43 @@ pub enum Why {
     Denied(Denial),
 }
 
+/// What became of a request without waiting for anything.
+struct Settled {
+    permitted: Permitted,
+    edits: Edits,
+    claims: Option<Arc<Claims>>,
+    expires: Option<SystemTime>,
+    told: Vec<PolicyRef>,
+}
+
+enum Unsettled {
+    Refused(Refused),
+    /// Newer keys might make a difference.
+    Keys {
+        sources: Vec<RemoteKeys>,
+        /// There are none at all.
+        unavailable: bool,
+        refused: Refused,
+    },
+}
+
+impl Unsettled {
+    fn refused(self) -> Refused {
+        match self {
+            Self::Refused(refused) | Self::Keys { refused, .. } => refused,
+        }
+    }
+}
+
 impl Refused {
+    fn malformed(status: StatusCode, why: String) -> Self {
+        Self {
+            reply: Reply::new(status, why.clone()),
+            why: Why::Malformed(why),
+            claims: None,
+        }
+    }
+
     /// As Istio answers.
     fn denied(denial: Denial) -> Self {
         Self {
@@ -123,152 +161,171 @@ impl Judge {
         now: SystemTime,
     ) -> Result<Allowed, Refused> {
         selected.transport(facts).map_err(Refused::denied)?;
-        let normal =
-            normalize(request.path, selected.reading.normalization).map_err(|bad| Refused {
-                why: Why::Malformed(bad.to_string()),
-                reply: Reply::new(StatusCode::BAD_REQUEST, bad.to_string()),
-                claims: None,
-            })?;
-        let (original, target) = (request.path, normal.target());
-        let request = &Request {
+        let normal = normalize(request.path, selected.reading.normalization)
+            .map_err(|bad| Refused::malformed(StatusCode::BAD_REQUEST, bad.to_string()))?;
+        let target = normal.target();
+        let as_sent = Request {
             path: &target,
             ..request.clone()
         };
-        let mut about = RequestFacts {
-            request,
+        let about = RequestFacts {
+            request: &as_sent,
             path: &normal.path,
-            host: &request.host.to_lowercase(),
-            remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
+            host: &as_sent.host.to_lowercase(),
+            remote_ip: remote_ip(&as_sent, facts.source_ip, selected.reading.trusted_proxies),
             claims: None,
         };
         let providers = selected.providers(facts, Layer::Request(&about));
-        let asked = self
-            .ask(&providers, facts, identity, source, Some(request))
-            .await;
-        let mut edits = asked.map_err(|(denial, reply)| Refused {
-            reply: reply.unwrap_or_else(|| Refused::denied(denial.clone()).reply),
-            why: Why::Denied(denial),
-            claims: None,
-        })?;
+        let by_providers = self
+            .ask(&providers, facts, identity, source, Some(&as_sent))
+            .await
+            .map_err(|(denial, reply)| Refused {
+                reply: reply.unwrap_or_else(|| Refused::denied(denial.clone()).reply),
+                why: Why::Denied(denial),
+                claims: None,
+            })?;
+        // What comes next sees what they made of it.
+        let asked = Request {
+            headers: by_providers.headers(&as_sent),
+            ..as_sent.clone()
+        };
+        let settle = || self.settle(selected, facts, &asked, &normal.path, now);
+        let settled = match settle() {
+            // The issuer may have a new key, or none was fetched yet.
+            Err(Unsettled::Keys { sources, .. }) => {
+                for from in &sources {
+                    let had = self.keys.get(from).is_some();
+                    if had || self.keys.ready(from, FIRST_FETCH).await.is_none() {
+                        self.keys.refetch(from).await;
+                    }
+                }
+                settle()
+            }
+            settled => settled,
+        };
+        let Settled {
+            permitted,
+            edits,
+            claims,
+            expires,
+            told,
+        } = settled.map_err(Unsettled::refused)?;
+        let mut all = by_providers.clone();
+        merge(&mut all, edits);
+        if all.path.is_none() && target != request.path {
+            all.path = Some(target.clone());
+        }
+        Ok(Allowed {
+            permitted,
+            edits: all,
+            by_providers,
+            claims,
+            expires,
+            told,
+        })
+    }
 
-        let verified = self
-            .authenticate(selected, request, now, &mut edits)
-            .await?;
+    /// Why a request that runs is no longer allowed, if it is not. Its head is as the
+    /// providers left it; they are not asked again, and no keys are waited for.
+    pub fn no_longer(
+        &self,
+        selected: &Selected,
+        facts: &Facts,
+        request: &Request<'_>,
+        now: SystemTime,
+    ) -> Option<Denial> {
+        if let Err(denial) = selected.transport(facts) {
+            return Some(denial);
+        }
+        // It was a path when the request was judged.
+        let normal = normalize(request.path, selected.reading.normalization).ok()?;
+        let refused = match self.settle(selected, facts, request, &normal.path, now) {
+            Ok(_)
+            | Err(Unsettled::Keys {
+                unavailable: true, ..
+            }) => return None,
+            Err(unsettled) => unsettled.refused(),
+        };
+        match refused.why {
+            Why::Denied(denial) => Some(denial),
+            Why::Malformed(_) => None,
+        }
+    }
+
+    /// Tokens, then DENY, then ALLOW, with the keys that are at hand. Policy sees the
+    /// head that the application gets.
+    fn settle(
+        &self,
+        selected: &Selected,
+        facts: &Facts,
+        request: &Request<'_>,
+        path: &str,
+        now: SystemTime,
+    ) -> Result<Settled, Unsettled> {
+        let keys = |from: &RemoteKeys| self.keys.get(from);
+        let rules = selected.tokens();
+        let (edits, verified) =
+            match jwt::authenticate(rules, request, now, keys, Some(&self.verified)) {
+                Outcome::Anonymous(edits) => (edits, None),
+                Outcome::Verified(verified) => (verified.edits.clone(), Some(verified)),
+                Outcome::Refused(refusal) => {
+                    let policy = selected.token_policy(refusal.rule).clone();
+                    let denial = Denial::Token(policy, refusal.error.to_string());
+                    let refused = Refused {
+                        reply: refusal.reply(request),
+                        why: Why::Denied(denial),
+                        claims: None,
+                    };
+                    return Err(match refusal.refetch.is_empty() {
+                        true => Unsettled::Refused(refused),
+                        false => Unsettled::Keys {
+                            unavailable: refusal.error == TokenError::KeysUnavailable,
+                            sources: refusal.refetch,
+                            refused,
+                        },
+                    });
+                }
+            };
         let expires = verified.as_ref().and_then(|v| v.expires);
         let claims = verified.map(|v| v.claims);
         let refused = |denial| Refused {
             claims: claims.clone(),
             ..Refused::denied(denial)
         };
-        if let Some(claims) = &claims {
-            selected
-                .presenter(facts, claims)
-                .map_err(|denial| Refused {
-                    reply: jwt::invalid_token(
-                        request,
-                        StatusCode::UNAUTHORIZED,
-                        "the token is bound to another presenter".into(),
-                    ),
-                    ..refused(denial)
-                })?;
+        if let Some(claims) = &claims
+            && let Err(denial) = selected.presenter(facts, claims)
+        {
+            let why = "the token is bound to another presenter".to_owned();
+            return Err(Unsettled::Refused(Refused {
+                reply: jwt::invalid_token(request, StatusCode::UNAUTHORIZED, why),
+                ..refused(denial)
+            }));
         }
-        about.claims = claims.as_deref();
-        if edits.path.is_none() && target != original {
-            edits.path = Some(target.clone());
-        }
+        let seen = Request {
+            headers: edits.headers(request),
+            ..request.clone()
+        };
+        let about = RequestFacts {
+            request: &seen,
+            path,
+            host: &request.host.to_lowercase(),
+            remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
+            claims: claims.as_deref(),
+        };
         let layer = Layer::Request(&about);
-        let permitted = selected.decide(facts, layer).permit().map_err(refused)?;
+        let verdict = selected.decide(facts, layer);
+        let permitted = verdict
+            .permit()
+            .map_err(|d| Unsettled::Refused(refused(d)))?;
         let told = selected.told(facts, layer);
-        Ok(Allowed {
+        drop(seen);
+        Ok(Settled {
             permitted,
-            expires: expires.map(|at| at + Duration::from_secs(LEEWAY)),
+            expires: expires.and_then(|at| at.checked_add(Duration::from_secs(LEEWAY))),
             claims,
             edits,
             told,
         })
-    }
-
-    /// Whether a request that runs is still allowed, with the token that it came
-    /// with. Providers are not asked again.
-    pub fn still(
-        &self,
-        selected: &Selected,
-        facts: &Facts,
-        request: &Request<'_>,
-        claims: Option<&Claims>,
-    ) -> Verdict {
-        // A token of an issuer that is trusted no longer says nothing any more.
-        let claims = claims.filter(|claims| {
-            let issuer = claims.issuer();
-            let rules = selected.tokens().iter();
-            rules
-                .map(|rule| rule.issuer.as_deref())
-                .any(|i| i.is_none() || i == issuer)
-        });
-        let verdict = || -> Result<Verdict, Denial> {
-            selected.transport(facts)?;
-            let Ok(normal) = normalize(request.path, selected.reading.normalization) else {
-                return Ok(Verdict::Allow(None));
-            };
-            let about = RequestFacts {
-                request,
-                path: &normal.path,
-                host: &request.host.to_lowercase(),
-                remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
-                claims,
-            };
-            if let Some(claims) = claims {
-                selected.presenter(facts, claims)?;
-            }
-            Ok(selected.decide(facts, Layer::Request(&about)))
-        };
-        verdict().unwrap_or_else(Verdict::Deny)
-    }
-
-    /// The request's token, verified; `None` without one.
-    async fn authenticate(
-        &self,
-        selected: &Selected,
-        request: &Request<'_>,
-        now: SystemTime,
-        edits: &mut Edits,
-    ) -> Result<Option<Verified>, Refused> {
-        if selected.tokens().is_empty() {
-            return Ok(None);
-        }
-        let mut refetched = false;
-        loop {
-            let keys = |from: &RemoteKeys| self.keys.get(from);
-            let rules = selected.tokens();
-            match jwt::authenticate(rules, request, now, keys, Some(&self.verified)) {
-                Outcome::Anonymous(changes) => {
-                    merge(edits, changes);
-                    return Ok(None);
-                }
-                Outcome::Verified(verified) => {
-                    merge(edits, verified.edits.clone());
-                    return Ok(Some(verified));
-                }
-                // The issuer may have a new key, or none was fetched yet.
-                Outcome::Refused(refusal) if !refetched && !refusal.refetch.is_empty() => {
-                    refetched = true;
-                    for source in &refusal.refetch {
-                        let had = self.keys.get(source).is_some();
-                        if had || self.keys.ready(source, FIRST_FETCH).await.is_none() {
-                            self.keys.refetch(source).await;
-                        }
-                    }
-                }
-                Outcome::Refused(refusal) => {
-                    let policy = selected.token_policy(refusal.rule);
-                    return Err(Refused {
-                        reply: refusal.reply(request),
-                        why: Why::Denied(Denial::Token(policy.clone(), refusal.error.to_string())),
-                        claims: None,
-                    });
-                }
-            }
-        }
     }
 
     /// Asks providers in turn; the first that says no ends it.
@@ -304,8 +361,8 @@ impl Judge {
 }
 
 fn merge(edits: &mut Edits, more: Edits) {
-    // What is removed later must not come back by what was set earlier.
-    edits.set.retain(|(name, _)| !more.remove.contains(name));
+    // What is removed or set later must not come back by what was set earlier.
+    edits.set.retain(|(name, _)| more.keeps(name));
     edits.remove.extend(more.remove);
     edits.set.extend(more.set);
     edits.path = more.path.or(edits.path.take());
@@ -313,7 +370,7 @@ fn merge(edits: &mut Edits, more: Edits) {
 
 /// The `proxies`th address from the right of `X-Forwarded-For`; the packets' source
 /// where there are fewer (Istio `numTrustedProxies`, Envoy `xff_num_trusted_hops`).
-fn remote_ip(request: &Request<'_>, source: IpAddr, proxies: usize) -> IpAddr {
+pub fn remote_ip(request: &Request<'_>, source: IpAddr, proxies: usize) -> IpAddr {
     const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
     if proxies == 0 {
         return source;

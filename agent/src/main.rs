@@ -213,13 +213,16 @@ fn policy(command: PolicyCommand) -> Result<ExitCode> {
             Box::new(std::io::BufReader::new(open))
         };
         let mut out = std::io::stdout().lock();
-        evaluation
+        let unreadable = evaluation
             .answer_all(requests, |answer, explained| match readable {
                 true => write!(out, "{}\n{explained}", answer.line()),
                 false => writeln!(out, "{}", serde_json::to_string(answer)?),
             })
             .await?;
-        Ok(ExitCode::SUCCESS)
+        Ok(match unreadable {
+            0 => ExitCode::SUCCESS,
+            _ => ExitCode::FAILURE,
+        })
     })
 }
 

@@ -137,7 +137,8 @@ pub fn load_directory<T: Object>(directory: &Path) -> Result<Vec<Located<T>>, Lo
     }
 }
 
-/// All objects of a directory that can be read, and what is wrong with the others.
+/// All objects of a directory (or of one file) that can be read, and what is wrong
+/// with the others.
 /// Files whose names begin with a dot are passed over: Kubernetes' projected volumes
 /// keep theirs there.
 pub fn read_directory<T: Object>(
@@ -148,19 +149,30 @@ pub fn read_directory<T: Object>(
         source,
     };
     let mut paths = Vec::new();
+    if directory.is_file() {
+        return read_files(vec![directory.to_owned()]);
+    }
     for entry in std::fs::read_dir(directory).map_err(fail)? {
         let path = entry.map_err(fail)?.path();
         let hidden = path
             .file_name()
             .is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
-        let ours = path
-            .extension()
-            .is_some_and(|e| e == "yaml" || e == "yml" || e == "json");
+        let ours = path.extension().is_some_and(|e| {
+            ["yaml", "yml", "json"]
+                .iter()
+                .any(|ours| e.eq_ignore_ascii_case(ours))
+        });
         if ours && !hidden && path.is_file() {
             paths.push(path);
         }
     }
     paths.sort();
+    read_files(paths)
+}
+
+fn read_files<T: Object>(
+    paths: Vec<PathBuf>,
+) -> Result<(Vec<Located<T>>, Vec<LoadError>), LoadError> {
     let (mut objects, mut errors) = (Vec::new(), Vec::new());
     for path in paths {
         let fail = |source| LoadError::Read {
@@ -205,7 +217,9 @@ fn load_document<T: Object>(
         api_version: heads.api_version,
         kind: heads.kind,
     };
-    let read: Result<Vec<Option<T>>, _> = parse(path, document, |de| match &heads.items {
+    // Of any other kind, `items` is a field like others.
+    let items = heads.items.as_ref().filter(|_| head.kind.ends_with("List"));
+    let read: Result<Vec<Option<T>>, _> = parse(path, document, |de| match items {
         Some(items) => ListSeed {
             items,
             next: std::marker::PhantomData,
@@ -298,10 +312,36 @@ fn parse<T>(
 /// The message without the place, which is named before it.
 fn plain(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
-    match text.rsplit_once(" at line ") {
-        Some((message, _place)) => message.to_owned(),
-        None => text,
+    let message = match text.rsplit_once(" at line ") {
+        Some((message, _place)) => message,
+        None => text.as_str(),
+    };
+    // In the reader's words, not the library's.
+    for (theirs, ours) in [
+        (
+            "expected sequence start",
+            "must be a list: each entry begins with `-`",
+        ),
+        ("expected mapping start", "must be a mapping: `key: value`"),
+        ("expected string scalar", "must be a string"),
+        (
+            "cannot deserialize null into string",
+            "is empty; must be a string",
+        ),
+        (
+            "multiple YAML documents detected",
+            "`...` ends a document; begin the next with `---`",
+        ),
+    ] {
+        if message.contains(theirs) {
+            return ours.to_owned();
+        }
     }
+    if let Some(key) = message.strip_prefix("duplicate mapping key: ") {
+        let key = key.split(',').next().unwrap_or(key);
+        return format!("`{key}` stands twice");
+    }
+    message.to_owned()
 }
 
 /// The head of a document, or of each item of a List.
@@ -363,8 +403,13 @@ impl<'de, T: Object> Visitor<'de> for ListSeed<'_, T> {
                     items: self.items,
                     next: self.next,
                 }))?;
-            } else {
+            } else if matches!(key.as_str(), "apiVersion" | "kind" | "metadata") {
                 map.next_value::<IgnoredAny>()?;
+            } else {
+                return Err(serde::de::Error::unknown_field(
+                    &key,
+                    &["apiVersion", "kind", "metadata", "items"],
+                ));
             }
         }
         Ok(objects)

@@ -61,10 +61,27 @@ pub struct Edits {
 }
 
 impl Edits {
-    /// Whether a header of the request is kept.
+    /// Whether a header of the request is kept. `-` and `_` are one to applications
+    /// behind CGI and its kin: what is edited is edited under every reading.
     pub fn keeps(&self, name: &HeaderName) -> bool {
-        !self.remove.contains(name) && !self.set.iter().any(|(other, _)| other == name)
+        let mut edited = self
+            .remove
+            .iter()
+            .chain(self.set.iter().map(|(name, _)| name));
+        !edited.any(|other| other == name || is_same(other.as_str(), name.as_str()))
     }
+
+    /// The headers of a request after the edits.
+    pub fn headers<'a>(&'a self, request: &Request<'a>) -> Vec<(&'a HeaderName, &'a HeaderValue)> {
+        let kept = request.headers.iter().filter(|(name, _)| self.keeps(name));
+        let set = self.set.iter().map(|(name, value)| (name, value));
+        kept.copied().chain(set).collect()
+    }
+}
+
+fn is_same(one: &str, other: &str) -> bool {
+    let fold = |b: u8| if b == b'_' { b'-' } else { b };
+    one.len() == other.len() && one.bytes().map(fold).eq(other.bytes().map(fold))
 }
 
 /// What the agent answers in the application's stead.

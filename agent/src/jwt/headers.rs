@@ -1,12 +1,10 @@
 //! Headers that rules put out: what the application gets, and what clients cannot fake.
 
-use std::collections::HashSet;
-
 use http::{HeaderName, HeaderValue, header};
 use serde_json::Value;
 
 use super::{claims::Claims, rules::Rule};
-use crate::request::{Edits, Request};
+use crate::request::Edits;
 
 /// Whether a rule may put a claim into this header: not where it would change how the
 /// message is framed or routed.
@@ -25,22 +23,14 @@ pub fn may_be_output(name: &HeaderName) -> bool {
         && !matches!(name.as_str(), "keep-alive" | "proxy-connection")
 }
 
-/// Takes out headers that the application would take for a rule's output. `-` and `_`
-/// are one to applications behind CGI or WSGI.
-pub(super) fn without_spoofed(rules: &[&Rule], request: &Request<'_>) -> Edits {
-    let one_name = |name: &HeaderName| name.as_str().replace('_', "-");
-    let outputs: HashSet<String> = rules
-        .iter()
-        .flat_map(|rule| {
-            let claims = rule.claims_to_headers.iter().map(|(name, _)| name);
-            rule.payload_to_header.iter().chain(claims)
-        })
-        .filter(|name| may_be_output(name))
-        .map(one_name)
-        .collect();
+/// Takes out whatever the application would take for a rule's output, wherever it
+/// may come: trailers are edited, too.
+pub(super) fn without_spoofed(rules: &[&Rule]) -> Edits {
     let mut edits = Edits::default();
-    for (name, _) in &request.headers {
-        if outputs.contains(&one_name(name)) {
+    for rule in rules {
+        let claims = rule.claims_to_headers.iter().map(|(name, _)| name);
+        let outputs = rule.payload_to_header.iter().chain(claims);
+        for name in outputs.filter(|name| may_be_output(name)) {
             remove(&mut edits, name);
         }
     }

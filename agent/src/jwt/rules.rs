@@ -60,7 +60,7 @@ pub fn authenticate<R: Borrow<Rule>>(
     cache: Option<&VerifiedTokens>,
 ) -> Outcome {
     let rules: Vec<&Rule> = rules.iter().map(Borrow::borrow).collect();
-    let mut edits = without_spoofed(&rules, request);
+    let mut edits = without_spoofed(&rules);
     if is_preflight(request) {
         return Outcome::Anonymous(edits);
     }

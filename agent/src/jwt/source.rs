@@ -105,6 +105,7 @@ struct Inner {
     sources: ArcSwap<HashMap<RemoteKeys, Arc<Source>>>,
     /// Whether the store was shut down; held by whoever changes the sources.
     closed: Mutex<bool>,
+    changed: watch::Sender<()>,
     counters: Arc<Counters>,
 }
 
@@ -119,6 +120,8 @@ struct Shared {
     name: String,
     keys: ArcSwapOption<KeySet>,
     progress: watch::Sender<Progress>,
+    /// The store's: told when the set is another one.
+    changed: watch::Sender<()>,
     counters: Arc<Counters>,
 }
 
@@ -148,6 +151,7 @@ impl KeyStore {
             runtime: Handle::current(),
             sources: ArcSwap::default(),
             closed: Mutex::new(false),
+            changed: watch::Sender::new(()),
             counters: Arc::default(),
         })))
     }
@@ -250,6 +254,12 @@ impl KeyStore {
         self.0.counters.read()
     }
 
+    /// Told when a source has other keys, or none any more: what was verified by the
+    /// old ones may no longer hold.
+    pub fn changes(&self) -> watch::Receiver<()> {
+        self.0.changed.subscribe()
+    }
+
     /// Ends all tasks; what is wanted later is not fetched.
     pub fn shutdown(&self) {
         *self.0.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -271,6 +281,7 @@ impl Inner {
                 under_way: true,
                 ..Progress::default()
             }),
+            changed: self.changed.clone(),
             counters: self.counters.clone(),
         });
         let (asks, asked) = mpsc::channel(1);

@@ -127,9 +127,11 @@ pub(super) fn rule(rule: schema::Rule, namespace: &str, mesh: &Mesh<'_>) -> Rule
     let http = some(Condition::is_http);
     // Who the client is stands in a header where proxies are trusted.
     let told = mesh.requests.trusted_proxies > 0 && some(Condition::is_remote);
+    let sni = some(Condition::is_sni);
     Rule {
         http,
-        reads: http || told || some(Condition::is_sni),
+        reads: http || told || sni,
+        sni,
         from,
         to,
         when,
@@ -308,7 +310,13 @@ fn condition(when: schema::Condition, namespace: &str, mesh: &Mesh<'_>) -> Condi
                 Key::Claim(path) => Attribute::Claim(path),
                 _ => Attribute::Sni,
             };
-            Test::Text(attribute, texts(any, none, |v| vec![Pattern::parse(v)]))
+            // Names of servers have no case, and are lower case where they come from.
+            let sni = attribute == Attribute::Sni;
+            let pattern = |v: &str| match sni {
+                true => vec![Pattern::parse(&v.to_lowercase())],
+                false => vec![Pattern::parse(v)],
+            };
+            Test::Text(attribute, texts(any, none, pattern))
         }
     };
     Condition {
@@ -372,7 +380,7 @@ fn principal(text: &str, mesh: &Mesh<'_>) -> Vec<Pattern> {
 /// An exact domain that is ours stands for all of ours.
 fn trust_domain(text: &str, mesh: &Mesh<'_>) -> Vec<Pattern> {
     let exact = !text.contains('*');
-    if exact && (text == "cluster.local" || mesh.domains().any(|d| d == text)) {
+    if exact && mesh.domains().any(|d| d == text) {
         return mesh.domains().map(Pattern::parse).collect();
     }
     vec![Pattern::parse(text)]

@@ -60,6 +60,8 @@ pub struct RequestFacts<'a> {
 /// What a connection carries.
 #[derive(Clone, Copy, Debug)]
 pub enum Layer<'a> {
+    /// Nobody has looked yet: whatever its bytes could tell may be so.
+    Unread,
     /// Bytes that are not read: policy that needs a request cannot be met.
     Opaque,
     Request(&'a RequestFacts<'a>),
@@ -193,6 +195,7 @@ pub struct Rule {
     pub(super) http: bool,
     /// Whether the first bytes are read for it: a request, or a server's name.
     pub(super) reads: bool,
+    pub(super) sni: bool,
 }
 
 /// Conditions that are all required.
@@ -271,7 +274,7 @@ impl Rule {
     }
 
     pub fn void(&self, layer: Layer<'_>) -> bool {
-        self.http && matches!(layer, Layer::Opaque)
+        self.http && !matches!(layer, Layer::Request(_))
     }
 
     /// Under every other action, what cannot be read is left out and the rest
@@ -290,7 +293,7 @@ impl Rule {
 
     /// Whether it may match a request of this connection, and asks for it.
     pub fn needs_request(&self, facts: &Facts) -> bool {
-        self.reads && self.catches(facts, Layer::Opaque)
+        self.reads && self.catches(facts, Layer::Unread)
     }
 
     /// The part that does not match. `closing`: a match denies.
@@ -363,9 +366,10 @@ impl Condition {
 
     fn holds(&self, facts: &Facts, layer: Layer<'_>, closing: bool) -> bool {
         let request = match layer {
+            Layer::Unread if self.is_remote() || self.is_sni() => return true,
             // Left out; under ALLOW the whole rule is void already.
-            Layer::Opaque if self.is_http() => return true,
-            Layer::Opaque => None,
+            Layer::Unread | Layer::Opaque if self.is_http() => return true,
+            Layer::Unread | Layer::Opaque => None,
             Layer::Request(request) => Some(request),
         };
         match &self.test {

@@ -16,7 +16,7 @@ use crate::jwt::{Claims, Confirmation};
 /// A process that dials.
 #[derive(Clone, Copy, Debug)]
 pub struct Caller<'a> {
-    /// `None` where it was gone before it could be looked at: no positive match.
+    /// `None` where it was gone before it could be looked at.
     pub executable: Option<&'a str>,
     pub uid: u32,
     pub destination: SocketAddr,
@@ -55,7 +55,12 @@ impl Connect {
 
     /// DENY first; where an ALLOW policy is among them, one must match.
     pub(super) fn decide(all: &[Arc<Self>], caller: &Caller<'_>) -> Result<(), PolicyRef> {
-        let matching = |p: &Self| p.rules.iter().position(|rule| rule.matches(caller));
+        let matching = |p: &Self| {
+            let closing = p.action == ConnectAction::Deny;
+            p.rules
+                .iter()
+                .position(|rule| rule.matches(caller, closing))
+        };
         for policy in all.iter().filter(|p| p.action == ConnectAction::Deny) {
             if let Some(rule) = matching(policy) {
                 return Err(policy.policy.at(rule));
@@ -100,13 +105,18 @@ impl Process {
         }
     }
 
-    fn matches(&self, caller: &Caller<'_>) -> bool {
+    /// What is not known is read so that less may connect.
+    fn matches(&self, caller: &Caller<'_>, closing: bool) -> bool {
         fn accepts<T>((any, none): &(Vec<T>, Vec<T>), hit: impl Fn(&T) -> bool) -> bool {
             (any.is_empty() || any.iter().any(&hit)) && !none.iter().any(&hit)
         }
-        accepts(&self.executables, |p| {
-            caller.executable.is_some_and(|e| p.fits(e))
-        }) && accepts(&self.uids, |uid| *uid == caller.uid)
+        let named = !self.executables.0.is_empty() || !self.executables.1.is_empty();
+        let executable = match caller.executable {
+            Some(executable) => accepts(&self.executables, |p| p.fits(executable)),
+            None => closing || !named,
+        };
+        executable
+            && accepts(&self.uids, |uid| *uid == caller.uid)
             && accepts(&self.blocks, |net| net.contains(&caller.destination.ip()))
             && accepts(&self.ports, |port| *port == caller.destination.port())
     }

@@ -40,6 +40,9 @@ pub fn normalize(target: &str, degree: Normalization) -> Result<Normal<'_>, BadP
     if path != "*" && !path.starts_with('/') && !(path.starts_with('\\')) {
         return Err(BadPath::Form);
     }
+    if path.contains("%00") {
+        return Err(BadPath::Nul);
+    }
     if degree == Normalization::None || path == "*" {
         return match path.starts_with('\\') {
             true => Err(BadPath::Form),
@@ -48,9 +51,6 @@ pub fn normalize(target: &str, degree: Normalization) -> Result<Normal<'_>, BadP
                 query,
             }),
         };
-    }
-    if path.contains("%00") {
-        return Err(BadPath::Nul);
     }
     let odd = |c: char| matches!(c, '%' | '\\') || is_illegal(c);
     let plain = !path.contains(odd) && !path.contains("/.") && !path.contains("//");

@@ -6,6 +6,8 @@ use std::{
     sync::Arc,
 };
 
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
 use super::{
     compile::{self, Mesh, Reach, Reading, Wrong},
     evaluate::{Denial, Facts, Layer, PolicyRef, Rule, Verdict},
@@ -68,7 +70,7 @@ struct Peer {
     policy: PolicyRef,
     level: Level,
     /// Oldest first decides among equals (Istio); those without come last.
-    age: (bool, Option<String>),
+    age: (bool, Option<OffsetDateTime>),
     mode: MtlsMode,
     ports: BTreeMap<u16, MtlsMode>,
 }
@@ -244,7 +246,13 @@ impl PolicySet {
             PolicyObject::PeerAuthentication(object) => {
                 let (policy, dry_run) = compile::identify(kind, &object)?;
                 real_only(dry_run)?;
-                let created = object.metadata.creation_timestamp.clone();
+                let created = (object.metadata.creation_timestamp.as_deref())
+                    .map(|text| OffsetDateTime::parse(text, &Rfc3339))
+                    .transpose()
+                    .map_err(|_| Wrong {
+                        field: "metadata.creationTimestamp",
+                        message: "is no time of RFC 3339, such as 2026-01-31T12:00:00Z".into(),
+                    })?;
                 let spec = object.spec.unwrap_or_default();
                 self.warn(&policy, spec.selector.as_ref(), None);
                 let reach = compile::reach(&policy, spec.selector, None, mesh);
@@ -312,7 +320,7 @@ impl PolicySet {
         &mut self,
         order: usize,
         policy: PolicyRef,
-        created: Option<String>,
+        created: Option<OffsetDateTime>,
         reach: Reach,
         mtls: schema::MutualTls,
         ports: &BTreeMap<schema::PortKey, schema::MutualTls>,
@@ -386,7 +394,7 @@ impl PolicySet {
     pub fn select(&self, subject: &Subject) -> Selected {
         let mut peers = self.peers.select(subject);
         peers.sort_by(|a, b| {
-            let order = |p: &Peer| (p.level, p.age.clone(), p.policy.name.clone());
+            let order = |p: &Peer| (p.level, p.age, p.policy.name.clone());
             order(a).cmp(&order(b))
         });
         let mut selected = Selected {
@@ -464,13 +472,22 @@ impl Selected {
     /// The policy that asks to read the requests of this connection, if any does.
     pub fn needs_request(&self, facts: &Facts) -> Option<&PolicyRef> {
         let tokens = self.token_policies.first();
-        let all = [&self.custom, &self.deny, &self.allow, &self.told];
         tokens.or_else(|| {
-            all.into_iter()
-                .flatten()
+            self.enforced()
                 .find(|p| p.rules.iter().any(|rule| rule.needs_request(facts)))
                 .map(|p| &p.policy)
         })
+    }
+
+    fn enforced(&self) -> impl Iterator<Item = &Arc<Authorization>> {
+        [&self.custom, &self.deny, &self.allow]
+            .into_iter()
+            .flatten()
+    }
+
+    /// Whether some rule goes by the server's name of the TLS within.
+    pub fn asks_for_sni(&self) -> bool {
+        self.enforced().any(|p| p.rules.iter().any(|rule| rule.sni))
     }
 
     /// The providers that decide first, each once, and the policies that ask them.

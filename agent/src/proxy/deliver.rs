@@ -127,7 +127,7 @@ impl Delivery<'_> {
 
     /// Looks at the first bytes, and carries HTTP request by request. What is not
     /// HTTP is judged without a request.
-    async fn read(mut self, arrived: Arrived, live: Registered, selected: &Selected) -> Ending {
+    async fn read(mut self, arrived: Arrived, mut live: Registered, selected: &Selected) -> Ending {
         // What may pass unread may come from a server that speaks first.
         let mut early = None;
         if !selected.has_providers()
@@ -147,17 +147,30 @@ impl Delivery<'_> {
             Err(error) => return Ending::Failed(format!("the tunnel: {error}")),
         };
         let limits = self.proxy.http.clone();
-        let protocol = match &early {
-            Some((_, (application, _))) => tokio::select! {
-                biased;
-                found = sniff(&mut source, &limits) => found,
-                // It spoke first: no HTTP server does.
-                ready = application.readable() => ready.map(|()| Protocol::NotHttp),
-            },
-            None => {
-                let first = timeout(PATIENCE, sniff(&mut source, &limits)).await;
-                first.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        let first = async {
+            match &early {
+                Some((_, (application, _))) => tokio::select! {
+                    biased;
+                    found = sniff(&mut source, &limits) => found,
+                    spoken = speaks_first(application) => spoken.map(|()| Protocol::NotHttp),
+                },
+                None => {
+                    let first = timeout(PATIENCE, sniff(&mut source, &limits)).await;
+                    first.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+                }
             }
+        };
+        let protocol = tokio::select! {
+            biased;
+            denial = live.denied() => {
+                source.reset();
+                return Ending::Denied(denial);
+            }
+            () = self.drain.time_is_up() => {
+                source.reset();
+                return Ending::Drained;
+            }
+            protocol = first => protocol,
         };
         let protocol = match protocol {
             Ok(protocol) => protocol,
@@ -169,10 +182,20 @@ impl Delivery<'_> {
         if protocol != Protocol::NotHttp {
             return self.serve(source, protocol, early, live, &limits).await;
         }
-        let named = timeout(limits.head_timeout, server_name(&mut source)).await;
-        self.facts.sni = named.ok().and_then(Result::ok).flatten();
-        live.is_raw(&self.facts);
         let selected = self.proxy.selected(self.pod);
+        match timeout(limits.head_timeout, server_name(&mut source)).await {
+            Ok(Ok(name)) => self.facts.sni = name,
+            // Nobody may choose not to be read.
+            unread if selected.asks_for_sni() => {
+                source.reset();
+                let why = unread.map_or("it is too slow".into(), |e| {
+                    e.map_or_else(|e| e.to_string(), |_| String::new())
+                });
+                return Ending::Failed(format!("policy asks for its server name: {why}"));
+            }
+            _ => {}
+        }
+        live.is_raw(&self.facts);
         let identity = Some(self.pod.identity());
         let judged = (self.proxy.judge)
             .connection(&selected, &self.facts, identity, self.client)
@@ -223,7 +246,10 @@ impl Delivery<'_> {
             Protocol::Http2 => "http/2",
             _ => "http/1",
         });
-        story.opened(early.as_ref().and_then(|(permitted, _)| permitted.by()));
+        if let Some((permitted, _)) = &early {
+            story.opened(permitted.by());
+        }
+        let dialled = early.is_some();
         let (application, entry) = match early {
             Some((_, (stream, entry))) => (Some(stream), Some(entry)),
             None => (None, None),
@@ -238,19 +264,37 @@ impl Delivery<'_> {
         ));
         let http = async {
             match protocol {
-                Protocol::Http2 => http2::serve(source, gate, limits, application).await,
-                _ => h1::serve(source, gate, limits, application).await,
+                Protocol::Http2 => http2::serve(source, gate.clone(), limits, application).await,
+                _ => h1::serve(source, gate.clone(), limits, application).await,
             }
         };
-        tokio::select! {
+        // A connection that nothing was permitted on is not kept for nothing.
+        let idle = async {
+            loop {
+                tokio::time::sleep(PATIENCE).await;
+                if !dialled && gate.passed().is_none() {
+                    return;
+                }
+            }
+        };
+        let ending = tokio::select! {
             biased;
             denial = live.denied() => Ending::Denied(denial),
             () = drain.time_is_up() => Ending::Drained,
+            () = idle => Ending::Refused("no request was permitted for a minute".into()),
             done = http => match done {
                 Ok(()) => Ending::Closed,
                 Err(error) => Ending::Failed(error.to_string()),
             },
+        };
+        match gate.passed() {
+            Some(by) if !dialled => story.opened(by.as_ref()),
+            None if !dialled && matches!(ending, Ending::Closed) => {
+                return Ending::Refused("no request was permitted".into());
+            }
+            _ => {}
         }
+        ending
     }
 
     async fn carry(
@@ -287,6 +331,37 @@ impl Delivery<'_> {
         let destination = self.facts.destination;
         Ending::Failed(format!("the application at {destination}: {error}"))
     }
+}
+
+/// Returns when an application has said something that no HTTP server says first.
+/// HTTP/2 servers begin with their settings (RFC 9113 3.4), before they have heard
+/// anything; and one that gives up says why, or nothing.
+async fn speaks_first(application: &TcpStream) -> io::Result<()> {
+    const FRAME_HEAD: usize = 9;
+    const MOMENT: Duration = Duration::from_millis(20);
+    let mut first = [0; FRAME_HEAD];
+    for _ in 0..50 {
+        application.readable().await?;
+        let heard = match application.peek(&mut first).await? {
+            0 => return Err(io::ErrorKind::ConnectionAborted.into()),
+            heard => &first[..heard],
+        };
+        let settings = [0, 0];
+        let is_settings = heard.len() == FRAME_HEAD
+            && heard[3] == 4
+            && heard[..2] == settings
+            && heard[5..] == [0; 4];
+        if is_settings || heard.starts_with(b"HTTP/") {
+            return std::future::pending().await;
+        }
+        let partial = heard.len() < FRAME_HEAD
+            && (b"HTTP/".starts_with(heard) || heard.starts_with(&settings));
+        if !partial {
+            return Ok(());
+        }
+        tokio::time::sleep(MOMENT).await;
+    }
+    Ok(())
 }
 
 /// Moves bytes until the connection ends by itself or by policy. A drain lets it go

@@ -4,7 +4,7 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
     time::{Instant, SystemTime},
 };
 
@@ -20,16 +20,17 @@ use super::{
 use crate::{
     audit::{Peer, Record, RequestRecord, TokenRecord, Verdict as Told},
     judge::{Allowed, Why},
-    jwt::Claims,
     kernel::ClientEntry,
-    policy::{Denial, Facts, Permitted, PolicyRef, Verdict},
-    request::{Reply, Request},
+    policy::{Denial, Facts, Permitted, PolicyRef},
+    request::{Edits, Reply, Request},
 };
 
 pub struct RequestGate {
     about: Arc<About>,
     /// The kernel shows the client to the application while these stand.
     shown: Mutex<Vec<ClientEntry>>,
+    /// Set with the first request that may go on, to the policy that let it.
+    passed: OnceLock<Option<PolicyRef>>,
 }
 
 /// What is the same for all requests of a connection.
@@ -65,7 +66,13 @@ impl RequestGate {
                 destination: story.destination.peer(),
             }),
             shown: Mutex::new(shown.into_iter().collect()),
+            passed: OnceLock::new(),
         }
+    }
+
+    /// The policy that let the first request pass; `None` while none has.
+    pub fn passed(&self) -> Option<&Option<PolicyRef>> {
+        self.passed.get()
     }
 }
 
@@ -93,15 +100,30 @@ impl Gate for RequestGate {
             Ok(Allowed {
                 permitted,
                 edits,
+                by_providers,
                 claims,
                 expires,
                 told,
             }) => {
+                held.record.verdict = Told::Allow;
                 held.record.policy = permitted.by().cloned();
                 held.record.told = told;
                 held.record.token = claims.as_deref().map(TokenRecord::new);
-                held.claims = claims;
                 held.expires = expires;
+                if by_providers != Edits::default() {
+                    held.head.headers = own(&by_providers.headers(request));
+                }
+                // Judging may have waited for a provider or for keys.
+                if held.changed.has_changed().unwrap_or(false)
+                    && let Some(denial) = held.denial()
+                {
+                    let policy = denial.policy().clone();
+                    held.revoke(denial.to_string(), Some(policy));
+                    let reply = Reply::new(StatusCode::FORBIDDEN, "RBAC: access denied");
+                    held.answered(reply.status);
+                    return Err(reply);
+                }
+                let _first = self.passed.set(permitted.by().cloned());
                 Ok(Pass {
                     edits,
                     permitted,
@@ -155,7 +177,8 @@ impl About {
             started: SystemTime::now(),
             source: self.source.clone(),
             destination: self.destination.clone(),
-            verdict: Told::Allow,
+            // Until it is judged.
+            verdict: Told::Failed,
             ..RequestRecord::default()
         }
     }
@@ -175,9 +198,13 @@ pub struct HeldRequest {
     record: RequestRecord,
     /// As it was judged, to be judged again.
     head: OwnedHead,
-    claims: Option<Arc<Claims>>,
     expires: Option<SystemTime>,
     changed: watch::Receiver<()>,
+}
+
+fn own(headers: &[(&HeaderName, &HeaderValue)]) -> Vec<(HeaderName, HeaderValue)> {
+    let own = |(name, value): &(&HeaderName, &HeaderValue)| ((*name).clone(), (*value).clone());
+    headers.iter().map(own).collect()
 }
 
 struct OwnedHead {
@@ -189,24 +216,23 @@ struct OwnedHead {
 
 impl HeldRequest {
     fn new(about: Arc<About>, request: &Request<'_>, changed: watch::Receiver<()>) -> Self {
-        const PATH: usize = 512;
+        const LONGEST: usize = 512;
+        let cut = |text: &str| Some(text.chars().take(LONGEST).collect());
         let mut record = about.record();
         let path = request.path.split(['?', '#']).next().unwrap_or_default();
-        record.method = Some(request.method.to_owned());
-        record.host = Some(request.host.to_owned());
-        record.path = Some(path.chars().take(PATH).collect());
-        let own = |(name, value): &(&HeaderName, &HeaderValue)| ((*name).clone(), (*value).clone());
+        record.method = cut(request.method);
+        record.host = cut(request.host);
+        record.path = cut(path);
         Self {
             record,
             head: OwnedHead {
                 method: request.method.to_owned(),
                 path: request.path.to_owned(),
                 host: request.host.to_owned(),
-                headers: request.headers.iter().map(own).collect(),
+                headers: own(&request.headers),
             },
             about,
             began: Instant::now(),
-            claims: None,
             expires: None,
             changed,
         }
@@ -230,13 +256,7 @@ impl HeldRequest {
             headers: headers.iter().map(|(name, value)| (name, value)).collect(),
         };
         let selected = proxy.selected(pod);
-        match proxy
-            .judge
-            .still(&selected, facts, &request, self.claims.as_deref())
-        {
-            Verdict::Deny(denial) => Some(denial),
-            Verdict::Allow(_) => None,
-        }
+        (proxy.judge).no_longer(&selected, facts, &request, SystemTime::now())
     }
 
     fn revoke(&mut self, reason: String, policy: Option<PolicyRef>) {
@@ -278,6 +298,9 @@ impl Held for HeldRequest {
 
 impl Drop for HeldRequest {
     fn drop(&mut self) {
+        if self.record.status.is_none() && self.record.reason.is_empty() {
+            self.record.reason = "broken off before it was answered".into();
+        }
         self.record.duration_ms = self.began.elapsed().as_millis() as u64;
         let record = std::mem::take(&mut self.record);
         self.about.tell(record);

@@ -21,6 +21,7 @@ use ::http::StatusCode;
 use tokio::net::TcpStream;
 
 use crate::{
+    config::Http,
     policy::Permitted,
     request::{Edits, Reply, Request},
 };
@@ -60,6 +61,19 @@ pub struct Limits {
     pub stream_window: u32,
     /// HTTP/2 streams of a connection that a client may reset before they are served.
     pub resets: usize,
+}
+
+impl From<&Http> for Limits {
+    fn from(http: &Http) -> Self {
+        Self {
+            head_bytes: http.head_bytes.0 as usize,
+            header_count: http.header_count.0 as usize,
+            head_timeout: http.head_timeout.0,
+            streams: http.streams.0,
+            stream_window: http.stream_window.0,
+            resets: http.resets.0 as usize,
+        }
+    }
 }
 
 /// Decides on the requests of one connection, and reaches its application.

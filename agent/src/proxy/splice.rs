@@ -158,6 +158,8 @@ async fn pump(
     counter: &AtomicU64,
 ) -> Result<(), Failed> {
     loop {
+        // A fast peer must not keep the connection's end from its turn.
+        tokio::task::consume_budget().await;
         // A writer that breaks while nothing is read must be noticed, too.
         let chunk = tokio::select! {
             biased;

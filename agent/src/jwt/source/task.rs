@@ -172,6 +172,7 @@ impl Shared {
         let changed = keys.is_some();
         if let Some(keys) = keys {
             self.keys.store(Some(Arc::new(keys)));
+            self.changed.send_replace(());
         }
         let before = self.end(asked, None, changed);
         if before.is_some() {
@@ -213,6 +214,7 @@ impl Shared {
     fn expire(&self, good: &mut Option<Good>) {
         *good = None;
         self.keys.store(None);
+        self.changed.send_replace(());
         tracing::error!(source = self.name, "keys are too old and no longer used");
     }
 }

@@ -344,6 +344,10 @@ impl TryFrom<RawCondition> for Condition {
         if raw.values.0.is_empty() && raw.not_values.0.is_empty() {
             return Err(format!("{}: values or notValues are missing", raw.key));
         }
+        let most = raw.values.0.len().max(raw.not_values.0.len());
+        if key == Key::SourceServiceAccount && most > 16 {
+            return Err(format!("{}: at most 16 service accounts", raw.key));
+        }
         let typed =
             |list: List<Text>| Values::new(&key, list).map_err(|e| format!("{}: {e}", raw.key));
         Ok(Self {
@@ -406,6 +410,11 @@ impl Key {
             return match name {
                 Some(":authority") => Ok(Self::Authority),
                 Some(":method") => Ok(Self::Method),
+                // HTTP/2 has it under another name (RFC 9113 8.3.1).
+                Some(name) if name.eq_ignore_ascii_case("host") => Ok(Self::Authority),
+                Some(":path") => Err(format!(
+                    "`{key}` is not supported; use paths of an operation"
+                )),
                 Some(name) => HeaderName::try_from(name)
                     .map(Self::Header)
                     .map_err(|_| format!("`{key}` names no header")),

@@ -79,7 +79,12 @@ checked! {
             .parse::<IpNet>()
             .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
             .map_err(|_| format!("`{text}` is no address or CIDR such as 10.0.0.0/8 or fd00::/8"))?;
-        Ok(net.trunc())
+        match net {
+            IpNet::V6(six) if six.prefix_len() >= 96 && six.addr().to_ipv4_mapped().is_some() => {
+                Err(format!("`{text}` is IPv4 in the form of IPv6; write it as IPv4"))
+            }
+            net => Ok(net.trunc()),
+        }
     };
 
     /// A decimal port, as a string (Istio's form).
@@ -221,7 +226,7 @@ impl TryFrom<String> for PathForm {
         if text.is_empty() {
             return Err("an empty string matches nothing".into());
         }
-        if !text.contains("{*}") && !text.contains("{**}") {
+        if !text.contains(['{', '}']) {
             return Ok(Self::Text(text));
         }
         let refuse = |why: &str| Err(format!("`{text}` is no path template: {why}"));
@@ -230,7 +235,8 @@ impl TryFrom<String> for PathForm {
         };
         let mut pieces = vec![Piece::Literal(String::new())];
         let mut rest_seen = false;
-        for segment in inner.split('/') {
+        let mut segments = inner.split('/').peekable();
+        while let Some(segment) = segments.next() {
             match pieces.last_mut() {
                 Some(Piece::Literal(text)) => text.push('/'),
                 _ => pieces.push(Piece::Literal("/".into())),
@@ -242,6 +248,7 @@ impl TryFrom<String> for PathForm {
                     rest_seen = true;
                     pieces.push(Piece::Rest);
                 }
+                "" if segments.peek().is_some() => return refuse("a segment is empty"),
                 literal => {
                     let fine =
                         |b: u8| b.is_ascii_alphanumeric() || b"-._~%!$&'()+,;:@=".contains(&b);

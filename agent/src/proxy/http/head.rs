@@ -255,7 +255,7 @@ impl Head {
             _ => b" HTTP/1.1\r\n",
         });
         for field in &self.fields {
-            if rules::is_framing(&field.name) || rules::kept(&field.name, edits) {
+            if rules::is_framing(&field.name) || edits.keeps(&field.name) {
                 write_field(out, &field.wire, field.value.as_bytes());
             }
         }

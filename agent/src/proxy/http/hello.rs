@@ -14,16 +14,20 @@ const MAX_HELLO: usize = 16 << 10;
 const HANDSHAKE: u8 = 22;
 
 /// Reads on until the ClientHello is whole. `None`: no TLS, or none that names a
-/// server.
+/// server. An error: it begins as TLS does, and cannot be read.
 pub async fn server_name(io: &mut Io) -> io::Result<Option<String>> {
-    while io.buffer.first() == Some(&HANDSHAKE) && io.buffer.len() <= MAX_HELLO {
+    let unread = |why| io::Error::new(io::ErrorKind::InvalidData, why);
+    while io.buffer.first() == Some(&HANDSHAKE) {
         match parse(&io.buffer) {
+            Hello::Partial if io.buffer.len() > MAX_HELLO => {
+                return Err(unread("a ClientHello of more than 16 KiB"));
+            }
             Hello::Partial => {}
             Hello::Whole(name) => return Ok(name),
-            Hello::Other => return Ok(None),
+            Hello::Other => return Err(unread("no ClientHello that can be read")),
         }
         if io.fill(HEAD_CHUNK).await? == 0 {
-            return Ok(None);
+            return Err(unread("the ClientHello is cut off"));
         }
     }
     Ok(None)

@@ -129,6 +129,8 @@ pub(super) struct Reader<'a> {
 impl Reader<'_> {
     /// See [`Io::fill`].
     pub(super) async fn fill(&mut self, chunk: usize) -> io::Result<usize> {
+        // Fast peers must not keep others, and their own end, from their turn.
+        tokio::task::consume_budget().await;
         let read = match &mut self.source {
             Source::Tcp(stream) => loop {
                 stream.readable().await?;

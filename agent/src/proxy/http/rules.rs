@@ -145,20 +145,6 @@ pub(super) fn disguised(name: &HeaderName) -> Result<(), BadRequest> {
     }
 }
 
-/// Whether a header stays, under every reading of its name: see [`disguised`].
-pub(super) fn kept(name: &HeaderName, edits: &crate::request::Edits) -> bool {
-    if !edits.keeps(name) {
-        return false;
-    }
-    if !name.as_str().contains('_') {
-        return true;
-    }
-    match HeaderName::from_bytes(name.as_str().replace('_', "-").as_bytes()) {
-        Ok(dashed) => edits.keeps(&dashed),
-        Err(_) => true,
-    }
-}
-
 /// Headers that frame a message or name its connection: edits leave them alone.
 pub(super) fn is_framing(name: &HeaderName) -> bool {
     matches!(

@@ -7,7 +7,6 @@ use super::super::{
     chunked::Decoder,
     head::{Body, skip, write_field},
     io::{BODY_CHUNK, Reader, Writer},
-    rules,
 };
 use crate::request::Edits;
 
@@ -74,7 +73,7 @@ impl Incoming {
         if let Self::Chunked(decoder) = self {
             out.extend_from_slice(b"0\r\n");
             for field in decoder.trailers() {
-                if rules::kept(&field.name, edits) {
+                if edits.keeps(&field.name) {
                     write_field(out, &field.wire, field.value.as_bytes());
                 }
             }

@@ -154,13 +154,14 @@ async fn alongside<T>(
     loop {
         select! {
             biased;
+            // Before anything is sent: dialling may have taken its time.
+            () = revoked.as_mut() => return Err(HttpError::Revoked),
             sent = upload.as_mut(), if *sending == Sending::Running => match sent {
                 Ok(()) => *sending = Sending::Done,
                 Err(HttpError::Application(_)) => *sending = Sending::Refused,
                 Err(error) => return Err(error),
             },
             result = main.as_mut() => return result,
-            () = revoked.as_mut() => return Err(HttpError::Revoked),
         }
     }
 }

@@ -186,7 +186,7 @@ fn rewrite(parts: &mut Parts, host: &str, edits: &Edits) -> Result<Request<()>, 
     if !edits.remove.is_empty() || !edits.set.is_empty() {
         let gone: Vec<_> = headers
             .keys()
-            .filter(|name| !rules::is_framing(name) && !rules::kept(name, edits))
+            .filter(|name| !rules::is_framing(name) && !edits.keeps(name))
             .cloned()
             .collect();
         for name in gone {
@@ -333,6 +333,8 @@ async fn alongside<T>(
     loop {
         select! {
             biased;
+            // Before anything is sent: dialling may have taken its time.
+            () = revoked.as_mut() => return Err(Off::Revoked),
             sent = upload.as_mut(), if *sending => {
                 *sending = false;
                 match sent {
@@ -342,7 +344,6 @@ async fn alongside<T>(
                 }
             }
             result = main.as_mut() => return result,
-            () = revoked.as_mut() => return Err(Off::Revoked),
         }
     }
 }
@@ -364,7 +365,7 @@ async fn upload(
             }
             let gone: Vec<_> = trailers
                 .keys()
-                .filter(|name| !rules::kept(name, edits))
+                .filter(|name| !edits.keeps(name))
                 .cloned()
                 .collect();
             for name in gone {

@@ -250,7 +250,7 @@ fn answer(stream: TcpStream) -> std::io::Result<()> {
             };
             let known = headers.entry(name.to_lowercase()).or_default();
             if !known.is_empty() {
-                known.push(',');
+                known.push_str(if name == "cookie" { "; " } else { "," });
             }
             known.push_str(value.trim());
         }

@@ -259,6 +259,69 @@ fn grpc_calls_are_judged_one_by_one() -> Result<()> {
     Ok(())
 }
 
+/// An HTTP/2 server greets with its settings before it has heard a word, and is no
+/// less HTTP for that: with tokens alone asked for, its calls are read.
+#[test]
+fn a_server_that_greets_with_settings_is_read() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, near) = (lab.pod(1, "client")?, lab.pod(2, "near")?);
+    let server = lab.pod(2, "server")?;
+    let grpc = script(&lab, "grpc_peer.py", include_str!("requests/grpc_peer.py"))?;
+    let mut serve = server.command(PYTHON)?;
+    let serving = server.start("grpc", serve.args([&grpc, "serve", "50051"]))?;
+    serving.says("listening")?;
+    let minted = mint(&lab, 3600)?;
+    lab.policy("tokens", &authentication("tokens", &inline(&minted, "")))?;
+    lab.policies(1)?;
+    let token = |name: &str| {
+        minted["tokens"][name]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned()
+    };
+    for client in [&client, &near] {
+        for (token, expected) in [(token("good"), "OK"), (token("expired"), "UNAUTHENTICATED")] {
+            let mut python = client.command(PYTHON)?;
+            python.args([&grpc, "call", &at(&server, 50051), "/a.B/C", &token]);
+            let said = text(&output(&mut python)?.stdout);
+            assert!(said.starts_with(expected), "{} {said}", client.name);
+        }
+    }
+    Ok(())
+}
+
+/// Policy sees the head that the application gets: a claim's header, not the client's.
+#[test]
+fn headers_that_are_made_up_decide_nothing() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server) = (lab.pod(1, "client")?, lab.pod(2, "server")?);
+    let _nginx = server.nginx(PORT, "page")?;
+    let minted = mint(&lab, 3600)?;
+    let outputs = ", outputClaimToHeaders: [{header: x-sub, claim: sub}]";
+    lab.policy(
+        "tokens",
+        &authentication("tokens", &inline(&minted, outputs)),
+    )?;
+    lab.policy(
+        "alice",
+        &authorization(
+            "alice",
+            "{rules: [{when: [{key: 'request.headers[x-sub]', values: [alice]}]}]}",
+        ),
+    )?;
+    lab.policies(2)?;
+    let url = format!("http://{}/app/x", at(&server, PORT));
+    let made_up = "x-sub: alice";
+    let status = |headers: &[&str]| Ok::<_, anyhow::Error>(get(&client, &url, headers)?.0);
+    assert_eq!(status(&[made_up])?, "403");
+    assert_eq!(
+        status(&[made_up, &bearer(&minted, "wrong_subject")])?,
+        "403"
+    );
+    assert_eq!(status(&[&bearer(&minted, "good")])?, "200");
+    Ok(())
+}
+
 #[test]
 fn a_websocket_lives_until_its_token_or_policy_ends_it() -> Result<()> {
     let mut lab = Lab::started()?;

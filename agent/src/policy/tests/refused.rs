@@ -49,6 +49,32 @@ fn errors_name_the_place_and_what_would_be_right() {
     let mut wrong = Vec::new();
     for (text, parts) in [
         (rule("{form: []}"), ["p.yaml:5", "form"]),
+        (
+            policy("shop", "{action: DENY, rules: [{}]}") + "items: []\n",
+            ["p.yaml:6", "items"],
+        ),
+        (
+            operation("{paths: ['/users/{id}']}"),
+            ["paths[0]", "whole segment"],
+        ),
+        (operation("{paths: ['/a}']}"), ["paths[0]", "whole segment"]),
+        (
+            operation("{paths: ['/a//{*}']}"),
+            ["paths[0]", "a segment is empty"],
+        ),
+        (operation("{paths: /a}"), ["paths", "must be a list"]),
+        (
+            source("{ipBlocks: ['::ffff:10.0.0.0/104']}"),
+            ["ipBlocks[0]", "write it as IPv4"],
+        ),
+        (
+            when("{key: 'request.headers[:path]', values: [a]}"),
+            ["when[0]", "use paths"],
+        ),
+        (
+            peer("shop", "p", "{}").replace("name: p,", "name: p, creationTimestamp: yesterday,"),
+            ["creationTimestamp", "RFC 3339"],
+        ),
         (rule("null"), ["p.yaml:5", "rules[0]"]),
         (rule("{from: []}"), ["from", "empty list"]),
         (rule("{to: []}"), ["to", "empty list"]),

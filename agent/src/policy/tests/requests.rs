@@ -253,6 +253,10 @@ fn conditions() {
             "{key: 'request.headers[:authority]', values: ['shop.example:8080']}",
             false,
         ),
+        (
+            "{key: 'request.headers[Host]', values: ['Shop.Example:8080']}",
+            true,
+        ),
         ("{key: source.ip, values: [10.1.0.0/16]}", true),
         ("{key: source.ip, notValues: [10.1.0.0/16]}", false),
         ("{key: remote.ip, values: [192.0.2.0/24]}", true),
@@ -268,7 +272,8 @@ fn conditions() {
             "{key: source.serviceAccount, notValues: [shop/cart]}",
             false,
         ),
-        ("{key: source.trustDomain, values: [cluster.local]}", true),
+        ("{key: source.trustDomain, values: [cluster.local]}", false),
+        ("{key: source.trustDomain, values: [old.example]}", true),
         ("{key: source.trustDomain, values: [else.example]}", false),
         ("{key: request.auth.principal, values: ['*/user-1']}", true),
         ("{key: request.auth.audiences, values: [web]}", true),
@@ -539,6 +544,21 @@ fn requests_are_read_only_where_a_rule_may_match_the_connection() {
             false,
         ),
         (from("{remoteIpBlocks: [10.0.0.0/8]}"), false),
+        (when("{key: connection.sni, values: [a.example]}"), true),
+        (
+            policy(
+                "shop",
+                "{action: DENY, rules: [{when: [{key: connection.sni, values: [a.example]}]}]}",
+            ),
+            true,
+        ),
+        (
+            policy(
+                "shop",
+                "{action: AUDIT, rules: [{to: [{operation: {methods: [GET]}}]}]}",
+            ),
+            false,
+        ),
         (ra.clone(), true),
         (ra.replace("namespace: shop", "namespace: other"), false),
     ] {
@@ -549,6 +569,17 @@ fn requests_are_read_only_where_a_rule_may_match_the_connection() {
         ..Reading::default()
     };
     let set = load_with(&from("{remoteIpBlocks: [10.0.0.0/8]}"), proxied).expect("loads");
+    assert!(
+        select(&set)
+            .needs_request(&facts(CART, "10.1.2.3"))
+            .is_some()
+    );
+    // The packets' source is a proxy's, and says nothing of the client.
+    let deny = policy(
+        "shop",
+        "{action: DENY, rules: [{from: [{source: {remoteIpBlocks: [198.51.100.0/24]}}]}]}",
+    );
+    let set = load_with(&deny, proxied).expect("loads");
     assert!(
         select(&set)
             .needs_request(&facts(CART, "10.1.2.3"))

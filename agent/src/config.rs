@@ -298,7 +298,7 @@ impl Default for Http {
             header_count: Count(100),
             head_timeout: Span::seconds(10),
             streams: Count(100),
-            stream_window: Window(256 << 10),
+            stream_window: Window(128 << 10),
             resets: Count(100),
         }
     }

@@ -1,7 +1,12 @@
 //! Reads the directories, and reads them again when they change. A change that
 //! does not parse leaves the last good state standing.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashSet},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
 
 use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::mpsc;
@@ -11,6 +16,7 @@ use crate::{
     audit::Record,
     config::Config,
     judge::Judge,
+    jwt::RemoteKeys,
     lifecycle::Watcher,
     objects::{LoadError, load_directory},
     policy::{Mesh, PolicyError, PolicySet, Reading},
@@ -93,11 +99,13 @@ fn reload(state: &State) {
     match policies(&state.config) {
         Ok(policies) => {
             warn(&proxy.policies.load(), &policies, &proxy.judge);
-            proxy
-                .judge
-                .keys
-                .want(policies.remote_keys().iter().cloned().collect());
+            // Keys of old policies go after the policies.
+            let wanted: HashSet<RemoteKeys> = policies.remote_keys().iter().cloned().collect();
+            let before = proxy.policies.load_full();
+            let both = before.remote_keys().iter().chain(&wanted).cloned();
+            proxy.judge.keys.want(both.collect());
             proxy.policies.store(Arc::new(policies));
+            proxy.judge.keys.want(wanted);
             state.problem("policies", None);
             // After the new set is published: what is accepted from now on is judged
             // by it, and what was accepted before is judged here.

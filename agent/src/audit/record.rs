@@ -71,6 +71,9 @@ pub struct Connection {
     pub verdict: Verdict,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<PolicyRef>,
+    /// As of requests, where the connection was not read.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub told: Vec<PolicyRef>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Session>,
     pub bytes: Bytes,

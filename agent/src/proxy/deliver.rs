@@ -20,7 +20,7 @@ use super::{
 use crate::{
     kernel::ClientEntry,
     lifecycle::Watcher,
-    policy::{Facts, Permitted, Selected, Verdict},
+    policy::{Facts, Layer, Permitted, Selected, Verdict},
 };
 
 /// A connection that has come to its destination's agent.
@@ -90,6 +90,7 @@ impl Delivery<'_> {
             return self.read(arrived, live, &selected).await;
         }
         let identity = Some(self.pod.identity());
+        self.story.told = selected.told(&self.facts, Layer::Opaque);
         let judged = (self.proxy.judge)
             .connection(&selected, &self.facts, identity, self.client)
             .await;
@@ -197,6 +198,7 @@ impl Delivery<'_> {
         }
         live.is_raw(&self.facts);
         let identity = Some(self.pod.identity());
+        self.story.told = selected.told(&self.facts, Layer::Opaque);
         let judged = (self.proxy.judge)
             .connection(&selected, &self.facts, identity, self.client)
             .await;

@@ -39,6 +39,8 @@ pub struct Story {
     pub protocol: Option<&'static str>,
     pub verdict: Verdict,
     pub policy: Option<PolicyRef>,
+    /// Policies without effect that had something to say.
+    pub told: Vec<PolicyRef>,
     pub tls: Option<Session>,
     pub counters: Arc<Counters>,
     /// Whether `opened` was counted, so that `closed` is.
@@ -110,6 +112,7 @@ impl Story {
             protocol: None,
             verdict: Verdict::Failed,
             policy: None,
+            told: Vec::new(),
             tls: None,
             counters: Arc::default(),
             open: None,
@@ -185,6 +188,7 @@ impl Story {
                 service: self.service.map(|s| format!("{}/{}", s.namespace, s.name)),
                 verdict: self.verdict,
                 policy: self.policy,
+                told: self.told,
                 tls: self.tls,
                 bytes,
                 end,

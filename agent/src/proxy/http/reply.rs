@@ -41,24 +41,44 @@ pub(super) fn write_http1(reply: &Reply, to_head: bool, close: bool, out: &mut B
     for (name, value) in &reply.headers {
         write_field(out, name.as_str().as_bytes(), value.as_bytes());
     }
-    let length = reply.body.len().to_string();
-    write_field(out, b"content-type", b"text/plain");
-    write_field(out, b"content-length", length.as_bytes());
+    let bodiless = is_bodiless(reply.status);
+    if !bodiless {
+        if !names_type(reply) {
+            write_field(out, b"content-type", b"text/plain");
+        }
+        let length = reply.body.len().to_string();
+        write_field(out, b"content-length", length.as_bytes());
+    }
     if close {
         write_field(out, b"connection", b"close");
     }
     out.extend_from_slice(b"\r\n");
-    if !to_head {
+    if !to_head && !bodiless {
         out.extend_from_slice(reply.body.as_bytes());
     }
+}
+
+/// Statuses whose answers have no body (RFC 9110 6.4.1): a provider may choose one.
+fn is_bodiless(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
+fn names_type(reply: &Reply) -> bool {
+    let mut names = reply.headers.iter().map(|(name, _)| name);
+    names.any(|name| *name == header::CONTENT_TYPE)
 }
 
 /// As HTTP/2 has it: the head, and the body if there is one.
 pub(super) fn http2(reply: &Reply, to_head: bool) -> (Response<()>, Bytes) {
     let mut headers: HeaderMap = reply.headers.iter().cloned().collect();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
-    headers.insert(header::CONTENT_LENGTH, reply.body.len().into());
-    let body = match to_head {
+    let bodiless = is_bodiless(reply.status);
+    if !bodiless {
+        if !names_type(reply) {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+        }
+        headers.insert(header::CONTENT_LENGTH, reply.body.len().into());
+    }
+    let body = match to_head || bodiless {
         true => Bytes::new(),
         false => Bytes::copy_from_slice(reply.body.as_bytes()),
     };

@@ -59,24 +59,21 @@ pub fn classify(bytes: &[u8], limit: usize) -> Option<Protocol> {
         return None;
     }
     // Lenient applications skip empty lines, and blanks.
-    let blank = |b: &u8| matches!(b, b'\r' | b'\n' | b' ' | b'\t');
-    let start = bytes.iter().position(|b| !blank(b)).unwrap_or(bytes.len());
+    let start = (bytes.iter().position(|b| !is_blank(*b))).unwrap_or(bytes.len());
     let text = &bytes[start..];
     let over = bytes.len() > limit;
     let undecided = || over.then_some(Protocol::Http1);
     let Some(end) = text.iter().position(|b| !is_token_byte(*b)) else {
         return undecided();
     };
-    if end == 0 || !matches!(text[end], b' ' | b'\t') {
+    if end == 0 || !is_blank(text[end]) || matches!(text[end], b'\r' | b'\n') {
         return Some(Protocol::NotHttp);
     }
     let end_of_line = text.iter().position(|b| *b == b'\n');
     let line = &text[..end_of_line.unwrap_or(text.len())];
-    let second = line[end..].trim_ascii_start();
-    let second = second
-        .split(u8::is_ascii_whitespace)
-        .next()
-        .unwrap_or(second);
+    let second = (line[end..].split(|b| is_blank(*b)))
+        .find(|word| !word.is_empty())
+        .unwrap_or_default();
     if matches!(second.first(), Some(b'/' | b'*'))
         || second.windows(3).any(|w| w == b"://")
         || line.windows(5).any(|w| w.eq_ignore_ascii_case(b"HTTP/"))
@@ -87,4 +84,10 @@ pub fn classify(bytes: &[u8], limit: usize) -> Option<Protocol> {
         Some(_) => Some(Protocol::NotHttp),
         None => undecided(),
     }
+}
+
+/// What some application takes for a blank between words: Python's `str.split` has
+/// the longest list.
+fn is_blank(b: u8) -> bool {
+    matches!(b, b'\t'..=b'\r' | 0x1c..=0x1f | b' ' | 0x85 | 0xa0)
 }

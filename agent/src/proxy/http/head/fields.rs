@@ -5,7 +5,7 @@ use bytes::Bytes;
 use http::{HeaderName, StatusCode, Version, header};
 
 use super::{
-    super::rules::{self, BadRequest, bad, is_token},
+    super::rules::{self, BadRequest, bad, is_token, is_token_byte},
     Body, Field, Head, trim,
 };
 
@@ -162,6 +162,10 @@ fn connection(value: &[u8], framing: &mut Framing) -> Result<(), BadRequest> {
 /// policy would not see.
 fn upgrade(protocols: &[Bytes]) -> Option<Bytes> {
     let passes = |member: &&[u8]| {
+        // token ["/" token] (RFC 9110 7.8); what is none is read by some as if it were.
+        if !member.iter().all(|b| is_token_byte(*b) || *b == b'/') {
+            return false;
+        }
         let name = member.split(|b| *b == b'/').next().unwrap_or(member);
         !["h2c", "h2", "http", "tls", "spdy"]
             .iter()

@@ -245,14 +245,17 @@ fn load_document<T: Object>(
 pub fn parse_document<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, LoadError> {
     let document = Document {
         text: text.to_owned(),
+        before: 0,
         first_line: 1,
     };
     parse(path, &document, |de| T::deserialize(de))
 }
 
-/// A document, preceded by blank lines so that its line numbers are the file's.
 struct Document {
     text: String,
+    /// Lines of the file before the text.
+    before: u64,
+    /// Line of the file that the content begins with.
     first_line: u64,
 }
 
@@ -261,17 +264,19 @@ struct Document {
 fn documents(text: &str) -> Vec<Document> {
     let mut all = vec![Document {
         text: String::new(),
+        before: 0,
         first_line: 1,
     }];
-    for (number, line) in text.lines().enumerate() {
+    for (before, line) in (0..).zip(text.lines()) {
         let marker = line == "---" || line.starts_with("--- ");
         if marker {
             // What stands behind the marker is content.
             let rest = line[3..].trim_start();
-            let blanks = "\n".repeat(number);
-            let first_line = number as u64 + if rest.is_empty() { 2 } else { 1 };
-            let text = format!("{blanks}    {rest}\n");
-            all.push(Document { text, first_line });
+            all.push(Document {
+                text: format!("    {rest}\n"),
+                before,
+                first_line: before + if rest.is_empty() { 2 } else { 1 },
+            });
         } else if let Some(last) = all.last_mut() {
             last.text.push_str(line);
             last.text.push('\n');
@@ -301,7 +306,9 @@ fn parse<T>(
         let field = track.path().to_string();
         LoadError::Parse {
             path: path.to_owned(),
-            line: error.location().map_or(document.first_line, |at| at.line()),
+            line: error
+                .location()
+                .map_or(document.first_line, |at| document.before + at.line()),
             object: String::new(),
             field: if field == "." { String::new() } else { field },
             message: plain(&error),
@@ -520,5 +527,12 @@ mod tests {
             "{error}"
         );
         assert!(lives("kind: [\n").is_err());
+    }
+
+    #[test]
+    fn documents_cost_no_more_with_others_before_them() {
+        let text = "---\nkind: Dog\n".repeat(1000);
+        let read: usize = documents(&text).iter().map(|d| d.text.len()).sum();
+        assert!(read <= 2 * text.len(), "{read} bytes of {}", text.len());
     }
 }

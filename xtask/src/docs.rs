@@ -32,6 +32,7 @@ const DIRECTORIES: &[&str] = &[
     "xtask/",
     "config/",
     "tests/",
+    "fuzz/",
     ".ci/",
 ];
 /// The heading above the table of configuration keys.

@@ -76,21 +76,21 @@ struct Settled {
     told: Vec<PolicyRef>,
 }
 
-enum Unsettled {
-    Refused(Refused),
-    /// Newer keys might make a difference.
-    Keys {
-        sources: Vec<RemoteKeys>,
-        /// There are none at all.
-        unavailable: bool,
-        refused: Refused,
-    },
+/// A refusal, and what might make a difference to it.
+struct Unsettled {
+    refused: Box<Refused>,
+    /// Where newer keys may come from.
+    sources: Vec<RemoteKeys>,
+    /// There are no keys at all.
+    unavailable: bool,
 }
 
-impl Unsettled {
-    fn refused(self) -> Refused {
-        match self {
-            Self::Refused(refused) | Self::Keys { refused, .. } => refused,
+impl From<Refused> for Unsettled {
+    fn from(refused: Refused) -> Self {
+        Self {
+            refused: Box::new(refused),
+            sources: Vec::new(),
+            unavailable: false,
         }
     }
 }
@@ -192,7 +192,7 @@ impl Judge {
         let settle = || self.settle(selected, facts, &asked, &normal.path, now);
         let settled = match settle() {
             // The issuer may have a new key, or none was fetched yet.
-            Err(Unsettled::Keys { sources, .. }) => {
+            Err(Unsettled { sources, .. }) if !sources.is_empty() => {
                 for from in &sources {
                     let had = self.keys.get(from).is_some();
                     if had || self.keys.ready(from, FIRST_FETCH).await.is_none() {
@@ -209,7 +209,7 @@ impl Judge {
             claims,
             expires,
             told,
-        } = settled.map_err(Unsettled::refused)?;
+        } = settled.map_err(|unsettled| *unsettled.refused)?;
         let mut all = by_providers.clone();
         merge(&mut all, edits);
         if all.path.is_none() && target != request.path {
@@ -239,14 +239,11 @@ impl Judge {
         }
         // It was a path when the request was judged.
         let normal = normalize(request.path, selected.reading.normalization).ok()?;
-        let refused = match self.settle(selected, facts, request, &normal.path, now) {
-            Ok(_)
-            | Err(Unsettled::Keys {
-                unavailable: true, ..
-            }) => return None,
-            Err(unsettled) => unsettled.refused(),
-        };
-        match refused.why {
+        let unsettled = self
+            .settle(selected, facts, request, &normal.path, now)
+            .err()
+            .filter(|unsettled| !unsettled.unavailable)?;
+        match unsettled.refused.why {
             Why::Denied(denial) => Some(denial),
             Why::Malformed(_) => None,
         }
@@ -276,13 +273,10 @@ impl Judge {
                         why: Why::Denied(denial),
                         claims: None,
                     };
-                    return Err(match refusal.refetch.is_empty() {
-                        true => Unsettled::Refused(refused),
-                        false => Unsettled::Keys {
-                            unavailable: refusal.error == TokenError::KeysUnavailable,
-                            sources: refusal.refetch,
-                            refused,
-                        },
+                    return Err(Unsettled {
+                        unavailable: refusal.error == TokenError::KeysUnavailable,
+                        sources: refusal.refetch,
+                        refused: Box::new(refused),
                     });
                 }
             };
@@ -296,7 +290,7 @@ impl Judge {
             && let Err(denial) = selected.presenter(facts, claims)
         {
             let why = "the token is bound to another presenter".to_owned();
-            return Err(Unsettled::Refused(Refused {
+            return Err(Unsettled::from(Refused {
                 reply: jwt::invalid_token(request, StatusCode::UNAUTHORIZED, why),
                 ..refused(denial)
             }));
@@ -316,7 +310,7 @@ impl Judge {
         let verdict = selected.decide(facts, layer);
         let permitted = verdict
             .permit()
-            .map_err(|d| Unsettled::Refused(refused(d)))?;
+            .map_err(|denial| Unsettled::from(refused(denial)))?;
         let told = selected.told(facts, layer);
         drop(seen);
         Ok(Settled {

@@ -1,6 +1,6 @@
 //! Authorization: `schema` is Istio's API as YAML has it, `compile` turns it into
-//! what is evaluated, `set` finds the policies of a workload, `evaluate` is a pure
-//! function from facts to a verdict.
+//! what is evaluated, `set` finds the policies of a workload, `selected` asks them in
+//! order, `evaluate` is a pure function from facts to whether a rule matches.
 
 mod compile;
 mod evaluate;
@@ -8,6 +8,7 @@ mod extension;
 mod normalize;
 mod pattern;
 mod schema;
+mod selected;
 mod set;
 #[cfg(test)]
 mod tests;
@@ -17,4 +18,5 @@ pub use evaluate::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Rul
 pub use extension::Caller;
 pub use normalize::{BadPath, Normal, normalize};
 pub use schema::PolicyObject;
-pub use set::{Authorization, PolicyError, PolicySet, Selected, Subject};
+pub use selected::{Authorization, Selected};
+pub use set::{PolicyError, PolicySet, Subject};

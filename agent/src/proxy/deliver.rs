@@ -109,7 +109,7 @@ impl Delivery<'_> {
             }
         };
         match arrived.open() {
-            Ok(end) => self.carry(end, stream, &permitted, live).await,
+            Ok(end) => self.carry(end, stream, &permitted, Some(live)).await,
             Err(error) => Ending::Failed(format!("the tunnel: {error}")),
         }
     }
@@ -118,7 +118,7 @@ impl Delivery<'_> {
     pub async fn unjudged(mut self, end: End) -> Ending {
         let permitted = Permitted::probe();
         match self.dial(&permitted).await {
-            Ok((stream, _client)) => self.carry_on(end, stream, &permitted, None).await,
+            Ok((stream, _client)) => self.carry(end, stream, &permitted, None).await,
             Err(error) => {
                 end.reset();
                 self.unreachable(&error)
@@ -183,20 +183,19 @@ impl Delivery<'_> {
         if protocol != Protocol::NotHttp {
             return self.serve(source, protocol, early, live, &limits).await;
         }
-        let selected = self.proxy.selected(self.pod);
-        match timeout(limits.head_timeout, server_name(&mut source)).await {
-            Ok(Ok(name)) => self.facts.sni = name,
+        let late = |_elapsed| Err(io::ErrorKind::TimedOut.into());
+        let named = timeout(limits.head_timeout, server_name(&mut source)).await;
+        match named.unwrap_or_else(late) {
+            Ok(name) => self.facts.sni = name,
             // Nobody may choose not to be read.
-            unread if selected.asks_for_sni() => {
+            Err(error) if self.proxy.selected(self.pod).asks_for_sni() => {
                 source.reset();
-                let why = unread.map_or("it is too slow".into(), |e| {
-                    e.map_or_else(|e| e.to_string(), |_| String::new())
-                });
-                return Ending::Failed(format!("policy asks for its server name: {why}"));
+                return Ending::Failed(format!("policy asks for its server's name: {error}"));
             }
-            _ => {}
+            Err(_) => {}
         }
         live.is_raw(&self.facts);
+        let selected = self.proxy.selected(self.pod);
         let identity = Some(self.pod.identity());
         self.story.told = selected.told(&self.facts, Layer::Opaque);
         let judged = (self.proxy.judge)
@@ -225,7 +224,7 @@ impl Delivery<'_> {
             return Ending::Failed(format!("the application: {error}"));
         }
         self.story.counters.add_sent(prefix.len());
-        self.carry(end, application, &permitted, live).await
+        self.carry(end, application, &permitted, Some(live)).await
     }
 
     async fn serve(
@@ -272,11 +271,9 @@ impl Delivery<'_> {
         };
         // A connection that nothing was permitted on is not kept for nothing.
         let idle = async {
-            loop {
-                tokio::time::sleep(PATIENCE).await;
-                if !dialled && gate.passed().is_none() {
-                    return;
-                }
+            tokio::time::sleep(PATIENCE).await;
+            if dialled || gate.passed().is_some() {
+                std::future::pending().await
             }
         };
         let ending = tokio::select! {
@@ -300,16 +297,6 @@ impl Delivery<'_> {
     }
 
     async fn carry(
-        &mut self,
-        end: End,
-        application: TcpStream,
-        permitted: &Permitted,
-        live: Registered,
-    ) -> Ending {
-        self.carry_on(end, application, permitted, Some(live)).await
-    }
-
-    async fn carry_on(
         &mut self,
         mut source: End,
         application: TcpStream,

@@ -25,7 +25,7 @@ impl Normal<'_> {
 /// Why a path is refused: 400, whatever policy says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BadPath {
-    #[error("the path has an escaped NUL")]
+    #[error("the path has a NUL")]
     Nul,
     #[error("the path does not begin with `/`")]
     Form,
@@ -40,7 +40,7 @@ pub fn normalize(target: &str, degree: Normalization) -> Result<Normal<'_>, BadP
     if path != "*" && !path.starts_with('/') && !(path.starts_with('\\')) {
         return Err(BadPath::Form);
     }
-    if path.contains("%00") {
+    if path.contains("%00") || path.contains('\0') {
         return Err(BadPath::Nul);
     }
     if degree == Normalization::None || path == "*" {
@@ -271,7 +271,10 @@ mod tests {
 
     #[test]
     fn refused() {
-        assert_eq!(normalize("/a%00", Base), Err(BadPath::Nul));
+        for nul in ["/a%00", "/%/\0"] {
+            assert_eq!(normalize(nul, Base), Err(BadPath::Nul));
+            assert_eq!(normalize(nul, None), Err(BadPath::Nul));
+        }
         for form in ["", "a", "?a", "#", "http://x/", "%2Fa"] {
             assert_eq!(normalize(form, Base), Err(BadPath::Form), "{form}");
         }

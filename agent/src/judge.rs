@@ -315,7 +315,7 @@ impl Judge {
         drop(seen);
         Ok(Settled {
             permitted,
-            expires: expires.and_then(|at| at.checked_add(Duration::from_secs(LEEWAY))),
+            expires: expires.and_then(lapse),
             claims,
             edits,
             told,
@@ -352,6 +352,11 @@ impl Judge {
         }
         Ok(edits)
     }
+}
+
+/// When a token that expires then is no longer taken; `None` where no clock gets to.
+fn lapse(expires: SystemTime) -> Option<SystemTime> {
+    expires.checked_add(Duration::from_secs(LEEWAY))
 }
 
 fn merge(edits: &mut Edits, more: Edits) {
@@ -422,6 +427,15 @@ mod tests {
             let told = remote_ip(&request, source, proxies).to_string();
             assert_eq!(told, expected, "{forwarded:?} {proxies}");
         }
+    }
+
+    /// Some issuers write the greatest number for "never".
+    #[test]
+    fn a_token_may_outlast_every_clock() {
+        let leeway = Duration::from_secs(LEEWAY);
+        let last = SystemTime::UNIX_EPOCH + Duration::from_secs(i64::MAX as u64);
+        assert_eq!(lapse(last), None);
+        assert_eq!(lapse(last - leeway), Some(last));
     }
 
     #[test]

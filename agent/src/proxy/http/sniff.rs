@@ -23,12 +23,19 @@ pub enum Protocol {
 /// without bound for a client that says nothing, as those of protocols in which the
 /// server speaks first do. Safe to cancel.
 pub async fn sniff(io: &mut Io, limits: &Limits) -> io::Result<Protocol> {
+    /// By then all but a tedious client have told, bytes.
+    const SHORT: usize = 64;
     // From the first byte on.
     let mut deadline = None;
+    let mut unseen = 0;
     loop {
-        if let Some(protocol) = classify(&io.buffer, limits.head_bytes) {
+        // Of a longer line, no byte is looked at each time that another has come.
+        let ended = io.buffer[unseen..].contains(&b'\n');
+        let worth = unseen < SHORT || ended || io.buffer.len() > limits.head_bytes;
+        if worth && let Some(protocol) = classify(&io.buffer, limits.head_bytes) {
             return Ok(protocol);
         }
+        unseen = io.buffer.len();
         // A first line that never ends is neither: nobody may choose to be unread.
         let read = match io.buffer.is_empty() {
             true => io.fill(HEAD_CHUNK).await?,

@@ -25,7 +25,7 @@ use tokio::{
 use crate::{
     audit::{Audit, Record},
     config::{Config, Unknown},
-    identity::{Authority, Bundle},
+    identity::{Authority, Bundle, JwtIssuer},
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
     lifecycle::{Watcher, drain},
@@ -76,6 +76,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .keys
         .want(policies.remote_keys().iter().cloned().collect());
     let authority = Authority::open(&config, &node).map_err(|e| misconfigured(&e))?;
+    let jwt = JwtIssuer::open(&config.state).map_err(|e| misconfigured(&e))?;
     let bundle = Bundle::new(&authority, config.identity.bundle.as_deref())
         .map_err(|e| misconfigured(&e))?;
     let endpoints = Endpoints::bind(&config.listen)
@@ -105,7 +106,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         audit: audit.clone(),
         metrics: Metrics::default(),
     });
-    let identities = Arc::new(Identities::new(authority, Arc::new(bundle)));
+    let identities = Arc::new(Identities::new(authority, jwt, Arc::new(bundle)));
     let (trigger, watcher) = drain();
     let below = config.kernel.cgroup.as_deref();
     let enroller = Enroller::new(

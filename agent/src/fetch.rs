@@ -1,6 +1,7 @@
-//! Fetches small documents by HTTP and HTTPS: key sets and what leads to them.
-//! Policy names the URLs, so an answer is never followed elsewhere, and no name
-//! leads to a node's metadata service: what is connected to is what was looked at.
+//! Small exchanges by HTTP and HTTPS: key sets and what leads to them, and forms
+//! that authorization servers answer. Policy names the URLs, so an answer is never
+//! followed elsewhere, and no name leads to a node's metadata service: what is
+//! connected to is what was looked at.
 
 mod address;
 #[cfg(test)]
@@ -15,8 +16,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, StatusCode, Uri, header};
-use http_body_util::{BodyExt as _, Empty, LengthLimitError, Limited};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header};
+use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
@@ -24,6 +25,7 @@ use hyper_util::{
 };
 use rustls::{
     ClientConfig, RootCertStore,
+    client::ResolvesClientCert,
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, pem::PemObject as _},
 };
@@ -68,25 +70,55 @@ pub struct Fetched {
     pub lifetime: Option<Duration>,
 }
 
+/// An answer of any status.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+/// One connection a request; clones share the roots.
 #[derive(Clone, Debug)]
 pub struct Fetcher {
-    client: Client<HttpsConnector<HttpConnector<Vetted>>, Empty<Bytes>>,
+    client: Client<HttpsConnector<HttpConnector<Vetted>>, Full<Bytes>>,
 }
 
 impl Fetcher {
     /// Trusts the system's roots, or Mozilla's where the system has none, and
     /// those of a PEM file besides.
     pub fn new(more_roots: Option<&Path>) -> Result<Self, RootsError> {
-        Self::with_names(more_roots, Vetted::system())
+        Ok(Self::build(
+            &Trust::new(more_roots)?,
+            None,
+            Vetted::system(),
+        ))
     }
 
+    /// Shows servers that ask for it this certificate (RFC 8705 2).
+    pub fn with_certificate(trust: &Trust, certificate: Arc<dyn ResolvesClientCert>) -> Self {
+        Self::build(trust, Some(certificate), Vetted::system())
+    }
+
+    #[cfg(test)]
     fn with_names(more_roots: Option<&Path>, names: Vetted) -> Result<Self, RootsError> {
+        Ok(Self::build(&Trust::new(more_roots)?, None, names))
+    }
+
+    fn build(
+        trust: &Trust,
+        certificate: Option<Arc<dyn ResolvesClientCert>>,
+        names: Vetted,
+    ) -> Self {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let tls = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .expect("the provider has suites of both versions")
-            .with_root_certificates(roots(more_roots)?)
-            .with_no_client_auth();
+            .with_root_certificates(trust.0.clone());
+        let tls = match certificate {
+            Some(certificate) => tls.with_client_cert_resolver(certificate),
+            None => tls.with_no_client_auth(),
+        };
         let mut tcp = HttpConnector::new_with_resolver(names);
         tcp.enforce_http(false);
         let connector = HttpsConnectorBuilder::new()
@@ -99,13 +131,66 @@ impl Fetcher {
             .pool_max_idle_per_host(0)
             .http1_max_buf_size(MAX_HEAD)
             .build(connector);
-        Ok(Self { client })
+        Self { client }
     }
 
     /// Fetches one document; `limit` is for all of it, name lookup included.
     pub async fn get(&self, url: &str, limit: Duration) -> Result<Fetched, FetchError> {
-        let uri = checked(url)?;
-        match tokio::time::timeout(limit, self.exchange(url, uri)).await {
+        let request =
+            http::Request::get(checked(url)?).header(header::ACCEPT, "application/json, */*;q=0.1");
+        let answer = self.exchange(url, request, Bytes::new(), limit).await?;
+        if answer.status != StatusCode::OK {
+            return Err(FetchError::Status {
+                url: shown(url),
+                status: answer.status,
+            });
+        }
+        Ok(Fetched {
+            lifetime: lifetime(&answer.headers),
+            body: answer.body,
+        })
+    }
+
+    /// Sends a form (`application/x-www-form-urlencoded`), and gives any answer.
+    pub async fn post_form(
+        &self,
+        url: &str,
+        form: &[(&str, &str)],
+        headers: &[(HeaderName, HeaderValue)],
+        limit: Duration,
+    ) -> Result<Answer, FetchError> {
+        let body = form_urlencoded::Serializer::new(String::new())
+            .extend_pairs(form)
+            .finish();
+        const FORM: &str = "application/x-www-form-urlencoded";
+        self.post(url, FORM, body.into(), headers, limit).await
+    }
+
+    pub async fn post(
+        &self,
+        url: &str,
+        content_type: &'static str,
+        body: Bytes,
+        headers: &[(HeaderName, HeaderValue)],
+        limit: Duration,
+    ) -> Result<Answer, FetchError> {
+        let mut request = http::Request::post(checked(url)?)
+            .header(header::ACCEPT, "application/json")
+            .header(header::CONTENT_TYPE, content_type);
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        self.exchange(url, request, body, limit).await
+    }
+
+    async fn exchange(
+        &self,
+        url: &str,
+        request: http::request::Builder,
+        body: Bytes,
+        limit: Duration,
+    ) -> Result<Answer, FetchError> {
+        match tokio::time::timeout(limit, self.send(url, request, body)).await {
             Ok(result) => result,
             Err(_elapsed) => Err(FetchError::Timeout {
                 url: shown(url),
@@ -114,7 +199,12 @@ impl Fetcher {
         }
     }
 
-    async fn exchange(&self, url: &str, uri: Uri) -> Result<Fetched, FetchError> {
+    async fn send(
+        &self,
+        url: &str,
+        request: http::request::Builder,
+        body: Bytes,
+    ) -> Result<Answer, FetchError> {
         let failed = |error: &(dyn Error + 'static)| match refusal(error) {
             Some(&RefusedAddress(address)) => FetchError::RefusedAddress {
                 url: shown(url),
@@ -125,22 +215,15 @@ impl Fetcher {
                 message: causes(error),
             },
         };
-        let request = http::Request::get(uri)
-            .header(header::ACCEPT, "application/json, */*;q=0.1")
+        let request = request
             .header(
                 header::USER_AGENT,
                 concat!("postern/", env!("CARGO_PKG_VERSION")),
             )
-            .body(Empty::new())
+            .body(Full::new(body))
             .expect("its parts are valid");
         let answer = self.client.request(request).await.map_err(|e| failed(&e))?;
         let (head, body) = answer.into_parts();
-        if head.status != StatusCode::OK {
-            return Err(FetchError::Status {
-                url: shown(url),
-                status: head.status,
-            });
-        }
         let body = Limited::new(body, MAX_BODY).collect().await.map_err(|e| {
             if e.is::<LengthLimitError>() {
                 FetchError::TooLarge { url: shown(url) }
@@ -148,10 +231,23 @@ impl Fetcher {
                 failed(&*e)
             }
         })?;
-        Ok(Fetched {
+        Ok(Answer {
+            status: head.status,
+            headers: head.headers,
             body: body.to_bytes(),
-            lifetime: lifetime(&head.headers),
         })
+    }
+}
+
+/// The roots that servers are trusted under.
+#[derive(Clone, Debug)]
+pub struct Trust(Arc<RootCertStore>);
+
+impl Trust {
+    /// The system's roots, or Mozilla's where the system has none, and those of a PEM
+    /// file besides.
+    pub fn new(more: Option<&Path>) -> Result<Self, RootsError> {
+        roots(more).map(|store| Self(Arc::new(store)))
     }
 }
 

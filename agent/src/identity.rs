@@ -5,9 +5,11 @@
 //! accounts, `tls` verifies peers and hands certificates to rustls.
 
 mod authority;
+mod jwt;
 mod spiffe;
 mod tls;
 
 pub use authority::{Authority, IdentityError, Svid};
+pub use jwt::{JwtIssuer, JwtSvid};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use tls::{Bundle, Credentials, Session, fingerprint, peer_identity, valid_for};

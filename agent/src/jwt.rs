@@ -14,6 +14,7 @@ mod keys;
 mod locate;
 mod outcome;
 mod rules;
+mod sign;
 mod source;
 mod verify;
 
@@ -28,5 +29,6 @@ pub use keys::{KeySet, KeySetError, SkipReason, Skipped};
 pub use locate::Locations;
 pub use outcome::{Outcome, Refusal, Verified, invalid_token};
 pub use rules::{KeySource, Rule, authenticate};
+pub use sign::{SigningKey, SigningKeyError};
 pub use source::{Counts, KeyStore, Options, Problem, RemoteKeys};
 pub use verify::{Expected, LEEWAY, MAX_TOKEN, Token, TokenError};

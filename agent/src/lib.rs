@@ -15,6 +15,7 @@ pub mod judge;
 pub mod jwt;
 pub mod kernel;
 pub mod lifecycle;
+pub mod oauth;
 pub mod objects;
 pub mod policy;
 pub mod proxy;

@@ -42,6 +42,8 @@ pub enum IdentityError {
     Make(#[from] rcgen::Error),
     #[error("cannot use a certificate: {0}")]
     Use(#[from] rustls::Error),
+    #[error("cannot sign a JWT-SVID: {0}")]
+    Sign(#[source] crate::jwt::SigningKeyError),
 }
 
 /// A workload's certificate chain and key (an X.509-SVID).

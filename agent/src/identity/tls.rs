@@ -23,6 +23,7 @@ use rustls::{
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 use super::{Authority, IdentityError, SpiffeId, Svid};
+use crate::jwt::SigningKey;
 
 /// ALPN of HTTP/2, which HBONE is.
 const H2: &[u8] = b"h2";
@@ -103,6 +104,7 @@ struct Current(ArcSwap<Held>);
 #[derive(Debug)]
 struct Held {
     key: Arc<CertifiedKey>,
+    signing: Arc<SigningKey>,
     renew_at: SystemTime,
     not_after: SystemTime,
 }
@@ -150,6 +152,17 @@ impl Credentials {
         held.key.cert.first().map(fingerprint)
     }
 
+    /// The certificate's key and chain, to sign assertions with (RFC 7523).
+    pub fn signing(&self) -> (Arc<SigningKey>, Vec<CertificateDer<'static>>) {
+        let held = self.current.0.load();
+        (held.signing.clone(), held.key.cert.clone())
+    }
+
+    /// The latest certificate, to show to servers outside of the mesh (RFC 8705 2).
+    pub fn certificate(&self) -> Arc<dyn rustls::client::ResolvesClientCert> {
+        self.current.clone()
+    }
+
     pub fn renew_at(&self) -> SystemTime {
         self.current.0.load().renew_at
     }
@@ -161,9 +174,11 @@ impl Credentials {
 
 fn held(svid: Svid) -> Result<Held, IdentityError> {
     let (renew_at, not_after) = (svid.renew_at(), svid.not_after);
+    let signing = SigningKey::from_pkcs8(svid.key.secret_der()).map_err(IdentityError::Sign)?;
     let key = PROVIDER.key_provider.load_private_key(svid.key)?;
     Ok(Held {
         key: Arc::new(CertifiedKey::new(svid.chain, key)),
+        signing: Arc::new(signing),
         renew_at,
         not_after,
     })

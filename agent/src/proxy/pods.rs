@@ -14,7 +14,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::Notify;
 
 use crate::{
-    identity::{Authority, Bundle, Credentials, IdentityError, SpiffeId},
+    identity::{Authority, Bundle, Credentials, IdentityError, JwtIssuer, JwtSvid, SpiffeId},
     kernel::Netns,
     policy::{PolicySet, Selected, Subject},
     workload::{Table, Workload},
@@ -147,6 +147,7 @@ impl LocalPods {
 /// Certificates of the service accounts on this node.
 pub struct Identities {
     authority: Authority,
+    jwt: JwtIssuer,
     pub bundle: Arc<Bundle>,
     issued: Mutex<HashMap<SpiffeId, Arc<Credentials>>>,
     /// Told when there is a new certificate to keep an eye on.
@@ -154,9 +155,10 @@ pub struct Identities {
 }
 
 impl Identities {
-    pub fn new(authority: Authority, bundle: Arc<Bundle>) -> Self {
+    pub fn new(authority: Authority, jwt: JwtIssuer, bundle: Arc<Bundle>) -> Self {
         Self {
             authority,
+            jwt,
             bundle,
             issued: Mutex::default(),
             added: Notify::new(),
@@ -165,6 +167,11 @@ impl Identities {
 
     pub fn authority(&self) -> &Authority {
         &self.authority
+    }
+
+    /// A JWT-SVID of an account of this node (SPIFFE JWT-SVID).
+    pub async fn jwt_svid(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, IdentityError> {
+        self.jwt.issue(id, audience, SystemTime::now())
     }
 
     /// The account's credentials, made when they are first asked for.

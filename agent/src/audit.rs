@@ -22,8 +22,8 @@ use std::{
 };
 
 pub use record::{
-    Bytes, Connection, Lost, Peer, Process, Record, Reporter, RequestRecord, TokenRecord,
-    Transport, Verdict, event,
+    AuthorityRecord, Bytes, Connection, Lost, Peer, Process, Record, Reporter, RequestRecord,
+    TokenRecord, Transport, Verdict, event,
 };
 
 /// How often a loss is looked for when nothing else is written.

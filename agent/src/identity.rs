@@ -9,7 +9,7 @@ mod jwt;
 mod spiffe;
 mod tls;
 
-pub use authority::{Authority, IdentityError, Svid};
+pub use authority::{Authority, IdentityError, Root, Svid};
 pub use jwt::{JwtIssuer, JwtSvid};
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use tls::{Bundle, Credentials, Session, fingerprint, peer_identity, valid_for};

@@ -5,6 +5,7 @@
 
 pub mod app;
 pub mod audit;
+pub mod authority;
 pub mod authorizer;
 pub mod config;
 pub mod doctor;

@@ -52,6 +52,11 @@ enum Command {
         #[command(subcommand)]
         command: PolicyCommand,
     },
+    /// The authorization server, and the trust domain's certificate authority.
+    Authority {
+        #[command(subcommand)]
+        command: AuthorityCommand,
+    },
     /// Work on the configuration.
     Config {
         #[command(subcommand)]
@@ -65,6 +70,20 @@ enum ConfigCommand {
     Schema,
     /// Check a configuration file.
     Check(ConfigFile),
+}
+
+/// Where the authority's configuration is.
+#[derive(clap::Args)]
+struct AuthorityFile {
+    /// Configuration file.
+    #[arg(long, short, default_value = "/etc/postern/authority.yaml")]
+    config: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum AuthorityCommand {
+    /// Run the server.
+    Run(AuthorityFile),
 }
 
 #[derive(Subcommand)]
@@ -159,6 +178,7 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Policy { command } => return policy(command),
+        Command::Authority { command } => authority(command)?,
         Command::Config {
             command: ConfigCommand::Schema,
         } => {
@@ -175,6 +195,18 @@ fn run(command: Command) -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn authority(command: AuthorityCommand) -> Result<()> {
+    let AuthorityCommand::Run(file) = command;
+    let config = postern::authority::Config::load(&file.config)
+        .map_err(|e| app::Misconfigured(e.to_string()))?;
+    let _log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("the async runtime")?;
+    runtime.block_on(postern::authority::run(config))
 }
 
 fn policy(command: PolicyCommand) -> Result<ExitCode> {

@@ -3,4 +3,6 @@
 
 mod client_auth;
 
-pub use client_auth::{ClientAuthentication, ClientAuthenticationError, Prepared, Prover};
+pub use client_auth::{
+    ClientAuthentication, ClientAuthenticationError, Prepared, Prover, private_file,
+};

@@ -26,6 +26,8 @@ pub enum Record {
         lost: Lost,
         count: u64,
     },
+    /// What the authorization server granted, refused or changed.
+    Authority(Box<AuthorityRecord>),
     /// The agent itself: started, policies changed, and so on.
     Agent {
         event: &'static str,
@@ -137,6 +139,50 @@ impl Default for RequestRecord {
             reason: String::new(),
         }
     }
+}
+
+/// A grant, refusal, login, certificate or key change of `postern authority`. Names and
+/// reasons, never a password, a code, a token or a key.
+#[derive(Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthorityRecord {
+    /// `grant`, `refusal`, `login`, `logout`, `consent`, `revocation`, `introspection`,
+    /// `reuse`, `certificate`, `join`, `keys`, `client` or `user`.
+    pub event: &'static str,
+    /// Of the request: `authorization_code`, `refresh_token`, `client_credentials`,
+    /// `urn:ietf:params:oauth:grant-type:token-exchange`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grant: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client: Option<String>,
+    /// How the client proved who it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub authentication: Option<&'static str>,
+    /// `sub`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// `act.sub` (RFC 8693 4.1).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub actor: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub audience: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub scope: Vec<String>,
+    /// First half of the SHA-256 of the issued token's `jti`, hexadecimal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jti: Option<String>,
+    /// The RFC's error code, where it was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<&'static str>,
+    /// Why, in words for the operator.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub reason: String,
+    /// Where the request came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<std::net::IpAddr>,
+    /// Trace id of the request's `traceparent` (W3C Trace Context).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
 }
 
 /// Whom a verified token was about: never the token itself.

@@ -14,14 +14,19 @@ use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose, SanType, string::Ia5String,
 };
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use rustls::{
+    DistinguishedName,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
 use time::OffsetDateTime;
 
-use super::SpiffeId;
+use super::{SpiffeId, TrustDomain};
 use crate::config;
 
 /// Certificates begin this long before they are made, for nodes whose clocks lag.
 const BACKDATE: Duration = Duration::from_secs(60);
+/// Lifetime of a server's certificate; a new one is made at each start.
+const SERVER_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3_600);
 /// Lifetime of a root that the agent makes for itself.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
 
@@ -74,7 +79,8 @@ pub struct Authority {
     intermediate: Mutex<Option<Arc<Intermediate>>>,
 }
 
-struct Root {
+/// The trust domain's root certificate and its key.
+pub struct Root {
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
@@ -90,20 +96,14 @@ impl Authority {
     /// at the first start.
     pub fn open(config: &config::Config, node: &str) -> Result<Self, IdentityError> {
         let identity = &config.identity;
-        let (certificate, key) = match (&identity.root_certificate, &identity.root_key) {
-            (Some(certificate), Some(key)) => (certificate.clone(), key.clone()),
-            (None, None) => {
-                let certificate = config.state.join("root.pem");
-                let key = config.state.join("root.key");
-                if !certificate.exists() {
-                    make_root(&certificate, &key, config.trust_domain.as_str())?;
-                }
-                (certificate, key)
-            }
-            _ => return Err(IdentityError::HalfRoot),
-        };
+        let root = Root::of(
+            identity.root_certificate.as_deref(),
+            identity.root_key.as_deref(),
+            &config.state,
+            &config.trust_domain,
+        )?;
         Ok(Self {
-            root: Root::open(&certificate, &key)?,
+            root,
             node_name: node.to_owned(),
             node_lifetime: identity.node_lifetime.0,
             leaf_lifetime: identity.leaf_lifetime.0,
@@ -172,6 +172,61 @@ impl Authority {
 }
 
 impl Root {
+    /// The configured root, or the one in the state directory, which is made at the
+    /// first start.
+    pub fn of(
+        certificate: Option<&Path>,
+        key: Option<&Path>,
+        state: &Path,
+        domain: &TrustDomain,
+    ) -> Result<Self, IdentityError> {
+        let (certificate, key) = match (certificate, key) {
+            (Some(certificate), Some(key)) => (certificate.to_owned(), key.to_owned()),
+            (None, None) => {
+                let certificate = state.join("root.pem");
+                let key = state.join("root.key");
+                if !certificate.exists() {
+                    make_root(&certificate, &key, domain.as_str())?;
+                }
+                (certificate, key)
+            }
+            _ => return Err(IdentityError::HalfRoot),
+        };
+        Self::open(&certificate, &key)
+    }
+
+    pub fn certificate(&self) -> &CertificateDer<'static> {
+        &self.certificate
+    }
+
+    /// Its name as it stands in certificates below it.
+    pub fn subject(&self) -> DistinguishedName {
+        let parsed = x509_parser::parse_x509_certificate(&self.certificate);
+        let (_rest, certificate) = parsed.expect("it was parsed when it was opened");
+        DistinguishedName::from(certificate.subject().as_raw().to_vec())
+    }
+
+    /// A chain and key for a server at a DNS name or an IP address.
+    pub fn server_certificate(
+        &self,
+        host: &str,
+        now: SystemTime,
+    ) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>), IdentityError> {
+        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+        let mut params = dated(now, now + SERVER_LIFETIME);
+        params.subject_alt_names = vec![match host.parse() {
+            Ok(address) => SanType::IpAddress(address),
+            Err(_name) => SanType::DnsName(Ia5String::try_from(host)?),
+        }];
+        params.use_authority_key_identifier_extension = true;
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        let leaf = params.signed_by(&key, &self.issuer)?;
+        let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
+        Ok((vec![leaf.der().clone()], key))
+    }
+
     fn open(certificate: &Path, key: &Path) -> Result<Self, IdentityError> {
         let content = |path: &Path, message: String| IdentityError::Content {
             path: path.to_owned(),

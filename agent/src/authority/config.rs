@@ -1,0 +1,249 @@
+//! The authority's configuration: one YAML file. `config/authority.yaml` lists every
+//! key with its default.
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::clients::Client;
+use crate::{
+    config::{Count, Log, QueueLength, Span},
+    identity::TrustDomain,
+    objects::{LoadError, parse_document},
+};
+
+/// The whole configuration. Keys that are left out have the defaults shown in
+/// `config/authority.yaml`; unknown keys are refused.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Config {
+    /// Issuer identifier (RFC 8414 2): an https URL without query and fragment, and
+    /// where people and clients reach the server.
+    pub issuer: String,
+    pub listen: SocketAddr,
+    /// Directory for keys and the embedded database, mode 0700.
+    pub state: PathBuf,
+    /// `postgres://` URL for more than one replica, or a file that holds it (`@path`,
+    /// mode 0600). Empty: SQLite in the state directory.
+    pub database: Option<String>,
+    pub tls: Tls,
+    pub trust_domain: TrustDomain,
+    pub tokens: Tokens,
+    pub keys: Keys,
+    pub people: People,
+    pub certificates: Certificates,
+    pub nodes: Nodes,
+    /// OAuth 2.0 clients, beside those that the store has.
+    pub clients: Vec<Client>,
+    /// People, beside those that the store has.
+    pub users: Vec<UserEntry>,
+    pub audit: Audit,
+    pub log: Log,
+}
+
+/// What the server shows to clients. Both empty: a certificate for the issuer's host,
+/// signed by the trust domain's root.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Tls {
+    /// Chain (PEM), leaf first.
+    pub certificate: Option<PathBuf>,
+    /// Private key (PEM), mode 0600.
+    pub key: Option<PathBuf>,
+}
+
+/// Lifetimes of what is issued.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Tokens {
+    pub access: Span,
+    /// ID tokens.
+    pub identity: Span,
+    /// Authorization codes.
+    pub code: Span,
+    /// A refresh token that is not used for this long is void.
+    pub refresh_idle: Span,
+    /// A refresh token and all that came of it are void after this time.
+    pub refresh: Span,
+}
+
+/// Keys that tokens are signed with.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Keys {
+    pub algorithm: SigningAlgorithm,
+    /// How often a new key takes over.
+    pub rotate: Span,
+    /// How long a key is published before it signs, and after it has stopped to.
+    pub overlap: Span,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub enum SigningAlgorithm {
+    #[serde(rename = "ES256")]
+    Es256,
+    #[serde(rename = "EdDSA")]
+    EdDsa,
+}
+
+/// Logins.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct People {
+    /// How long a login lasts.
+    pub session: Span,
+    /// Wrong passwords in a row after which an account is locked...
+    pub lockout_after: Count,
+    /// ... for this long.
+    pub lockout: Span,
+    /// Login attempts of one address in a minute.
+    pub attempts_per_minute: Count,
+}
+
+/// The trust domain's certificate authority.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Certificates {
+    /// Root certificate (PEM). Both empty: a root is made in the state directory.
+    pub root_certificate: Option<PathBuf>,
+    /// Its private key (PEM, PKCS #8), mode 0600.
+    pub root_key: Option<PathBuf>,
+    /// Lifetime of an agent's own certificate; it is renewed at half of that.
+    pub agent_lifetime: Span,
+    /// Lifetime of a workload's certificate.
+    pub leaf_lifetime: Span,
+    /// Lifetime of a JWT-SVID.
+    pub jwt_svid: Span,
+}
+
+/// How agents prove which node they are, and what runs there.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Nodes {
+    /// Directory of manifests (Pod): an agent gets certificates for the service
+    /// accounts of its own node's pods alone. Empty: no agent gets any.
+    pub manifests: Option<PathBuf>,
+}
+
+/// A person.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct UserEntry {
+    /// `sub` of the person's tokens: never given to anybody else.
+    pub id: String,
+    /// What the person types.
+    pub username: String,
+    /// argon2id in PHC form, as `postern authority user add` makes it.
+    pub password_hash: String,
+    #[serde(default)]
+    pub name: Option<String>,
+    #[serde(default)]
+    pub email: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Audit {
+    /// File that records are appended to, one JSON object a line. Empty: standard output.
+    pub file: Option<PathBuf>,
+    /// Records waiting for the writer; what comes beyond is lost and counted.
+    pub queue: QueueLength,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            issuer: "https://localhost:8443".into(),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8443)),
+            state: "/var/lib/postern-authority".into(),
+            database: None,
+            tls: Tls::default(),
+            trust_domain: TrustDomain::default(),
+            tokens: Tokens::default(),
+            keys: Keys::default(),
+            people: People::default(),
+            certificates: Certificates::default(),
+            nodes: Nodes::default(),
+            clients: Vec::new(),
+            users: Vec::new(),
+            audit: Audit::default(),
+            log: Log::default(),
+        }
+    }
+}
+
+impl Default for Tokens {
+    fn default() -> Self {
+        Self {
+            access: Span::seconds(300),
+            identity: Span::seconds(300),
+            code: Span::seconds(60),
+            refresh_idle: Span::hours(24 * 7),
+            refresh: Span::hours(24 * 30),
+        }
+    }
+}
+
+impl Default for Keys {
+    fn default() -> Self {
+        Self {
+            algorithm: SigningAlgorithm::Es256,
+            rotate: Span::hours(24 * 30),
+            overlap: Span::hours(24),
+        }
+    }
+}
+
+impl Default for People {
+    fn default() -> Self {
+        Self {
+            session: Span::hours(12),
+            lockout_after: Count(5),
+            lockout: Span::seconds(15 * 60),
+            attempts_per_minute: Count(20),
+        }
+    }
+}
+
+impl Default for Certificates {
+    fn default() -> Self {
+        Self {
+            root_certificate: None,
+            root_key: None,
+            agent_lifetime: Span::hours(24),
+            leaf_lifetime: Span::hours(24),
+            jwt_svid: Span::seconds(300),
+        }
+    }
+}
+
+impl Default for Audit {
+    fn default() -> Self {
+        Self {
+            file: None,
+            queue: QueueLength(16_384),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a file; the error names file, line and key.
+    pub fn load(path: &Path) -> Result<Self, LoadError> {
+        let text = std::fs::read_to_string(path).map_err(|source| LoadError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        // An empty file means all defaults, and YAML's null is no mapping.
+        if text
+            .lines()
+            .all(|line| line.trim().is_empty() || line.starts_with('#'))
+        {
+            return Ok(Self::default());
+        }
+        parse_document(path, &text)
+    }
+}

@@ -1,0 +1,175 @@
+//! What must outlive the process: SQLite in the state directory, or PostgreSQL where
+//! several replicas share it. The same SQL serves both.
+//!
+//! Codes, refresh tokens and sessions are kept as SHA-256 of what was handed out: who
+//! reads the database can present none of them. Whatever may be used once is taken by
+//! one statement that changes one row or none, so that two replicas, or a process that
+//! dies in between, never both take it.
+
+use std::{str::FromStr as _, time::Duration};
+
+use sqlx::{
+    Any, AnyPool, Row as _,
+    any::{AnyConnectOptions, AnyPoolOptions},
+};
+
+use super::Config;
+
+/// How long a connection, or a lock of another process, is waited for.
+const WAIT: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The URL may hold a password.
+    #[error("database: {0}")]
+    Database(#[from] sqlx::Error),
+    #[error("database: {0}")]
+    Config(String),
+}
+
+#[derive(Clone)]
+pub struct Store {
+    pub(super) pool: AnyPool,
+}
+
+/// An authorization code before it is handed out (RFC 6749 4.1.2).
+#[derive(Clone, Debug)]
+pub struct Code {
+    pub client: String,
+    pub redirect_uri: String,
+    /// `sub` of the person who agreed.
+    pub subject: String,
+    pub scopes: Vec<String>,
+    /// Never empty: what the access token will be for.
+    pub audiences: Vec<String>,
+    pub nonce: Option<String>,
+    /// S256 (RFC 7636 4.2).
+    pub challenge: String,
+    /// When the person logged in, seconds since 1970.
+    pub auth_time: u64,
+    /// `dpop_jkt` (RFC 9449 10).
+    pub dpop_jkt: Option<String>,
+    /// Seconds since 1970.
+    pub expires: u64,
+}
+
+/// A person, as tokens tell of them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    /// `sub`.
+    pub id: String,
+    pub username: String,
+    pub name: Option<String>,
+    pub email: Option<String>,
+    pub disabled: bool,
+}
+
+/// Made where they are missing. Times are seconds since 1970; lists are JSON.
+const TABLES: &[&str] = &[
+    "CREATE TABLE IF NOT EXISTS users (
+        id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL,
+        name TEXT, email TEXT, disabled BIGINT NOT NULL DEFAULT 0,
+        failures BIGINT NOT NULL DEFAULT 0, locked_until BIGINT NOT NULL DEFAULT 0)",
+    "CREATE TABLE IF NOT EXISTS codes (
+        hash TEXT PRIMARY KEY, client TEXT NOT NULL, redirect_uri TEXT NOT NULL,
+        subject TEXT NOT NULL, scopes TEXT NOT NULL, audiences TEXT NOT NULL, nonce TEXT,
+        challenge TEXT NOT NULL, auth_time BIGINT NOT NULL, dpop_jkt TEXT,
+        expires BIGINT NOT NULL, used BIGINT NOT NULL DEFAULT 0)",
+];
+
+impl Store {
+    pub async fn open(config: &Config) -> Result<Self, StoreError> {
+        sqlx::any::install_default_drivers();
+        let (url, most) = match &config.database {
+            None => {
+                let path = config.state.join("authority.db");
+                // Nobody else reads it, from its first moment on.
+                private(&path)
+                    .map_err(|e| StoreError::Config(format!("{}: {e}", path.display())))?;
+                // One writer is all that SQLite has; others would only wait.
+                (format!("sqlite://{}", path.display()), 1)
+            }
+            Some(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
+                (url.clone(), 8)
+            }
+            Some(_) => {
+                let why = "not a postgres:// URL; leave it out for SQLite in the state directory";
+                return Err(StoreError::Config(why.into()));
+            }
+        };
+        let options = AnyConnectOptions::from_str(&url)?;
+        let pool = AnyPoolOptions::new()
+            .max_connections(most)
+            .acquire_timeout(WAIT)
+            .connect_with(options)
+            .await?;
+        let store = Self { pool };
+        if config.database.is_none() {
+            for pragma in [
+                "PRAGMA journal_mode = WAL",
+                // What is committed survives a power cut.
+                "PRAGMA synchronous = FULL",
+                "PRAGMA foreign_keys = ON",
+            ] {
+                sqlx::query::<Any>(pragma).execute(&store.pool).await?;
+            }
+        }
+        for table in TABLES {
+            sqlx::query::<Any>(*table).execute(&store.pool).await?;
+        }
+        Ok(store)
+    }
+
+    /// Keeps a code by its hash.
+    pub async fn add_code(&self, hash: &str, code: &Code) -> Result<(), StoreError> {
+        let list = |list: &[String]| serde_json::to_string(list).expect("strings");
+        sqlx::query::<Any>(
+            "INSERT INTO codes (hash, client, redirect_uri, subject, scopes, audiences, nonce,
+             challenge, auth_time, dpop_jkt, expires)
+             VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+        )
+        .bind(hash.to_owned())
+        .bind(code.client.clone())
+        .bind(code.redirect_uri.clone())
+        .bind(code.subject.clone())
+        .bind(list(&code.scopes))
+        .bind(list(&code.audiences))
+        .bind(code.nonce.clone())
+        .bind(code.challenge.clone())
+        .bind(code.auth_time as i64)
+        .bind(code.dpop_jkt.clone())
+        .bind(code.expires as i64)
+        .execute(&self.pool)
+        .await?;
+        Ok(())
+    }
+
+    pub async fn user(&self, id: &str) -> Result<Option<User>, StoreError> {
+        let row = sqlx::query::<Any>(
+            "SELECT id, username, name, email, disabled FROM users WHERE id = $1",
+        )
+        .bind(id.to_owned())
+        .fetch_optional(&self.pool)
+        .await?;
+        row.map(|row| {
+            Ok(User {
+                id: row.try_get("id")?,
+                username: row.try_get("username")?,
+                name: row.try_get("name")?,
+                email: row.try_get("email")?,
+                disabled: row.try_get::<i64, _>("disabled")? != 0,
+            })
+        })
+        .transpose()
+    }
+}
+
+fn private(path: &std::path::Path) -> std::io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let file = std::fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)?;
+    file.set_permissions(std::fs::Permissions::from_mode(0o600))
+}

@@ -193,6 +193,48 @@ mod tests {
         );
     }
 
+    /// The data path would ask; here that is said instead.
+    #[tokio::test]
+    async fn a_token_that_takes_introspection_is_refused_with_that_reason() {
+        let policies = directory(&[(
+            "api.yaml",
+            "apiVersion: postern.dev/v1alpha1\nkind: ProtectedResource\n\
+             metadata: {name: api, namespace: shop}\n\
+             spec:\n  resource: https://api.example\n  introspection: {endpoint: 'https://as.example/i', \
+             issuer: 'https://as.example', clientId: a, clientAuthentication: {none: {}}}\n",
+        )]);
+        let other = directory(&[("workload.json", r#"{"namespace": "shop"}"#)]);
+        let workload = other.path().join("workload.json");
+        let config = Config::default();
+        let evaluation = Evaluation::new(policies.path(), &workload, &context(), None, &config)
+            .expect("all is there");
+        let lines = [
+            r#"{"http": {"path": "/x", "headers": {"authorization": "Bearer opaque"}}}"#,
+            r#"{"http": {"path": "/x", "host": "h"}}"#,
+            r#"{"http": {"path": "/.well-known/oauth-protected-resource", "host": "h"}}"#,
+        ]
+        .join("\n");
+        let mut said = Vec::new();
+        let answered = evaluation.answer_all(lines.as_bytes(), |answer, _| {
+            said.push(serde_json::to_value(answer).expect("JSON"));
+            Ok(())
+        });
+        answered.await.expect("answers");
+        let decisions: Vec<_> = said
+            .iter()
+            .map(|json| (json["decision"].as_str(), json["status"].as_u64()))
+            .collect();
+        let expected = [
+            (Some("deny"), Some(503)),
+            (Some("allow"), None),
+            (Some("allow"), Some(200)),
+        ];
+        assert_eq!(decisions, expected);
+        let reason = said[0]["reason"].as_str().unwrap_or_default();
+        assert!(reason.contains("introspection"), "{reason}");
+        assert_eq!(said[2]["policy"], "ProtectedResource/shop/api");
+    }
+
     #[tokio::test]
     async fn requests_are_answered_in_order_and_explained() {
         let policies = directory(&[("open.yaml", OPEN)]);

@@ -2,31 +2,53 @@
 //! CUSTOM, then tokens, then DENY, then ALLOW. The same code for the data path and
 //! for `postern policy eval`.
 
+mod bearer;
+mod nonce;
+mod replay;
+
 use std::{
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderName, StatusCode};
+use http::{HeaderName, HeaderValue, StatusCode, header};
+use zeroize::Zeroizing;
 
 use crate::{
     authorizer::{AuthorizerError, Authorizers, Check, Decision},
     config::Config,
     fetch::RootsError,
-    identity::SpiffeId,
+    identity::{Credentials, SpiffeId},
+    introspect::{Endpoint, Introspected, Introspector},
     jwt::{
         self, Claims, KeyStore, LEEWAY, Options, Outcome, RemoteKeys, TokenError, VerifiedTokens,
     },
-    policy::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Selected, normalize},
+    policy::{
+        Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Scheme, Selected, normalize,
+    },
     request::{Edits, Reply, Request},
 };
+use nonce::Nonces;
+use replay::Replays;
 
 /// What deciding needs beside policy: keys, and providers to ask.
 pub struct Judge {
     pub keys: KeyStore,
     pub authorizers: Authorizers,
     pub verified: VerifiedTokens,
+    /// `None`: nobody is asked, and what needs it is refused.
+    pub introspector: Option<Introspector>,
+    replays: Replays,
+    nonces: Nonces,
+}
+
+/// The workload that a request is for, as far as it is known here.
+#[derive(Clone, Copy, Default)]
+pub struct Destination<'a> {
+    pub identity: Option<&'a SpiffeId>,
+    /// What authorization servers are asked with.
+    pub credentials: Option<&'a Arc<Credentials>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +57,8 @@ pub enum JudgeError {
     Roots(#[from] RootsError),
     #[error("policies.extensionProviders: {0}")]
     Providers(#[from] AuthorizerError),
+    #[error("the system has no randomness")]
+    Randomness,
 }
 
 /// A request that may go on.
@@ -65,6 +89,37 @@ pub enum Why {
     Malformed(String),
     #[error(transparent)]
     Denied(Denial),
+    /// Not refused: the agent itself has the answer.
+    #[error("answered by {0}")]
+    Answered(PolicyRef),
+}
+
+/// What is judged, at one moment. The path is normalized.
+struct Asked<'a> {
+    selected: &'a Selected,
+    facts: &'a Facts,
+    request: &'a Request<'a>,
+    path: &'a str,
+    now: SystemTime,
+}
+
+#[derive(Clone, Copy)]
+enum Stage<'a> {
+    /// The request comes. What its token's issuer said, once it was asked.
+    New(Option<&'a Introspected>),
+    /// It runs, and was let pass with these claims.
+    Running(Option<&'a Arc<Claims>>),
+}
+
+/// Who the sender is by its token.
+struct Identified {
+    edits: Edits,
+    claims: Option<Arc<Claims>>,
+    /// Leeway not included.
+    expires: Option<SystemTime>,
+    scheme: Scheme,
+    /// That must not have been used before, and until when it could be.
+    proof: Option<([u8; 32], u64)>,
 }
 
 /// What became of a request without waiting for anything.
@@ -74,6 +129,7 @@ struct Settled {
     claims: Option<Arc<Claims>>,
     expires: Option<SystemTime>,
     told: Vec<PolicyRef>,
+    proof: Option<([u8; 32], u64)>,
 }
 
 /// A refusal, and what might make a difference to it.
@@ -81,8 +137,10 @@ struct Unsettled {
     refused: Box<Refused>,
     /// Where newer keys may come from.
     sources: Vec<RemoteKeys>,
-    /// There are no keys at all.
+    /// Nobody could say.
     unavailable: bool,
+    /// The token about which its issuer is to be asked first.
+    introspect: Option<(Arc<Endpoint>, Zeroizing<String>)>,
 }
 
 impl From<Refused> for Unsettled {
@@ -91,6 +149,7 @@ impl From<Refused> for Unsettled {
             refused: Box::new(refused),
             sources: Vec::new(),
             unavailable: false,
+            introspect: None,
         }
     }
 }
@@ -100,6 +159,20 @@ impl Refused {
         Self {
             reply: Reply::new(status, why.clone()),
             why: Why::Malformed(why),
+            claims: None,
+        }
+    }
+
+    /// A document that anyone may have, as JSON.
+    fn answered(by: PolicyRef, document: &str) -> Self {
+        let mut reply = Reply::new(StatusCode::OK, document.to_owned());
+        let json = HeaderValue::from_static("application/json");
+        let fresh = HeaderValue::from_static("max-age=300");
+        reply.headers.push((header::CONTENT_TYPE, json));
+        reply.headers.push((header::CACHE_CONTROL, fresh));
+        Self {
+            why: Why::Answered(by),
+            reply,
             claims: None,
         }
     }
@@ -131,6 +204,9 @@ impl Judge {
             })?,
             authorizers: Authorizers::new(config.policies.extension_providers.clone())?,
             verified: VerifiedTokens::default(),
+            introspector: Some(Introspector::new(jwt.roots.as_deref())?),
+            replays: Replays::default(),
+            nonces: Nonces::new().map_err(|_| JudgeError::Randomness)?,
         })
     }
 
@@ -155,7 +231,7 @@ impl Judge {
         &self,
         selected: &Selected,
         facts: &Facts,
-        identity: Option<&SpiffeId>,
+        own: Destination<'_>,
         source: SocketAddr,
         request: &Request<'_>,
         now: SystemTime,
@@ -163,6 +239,11 @@ impl Judge {
         selected.transport(facts).map_err(Refused::denied)?;
         let normal = normalize(request.path, selected.reading.normalization)
             .map_err(|bad| Refused::malformed(StatusCode::BAD_REQUEST, bad.to_string()))?;
+        if let Some(resource) = selected.resource()
+            && let Some(metadata) = resource.metadata(request.method, &normal.path)
+        {
+            return Err(Refused::answered(resource.policy.clone(), metadata));
+        }
         let target = normal.target();
         let as_sent = Request {
             path: &target,
@@ -177,7 +258,7 @@ impl Judge {
         };
         let providers = selected.providers(facts, Layer::Request(&about));
         let by_providers = self
-            .ask(&providers, facts, identity, source, Some(&as_sent))
+            .ask(&providers, facts, own.identity, source, Some(&as_sent))
             .await
             .map_err(|(denial, reply)| Refused {
                 reply: reply.unwrap_or_else(|| Refused::denied(denial.clone()).reply),
@@ -189,19 +270,12 @@ impl Judge {
             headers: by_providers.headers(&as_sent),
             ..as_sent.clone()
         };
-        let settle = || self.settle(selected, facts, &asked, &normal.path, now);
-        let settled = match settle() {
-            // The issuer may have a new key, or none was fetched yet.
-            Err(Unsettled { sources, .. }) if !sources.is_empty() => {
-                for from in &sources {
-                    let had = self.keys.get(from).is_some();
-                    if had || self.keys.ready(from, FIRST_FETCH).await.is_none() {
-                        self.keys.refetch(from).await;
-                    }
-                }
-                settle()
-            }
-            settled => settled,
+        let asked = Asked {
+            selected,
+            facts,
+            request: &asked,
+            path: &normal.path,
+            now,
         };
         let Settled {
             permitted,
@@ -209,7 +283,12 @@ impl Judge {
             claims,
             expires,
             told,
-        } = settled.map_err(|unsettled| *unsettled.refused)?;
+            proof,
+        } = self.settle_at_last(&asked, own).await?;
+        if let Some(proof) = proof {
+            self.first_use(&asked, proof, claims.as_ref())
+                .map_err(|refused| *refused)?;
+        }
         let mut all = by_providers.clone();
         merge(&mut all, edits);
         if all.path.is_none() && target != request.path {
@@ -225,13 +304,49 @@ impl Judge {
         })
     }
 
+    /// Waits for what may make a difference, once each: keys, and what an issuer says of
+    /// a token.
+    async fn settle_at_last(
+        &self,
+        asked: &Asked<'_>,
+        own: Destination<'_>,
+    ) -> Result<Settled, Refused> {
+        let mut told: Option<Introspected> = None;
+        let mut fetched = false;
+        loop {
+            let unsettled = match self.settle(asked, Stage::New(told.as_ref())) {
+                Ok(settled) => return Ok(settled),
+                Err(unsettled) => unsettled,
+            };
+            match (&unsettled.introspect, &self.introspector) {
+                (Some((endpoint, token)), Some(introspector)) if told.is_none() => {
+                    let asks = introspector.ask(endpoint, own.credentials, token, asked.now);
+                    told = Some(asks.await);
+                }
+                // The issuer may have a new key, or none was fetched yet.
+                _ if !unsettled.sources.is_empty() && !fetched => {
+                    fetched = true;
+                    for from in &unsettled.sources {
+                        let had = self.keys.get(from).is_some();
+                        if had || self.keys.ready(from, FIRST_FETCH).await.is_none() {
+                            self.keys.refetch(from).await;
+                        }
+                    }
+                }
+                _ => return Err(*unsettled.refused),
+            }
+        }
+    }
+
     /// Why a request that runs is no longer allowed, if it is not. Its head is as the
-    /// providers left it; they are not asked again, and no keys are waited for.
+    /// providers left it, and its claims are those that it was allowed with; nobody is
+    /// asked again, and no keys are waited for.
     pub fn no_longer(
         &self,
         selected: &Selected,
         facts: &Facts,
         request: &Request<'_>,
+        claims: Option<&Arc<Claims>>,
         now: SystemTime,
     ) -> Option<Denial> {
         if let Err(denial) = selected.transport(facts) {
@@ -239,26 +354,98 @@ impl Judge {
         }
         // It was a path when the request was judged.
         let normal = normalize(request.path, selected.reading.normalization).ok()?;
+        let asked = Asked {
+            selected,
+            facts,
+            request,
+            path: &normal.path,
+            now,
+        };
         let unsettled = self
-            .settle(selected, facts, request, &normal.path, now)
+            .settle(&asked, Stage::Running(claims))
             .err()
             .filter(|unsettled| !unsettled.unavailable)?;
         match unsettled.refused.why {
             Why::Denied(denial) => Some(denial),
-            Why::Malformed(_) => None,
+            Why::Malformed(_) | Why::Answered(_) => None,
         }
     }
 
     /// Tokens, then DENY, then ALLOW, with the keys that are at hand. Policy sees the
     /// head that the application gets.
-    fn settle(
+    fn settle(&self, asked: &Asked<'_>, stage: Stage<'_>) -> Result<Settled, Unsettled> {
+        let Asked {
+            selected,
+            facts,
+            request,
+            path,
+            now,
+        } = *asked;
+        let Identified {
+            edits,
+            claims,
+            expires,
+            scheme,
+            proof,
+        } = match selected.resource() {
+            Some(resource) => self.identify(resource, asked, stage)?,
+            None => self.by_rules(selected, request, now)?,
+        };
+        let refused = |denial| Refused {
+            claims: claims.clone(),
+            ..Refused::denied(denial)
+        };
+        if let Some(claims) = &claims
+            && let Err(denial) = selected.presenter(facts, claims)
+        {
+            let why = "the token is bound to another presenter";
+            let reply = match selected.resource() {
+                Some(resource) => resource.invalid_token(request, scheme, why),
+                None => jwt::invalid_token(request, StatusCode::UNAUTHORIZED, why.to_owned()),
+            };
+            return Err(Unsettled::from(Refused {
+                reply,
+                ..refused(denial)
+            }));
+        }
+        let seen = Request {
+            headers: edits.headers(request),
+            ..request.clone()
+        };
+        let about = RequestFacts {
+            request: &seen,
+            path,
+            host: &request.host.to_lowercase(),
+            remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
+            claims: claims.as_deref(),
+        };
+        let layer = Layer::Request(&about);
+        let verdict = selected.decide(facts, layer);
+        let permitted = verdict.permit().map_err(|denial| {
+            let challenge = challenge(asked, layer, scheme, &denial);
+            let mut refused = refused(denial);
+            refused.reply = challenge.unwrap_or(refused.reply);
+            Unsettled::from(refused)
+        })?;
+        let told = selected.told(facts, layer);
+        drop(seen);
+        Ok(Settled {
+            permitted,
+            expires: expires.and_then(lapse),
+            claims,
+            edits,
+            told,
+            proof,
+        })
+    }
+
+    /// As Istio has it.
+    fn by_rules(
         &self,
         selected: &Selected,
-        facts: &Facts,
         request: &Request<'_>,
-        path: &str,
         now: SystemTime,
-    ) -> Result<Settled, Unsettled> {
+    ) -> Result<Identified, Unsettled> {
         let keys = |from: &RemoteKeys| self.keys.get(from);
         let rules = selected.tokens();
         let (edits, verified) =
@@ -276,49 +463,16 @@ impl Judge {
                     return Err(Unsettled {
                         unavailable: refusal.error == TokenError::KeysUnavailable,
                         sources: refusal.refetch,
-                        refused: Box::new(refused),
+                        ..Unsettled::from(refused)
                     });
                 }
             };
-        let expires = verified.as_ref().and_then(|v| v.expires);
-        let claims = verified.map(|v| v.claims);
-        let refused = |denial| Refused {
-            claims: claims.clone(),
-            ..Refused::denied(denial)
-        };
-        if let Some(claims) = &claims
-            && let Err(denial) = selected.presenter(facts, claims)
-        {
-            let why = "the token is bound to another presenter".to_owned();
-            return Err(Unsettled::from(Refused {
-                reply: jwt::invalid_token(request, StatusCode::UNAUTHORIZED, why),
-                ..refused(denial)
-            }));
-        }
-        let seen = Request {
-            headers: edits.headers(request),
-            ..request.clone()
-        };
-        let about = RequestFacts {
-            request: &seen,
-            path,
-            host: &request.host.to_lowercase(),
-            remote_ip: remote_ip(request, facts.source_ip, selected.reading.trusted_proxies),
-            claims: claims.as_deref(),
-        };
-        let layer = Layer::Request(&about);
-        let verdict = selected.decide(facts, layer);
-        let permitted = verdict
-            .permit()
-            .map_err(|denial| Unsettled::from(refused(denial)))?;
-        let told = selected.told(facts, layer);
-        drop(seen);
-        Ok(Settled {
-            permitted,
-            expires: expires.and_then(lapse),
-            claims,
+        Ok(Identified {
             edits,
-            told,
+            expires: verified.as_ref().and_then(|v| v.expires),
+            claims: verified.map(|v| v.claims),
+            scheme: Scheme::Bearer,
+            proof: None,
         })
     }
 
@@ -351,6 +505,32 @@ impl Judge {
             }
         }
         Ok(edits)
+    }
+}
+
+/// What the client of a protected resource is told beside that it is refused: to bring
+/// a token, or one with more scopes where that alone would do.
+fn challenge(
+    asked: &Asked<'_>,
+    layer: Layer<'_>,
+    scheme: Scheme,
+    denial: &Denial,
+) -> Option<Reply> {
+    let resource = asked.selected.resource()?;
+    let Layer::Request(RequestFacts { claims, .. }) = layer else {
+        return None;
+    };
+    let lacking = |any_token| asked.selected.lacking_scopes(asked.facts, layer, any_token);
+    match (claims, denial) {
+        (None, _) => {
+            let scopes = lacking(true).unwrap_or_default();
+            Some(resource.unauthenticated(asked.request, &scopes))
+        }
+        (Some(_), Denial::Implicit(_)) => {
+            let scopes = lacking(false)?;
+            Some(resource.insufficient_scope(asked.request, scheme, &scopes))
+        }
+        (Some(_), _) => None,
     }
 }
 

@@ -8,6 +8,7 @@
 mod algorithm;
 mod cache;
 mod claims;
+mod dpop;
 mod headers;
 pub mod json;
 mod keys;
@@ -23,12 +24,16 @@ mod tests;
 
 pub use algorithm::Algorithm;
 pub use cache::VerifiedTokens;
-pub use claims::{Claims, Confirmation};
+pub use claims::{Checked, Claims, Confirmation};
+pub use dpop::{MAX_PROOF, PROOF_WINDOW, Proof, ProofError};
 pub use headers::may_be_output;
-pub use keys::{KeySet, KeySetError, SkipReason, Skipped};
+pub use keys::{EmbeddedKey, KeySet, KeySetError, SkipReason, Skipped};
 pub use locate::Locations;
-pub use outcome::{Outcome, Refusal, Verified, invalid_token};
-pub use rules::{KeySource, Rule, authenticate};
+pub use outcome::{Outcome, Refusal, Verified, invalid_token, realm};
+pub use rules::{
+    Demands, KeySource, Rule, SCP, authenticate, authenticate_for, is_jwt, is_preflight, presented,
+    put_out_introspected,
+};
 pub use sign::{SigningKey, SigningKeyError};
 pub use source::{Counts, KeyStore, Options, Problem, RemoteKeys};
 pub use verify::{Expected, LEEWAY, MAX_TOKEN, Token, TokenError};

@@ -12,6 +12,7 @@ pub mod doctor;
 pub mod fetch;
 pub mod identity;
 pub mod inspect;
+pub mod introspect;
 pub mod judge;
 pub mod jwt;
 pub mod kernel;

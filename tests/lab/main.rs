@@ -9,5 +9,6 @@ mod operate;
 mod policy;
 mod programs;
 mod requests;
+mod resource;
 mod smoke;
 mod streams;

@@ -2,12 +2,13 @@
 
 use std::{net::SocketAddr, time::SystemTime};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use crate::{
     identity::{Session, SpiffeId},
-    jwt::Claims,
+    jwt::{Claims, Confirmation},
     kernel::{Event, EventKind},
     policy::PolicyRef,
     workload::Workload,
@@ -185,6 +186,9 @@ pub struct AuthorityRecord {
     pub trace: Option<String>,
 }
 
+/// Scopes that are told of a token.
+const MAX_SCOPES: usize = 64;
+
 /// Whom a verified token was about: never the token itself.
 #[derive(Debug, Serialize)]
 pub struct TokenRecord {
@@ -196,6 +200,21 @@ pub struct TokenRecord {
     pub aud: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub azp: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_id: Option<String>,
+    /// Who acts for the subject, the one who acts now first (RFC 8693 4.1).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub act: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub scope: Vec<String>,
+    /// SHA-256 of its `jti`, the first 16 hexadecimal digits: enough to find it by.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub jti: Option<String>,
+    /// What it is bound to.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cnf: Vec<&'static str>,
+    /// `jwt`: by its signature; `introspection`: its issuer was asked.
+    pub checked: &'static str,
 }
 
 impl TokenRecord {
@@ -206,6 +225,24 @@ impl TokenRecord {
             sub: own(claims.subject()),
             aud: claims.audiences().iter().map(|&a| a.to_owned()).collect(),
             azp: own(claims.presenter()),
+            client_id: own(claims.client()),
+            act: claims.actors().into_iter().map(str::to_owned).collect(),
+            scope: (claims.scopes().into_iter().take(MAX_SCOPES))
+                .map(str::to_owned)
+                .collect(),
+            jti: claims.id().map(|id| {
+                let digest = digest(&SHA256, id.as_bytes());
+                let prefix = digest.as_ref().iter().take(8);
+                prefix.map(|byte| format!("{byte:02x}")).collect()
+            }),
+            cnf: (claims.confirmations().iter())
+                .map(|confirmation| match confirmation {
+                    Confirmation::Certificate(_) => "x5t#S256",
+                    Confirmation::Key(_) => "jkt",
+                    Confirmation::Other => "other",
+                })
+                .collect(),
+            checked: claims.checked().name(),
         }
     }
 }

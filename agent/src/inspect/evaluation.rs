@@ -18,7 +18,7 @@ use super::{Context, Problem, load};
 use crate::{
     config::{self, Config},
     identity::SpiffeId,
-    judge::{Allowed, Judge, Refused, Why, remote_ip},
+    judge::{Allowed, Destination, Judge, Refused, Why, remote_ip},
     objects::{LoadError, or_default, parse_document},
     policy::{
         Denial, Facts, Layer, PolicyRef, PolicySet, RequestFacts, Selected, Subject, normalize,
@@ -147,7 +147,9 @@ impl Evaluation {
             service_account: account.into(),
         };
         let setup = |e: &dyn std::fmt::Display| InspectError::Setup(e.to_string());
-        let judge = Judge::new(config).map_err(|e| setup(&e))?;
+        let mut judge = Judge::new(config).map_err(|e| setup(&e))?;
+        // The secrets that it takes are the node's; a token that needs it is refused.
+        judge.introspector = None;
         judge.keys.want(set.remote_keys().iter().cloned().collect());
         let selected = set.select(&Subject {
             namespace: described.namespace,
@@ -251,8 +253,12 @@ impl Evaluation {
         };
         let request = head.request();
         let now = self.now.unwrap_or_else(SystemTime::now);
+        let own = Destination {
+            identity,
+            credentials: None,
+        };
         let judged = (self.judge)
-            .request(&self.selected, &facts, identity, source, &request, now)
+            .request(&self.selected, &facts, own, source, &request, now)
             .await;
         let claims = match &judged {
             Ok(allowed) => allowed.claims.clone(),
@@ -294,8 +300,13 @@ impl Evaluation {
             Err(Refused { why, reply, .. }) => {
                 answer.status = Some(reply.status.as_u16());
                 answer.reason = why.to_string();
-                if let Why::Denied(denial) = &why {
-                    answer.deny(denial);
+                match &why {
+                    Why::Denied(denial) => answer.deny(denial),
+                    Why::Answered(policy) => {
+                        answer.decision = "allow";
+                        answer.of_policy(Some(policy));
+                    }
+                    Why::Malformed(_) => {}
                 }
                 if reply.status == StatusCode::UNAUTHORIZED {
                     answer.decision = "unauthenticated";

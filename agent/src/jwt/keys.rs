@@ -55,6 +55,8 @@ pub enum SkipReason {
     KeyType(String),
     #[error("`kty` oct is a shared secret, not a public key")]
     SharedSecret,
+    #[error("it has private members")]
+    Private,
     #[error("`use` is not sig")]
     Use,
     #[error("`key_ops` is without verify")]
@@ -163,6 +165,51 @@ impl KeySet {
                     .find(|(own, _)| *own == algorithm)
                     .map(|(_, parsed)| parsed)
             })
+    }
+}
+
+/// A public key that a message brings along (RFC 7515 4.1.3). It proves nothing of
+/// whose it is: that is for whoever knows its thumbprint.
+pub struct EmbeddedKey {
+    key: Key,
+    thumbprint: [u8; 32],
+}
+
+impl EmbeddedKey {
+    /// Refuses private members: whoever sends them has given the key away.
+    pub fn parse(jwk: &Value) -> Result<Self, SkipReason> {
+        if PRIVATE.iter().any(|member| jwk.get(member).is_some()) {
+            return Err(SkipReason::Private);
+        }
+        let key = Key::parse(jwk)?;
+        // RFC 7638 3.2: the members that make the key, sorted; serde_json sorts them.
+        let members: &[&str] = match jwk.get("kty").and_then(Value::as_str) {
+            Some("RSA") => &["e", "kty", "n"],
+            Some("EC") => &["crv", "kty", "x", "y"],
+            _ => &["crv", "kty", "x"],
+        };
+        let own = members
+            .iter()
+            .filter_map(|name| Some(((*name).to_owned(), jwk.get(name)?.clone())));
+        let text = Value::Object(own.collect()).to_string();
+        let digest = digest::digest(&digest::SHA256, text.as_bytes());
+        Ok(Self {
+            key,
+            thumbprint: digest.as_ref().try_into().expect("SHA-256 has 32 bytes"),
+        })
+    }
+
+    /// RFC 7638, with SHA-256.
+    pub fn thumbprint(&self) -> [u8; 32] {
+        self.thumbprint
+    }
+
+    pub(super) fn verifies(&self, algorithm: Algorithm, signed: &[u8], signature: &[u8]) -> bool {
+        let length_fits = algorithm
+            .signature_len()
+            .is_none_or(|length| signature.len() == length);
+        let mut fitting = (self.key.parsed.iter()).filter(|(own, _)| *own == algorithm);
+        length_fits && fitting.any(|(_, key)| key.verify_sig(signed, signature).is_ok())
     }
 }
 

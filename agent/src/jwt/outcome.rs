@@ -62,7 +62,7 @@ pub fn invalid_token(request: &Request<'_>, status: StatusCode, reason: String) 
 
 /// The request's address without its query. What would end or escape the quotes is left
 /// out: the client chose it.
-fn realm(request: &Request<'_>) -> String {
+pub fn realm(request: &Request<'_>) -> String {
     let (path, _) = request.path.split_once('?').unwrap_or((request.path, ""));
     // The application is spoken to in plaintext, whatever is around it.
     ["http://", request.host, path]

@@ -1,7 +1,11 @@
 //! The jwtRules of the RequestAuthentications that select a workload, against one
 //! request.
 
-use std::{borrow::Borrow, sync::Arc, time::SystemTime};
+use std::{
+    borrow::{Borrow, Cow},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use http::{HeaderName, Method, header};
 
@@ -13,13 +17,15 @@ use super::{
     locate::{Found, Locations, Place, without_parameters},
     outcome::{Outcome, Refusal, Verified},
     source::RemoteKeys,
-    verify::{Expected, MAX_TOKEN, Token, TokenError},
+    verify::{Expected, MAX_TOKEN, Token, TokenError, object},
 };
 use crate::request::{Edits, Request};
 
 /// Tokens that one rule checks of a request. Each costs signature checks, and a query
 /// can hold hundreds.
 const MAX_TOKENS: usize = 8;
+/// What some issuers have instead of `scope`: a string of words, or a list.
+pub const SCP: &str = "scp";
 
 /// One jwtRule, compiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,12 +65,38 @@ pub fn authenticate<R: Borrow<Rule>>(
     keys: impl Fn(&RemoteKeys) -> Option<Arc<KeySet>>,
     cache: Option<&VerifiedTokens>,
 ) -> Outcome {
+    authenticate_for(Demands::default(), rules, request, now, keys, cache)
+}
+
+/// What a protected resource asks of tokens beside the rules.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Demands {
+    /// Only access tokens by their own word (RFC 9068).
+    pub access_tokens: bool,
+    /// `scp` is a list like `scope`.
+    pub scp: bool,
+}
+
+/// As [`authenticate`], for a protected resource.
+pub fn authenticate_for<R: Borrow<Rule>>(
+    demands: Demands,
+    rules: &[R],
+    request: &Request<'_>,
+    now: SystemTime,
+    keys: impl Fn(&RemoteKeys) -> Option<Arc<KeySet>>,
+    cache: Option<&VerifiedTokens>,
+) -> Outcome {
     let rules: Vec<&Rule> = rules.iter().map(Borrow::borrow).collect();
     let mut edits = without_spoofed(&rules);
     if is_preflight(request) {
         return Outcome::Anonymous(edits);
     }
-    let judge = Judge { now, keys, cache };
+    let judge = Judge {
+        demands,
+        now,
+        keys,
+        cache,
+    };
     let mut judged = Vec::new();
     for (index, rule) in rules.iter().enumerate() {
         let all = rule.locations.find(request);
@@ -112,6 +144,54 @@ pub fn authenticate<R: Borrow<Rule>>(
     })
 }
 
+/// What some rule takes for a token, each place once, and whether that is
+/// `Authorization`. None of a preflight.
+pub fn presented<'a, R: Borrow<Rule>>(
+    rules: &[R],
+    request: &Request<'a>,
+) -> Vec<(bool, Cow<'a, str>)> {
+    if is_preflight(request) {
+        return Vec::new();
+    }
+    let mut all: Vec<Found<'a>> = Vec::new();
+    for found in rules
+        .iter()
+        .flat_map(|rule| rule.borrow().locations.find(request))
+    {
+        if all.iter().all(|other| other.place != found.place) {
+            all.push(found);
+        }
+    }
+    let in_header = |place: &Place| *place == Place::Header(header::AUTHORIZATION);
+    (all.into_iter())
+        .map(|found| (in_header(&found.place), found.text))
+        .collect()
+}
+
+/// What the application is told of a token that its issuer was asked about: the
+/// headers that the first rule of that issuer makes of claims.
+pub fn put_out_introspected<R: Borrow<Rule>>(rules: &[R], claims: &Claims, edits: &mut Edits) {
+    let own = |rule: &&Rule| rule.issuer.is_some() && rule.issuer.as_deref() == claims.issuer();
+    if let Some(rule) = rules.iter().map(Borrow::borrow).find(own) {
+        let rule = Rule {
+            // There is no such payload.
+            payload_to_header: None,
+            ..rule.clone()
+        };
+        put_out(&rule, "", claims, edits);
+    }
+}
+
+/// Whether a token says of itself that it is a JWT: three parts, the first of them an
+/// object with an algorithm. Nothing of it is proven.
+pub fn is_jwt(token: &str) -> bool {
+    let mut parts = token.split('.');
+    let header = parts.next().unwrap_or_default();
+    parts.count() == 2
+        && token.len() <= MAX_TOKEN
+        && object(header, TokenError::Header).is_ok_and(|header| header.contains_key("alg"))
+}
+
 /// A token in the eyes of one rule.
 struct Judged<'a> {
     rule: usize,
@@ -130,6 +210,7 @@ impl Judged<'_> {
 }
 
 struct Judge<'a, K> {
+    demands: Demands,
     now: SystemTime,
     keys: K,
     cache: Option<&'a VerifiedTokens>,
@@ -137,15 +218,28 @@ struct Judge<'a, K> {
 
 impl<K: Fn(&RemoteKeys) -> Option<Arc<KeySet>>> Judge<'_, K> {
     fn judge(&self, rule: &Rule, found: &Found<'_>) -> Result<Arc<Claims>, TokenError> {
+        let claims = self.verify(rule, found)?;
+        // Not of what is cached: others may take the token as it is.
+        if self.demands.access_tokens {
+            claims.check_access_token()?;
+        }
+        Ok(claims)
+    }
+
+    fn verify(&self, rule: &Rule, found: &Found<'_>) -> Result<Arc<Claims>, TokenError> {
         let token = &*found.text;
         // Before it is hashed.
         if token.len() > MAX_TOKEN {
             return Err(TokenError::TooLarge);
         }
+        let mut space_delimited = Cow::Borrowed(&rule.space_delimited);
+        if self.demands.scp {
+            space_delimited.to_mut().push(SCP.to_owned());
+        }
         let expected = Expected {
             issuer: rule.issuer.as_deref(),
             audiences: &rule.audiences,
-            space_delimited: &rule.space_delimited,
+            space_delimited: &space_delimited,
         };
         let keys = match &rule.keys {
             KeySource::Inline(keys) => Some(keys.clone()),
@@ -166,7 +260,7 @@ impl<K: Fn(&RemoteKeys) -> Option<Arc<KeySet>>> Judge<'_, K> {
 }
 
 /// Fetch, "CORS-preflight request". Browsers send it without credentials.
-fn is_preflight(request: &Request<'_>) -> bool {
+pub fn is_preflight(request: &Request<'_>) -> bool {
     let has = |name| request.header(&name).is_some_and(|value| !value.is_empty());
     request.method == Method::OPTIONS.as_str()
         && has(header::ORIGIN)

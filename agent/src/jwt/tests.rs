@@ -1,5 +1,6 @@
 //! Tokens are really signed here; nothing is taken from files.
 
+mod dpop;
 mod keys;
 mod rules;
 mod tokens;

@@ -10,7 +10,12 @@ use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::StatusCode;
 use serde_json::{Map, Value};
 
-use super::{algorithm::Algorithm, claims::Claims, json, keys::KeySet};
+use super::{
+    algorithm::Algorithm,
+    claims::{Checked, Claims},
+    json,
+    keys::KeySet,
+};
 
 /// Longest token in bytes.
 pub const MAX_TOKEN: usize = 16 * 1024;
@@ -48,8 +53,12 @@ pub enum TokenError {
     Extension(&'static str),
     #[error("Jwt header: typ names another kind of token")]
     Type,
+    #[error("Jwt is no access token: its typ is not at+jwt")]
+    NotAccessToken,
     #[error("Jwt payload is not a strict JSON object")]
     Payload,
+    #[error("Jwt claim {0} is missing")]
+    Missing(&'static str),
     #[error("Jwt claim {0} has the wrong type or range")]
     Claim(&'static str),
     #[error("Jwt is expired")]
@@ -114,6 +123,8 @@ pub struct Token<'a> {
     algorithm: Algorithm,
     /// Never empty.
     kid: Option<String>,
+    /// In lower case, without `application/`.
+    typ: Option<String>,
     payload: Arc<Map<String, Value>>,
     validity: Validity,
 }
@@ -129,7 +140,11 @@ impl<'a> Token<'a> {
         else {
             return Err(TokenError::Form);
         };
-        let (algorithm, kid) = header_members(&object(header, TokenError::Header)?)?;
+        let Header {
+            algorithm,
+            kid,
+            typ,
+        } = header_members(&object(header, TokenError::Header)?)?;
         let signed = &text[..header.len() + 1 + payload.len()];
         let payload = object(payload, TokenError::Payload)?;
         registered(&payload)?;
@@ -138,10 +153,8 @@ impl<'a> Token<'a> {
             signature: decode(signature)?,
             algorithm,
             kid,
-            validity: Validity {
-                not_before: date(&payload, "nbf")?,
-                expires: date(&payload, "exp")?,
-            },
+            typ,
+            validity: Validity::of(&payload)?,
             payload: Arc::new(payload),
         })
     }
@@ -167,6 +180,9 @@ impl<'a> Token<'a> {
             self.payload.clone(),
             expected.space_delimited,
             self.validity,
+            Checked::Jwt {
+                typ: self.typ.as_deref().map(Arc::from),
+            },
         );
         if !audience_fits(expected.audiences, &claims.audiences()) {
             return Err(TokenError::Audience);
@@ -216,6 +232,13 @@ pub(super) struct Validity {
 }
 
 impl Validity {
+    pub fn of(payload: &Map<String, Value>) -> Result<Self, TokenError> {
+        Ok(Self {
+            not_before: date(payload, "nbf")?,
+            expires: date(payload, "exp")?,
+        })
+    }
+
     pub fn check(self, now: SystemTime) -> Result<(), TokenError> {
         let now = now
             .duration_since(UNIX_EPOCH)
@@ -237,23 +260,29 @@ impl Validity {
 }
 
 /// Strict: no padding, no white space, no bits behind the last byte, not empty.
-fn decode(part: &str) -> Result<Vec<u8>, TokenError> {
+pub(super) fn decode(part: &str) -> Result<Vec<u8>, TokenError> {
     if part.is_empty() {
         return Err(TokenError::Form);
     }
     URL_SAFE_NO_PAD.decode(part).map_err(|_| TokenError::Form)
 }
 
-fn object(part: &str, error: TokenError) -> Result<Map<String, Value>, TokenError> {
+pub(super) fn object(part: &str, error: TokenError) -> Result<Map<String, Value>, TokenError> {
     match json::parse(&decode(part)?) {
         Ok(Value::Object(object)) => Ok(object),
         _ => Err(error),
     }
 }
 
+struct Header {
+    algorithm: Algorithm,
+    kid: Option<String>,
+    typ: Option<String>,
+}
+
 /// `jwk`, `jku`, `x5c`, `x5u` and `x5t` are not looked at: keys come from the issuer,
 /// never from the token.
-fn header_members(header: &Map<String, Value>) -> Result<(Algorithm, Option<String>), TokenError> {
+fn header_members(header: &Map<String, Value>) -> Result<Header, TokenError> {
     // RFC 7515 4.1.11, RFC 7797 6: whoever does not know an extension must refuse.
     for name in ["crit", "b64"] {
         if header.contains_key(name) {
@@ -267,20 +296,24 @@ fn header_members(header: &Map<String, Value>) -> Result<(Algorithm, Option<Stri
     };
     let alg = text("alg")?.ok_or(TokenError::HeaderMember("alg"))?;
     let algorithm = Algorithm::from_name(alg).ok_or(TokenError::Algorithm)?;
-    if let Some(typ) = text("typ")? {
+    let typ = text("typ")?.map(|typ| {
         // RFC 7515 4.1.9: a media type, whose `application/` may be left out.
         let typ = typ.to_ascii_lowercase();
-        let short = typ.strip_prefix("application/").unwrap_or(&typ);
-        if OTHER_TYPES.contains(&short) {
-            return Err(TokenError::Type);
-        }
+        typ.strip_prefix("application/").unwrap_or(&typ).to_owned()
+    });
+    if typ.as_deref().is_some_and(|typ| OTHER_TYPES.contains(&typ)) {
+        return Err(TokenError::Type);
     }
     let kid = text("kid")?.filter(|kid| !kid.is_empty());
-    Ok((algorithm, kid.map(str::to_owned)))
+    Ok(Header {
+        algorithm,
+        kid: kid.map(str::to_owned),
+        typ,
+    })
 }
 
 /// Types of the registered claims (RFC 7519 4.1), beside `nbf` and `exp`.
-fn registered(payload: &Map<String, Value>) -> Result<(), TokenError> {
+pub(super) fn registered(payload: &Map<String, Value>) -> Result<(), TokenError> {
     for name in ["iss", "sub", "jti"] {
         if payload.get(name).is_some_and(|value| !value.is_string()) {
             return Err(TokenError::Claim(name));
@@ -295,7 +328,10 @@ fn registered(payload: &Map<String, Value>) -> Result<(), TokenError> {
 }
 
 /// A date in [0, 2^64), its fraction dropped.
-fn date(payload: &Map<String, Value>, name: &'static str) -> Result<Option<u64>, TokenError> {
+pub(super) fn date(
+    payload: &Map<String, Value>,
+    name: &'static str,
+) -> Result<Option<u64>, TokenError> {
     const END: f64 = 18_446_744_073_709_551_616.0; // 2^64
     let Some(value) = payload.get(name) else {
         return Ok(None);
@@ -307,7 +343,7 @@ fn date(payload: &Map<String, Value>, name: &'static str) -> Result<Option<u64>,
     }
 }
 
-fn audience_fits(accepted: &[String], audiences: &[&str]) -> bool {
+pub(super) fn audience_fits(accepted: &[String], audiences: &[&str]) -> bool {
     accepted.is_empty()
         || accepted.iter().any(|accepted| {
             audiences

@@ -31,7 +31,11 @@ const MAX_SECRET: u64 = 4096;
 
 /// One way, as policy and configuration name it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
-#[serde(rename_all = "camelCase", rename_all_fields = "camelCase")]
+#[serde(
+    rename_all = "camelCase",
+    rename_all_fields = "camelCase",
+    deny_unknown_fields
+)]
 pub enum ClientAuthentication {
     /// `client_secret_basic` (RFC 6749 2.3.1): a file of mode 0600 with the secret.
     ClientSecretBasic { secret_file: PathBuf },

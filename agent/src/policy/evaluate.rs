@@ -309,6 +309,38 @@ impl Rule {
         when.map(|condition| Failure::When(&condition.name))
     }
 
+    /// The scopes without which it does not match, each once, where it lacks nothing
+    /// else; of alternatives the first. `any_token`: what is about the token apart from
+    /// scopes is taken to hold.
+    pub(super) fn lacking_scopes(
+        &self,
+        facts: &Facts,
+        layer: Layer<'_>,
+        any_token: bool,
+    ) -> Option<Vec<String>> {
+        let holds = |c: &Condition| {
+            c.holds(facts, layer, false)
+                || c.scopes_but_for(layer).is_some()
+                || (any_token && c.is_of_token())
+        };
+        let some =
+            |part: &[Clause]| part.is_empty() || part.iter().any(|all| all.iter().all(holds));
+        if self.void(layer) || !some(&self.from) || !some(&self.to) || !self.when.iter().all(holds)
+        {
+            return None;
+        }
+        let mut scopes: Vec<String> = Vec::new();
+        for condition in self.when.iter().filter(|c| !c.holds(facts, layer, false)) {
+            let alternatives = condition.scopes_but_for(layer).unwrap_or_default();
+            let exact = alternatives.iter().find_map(|pattern| match pattern {
+                Pattern::Exact(scope) => Some(scope),
+                _ => None,
+            });
+            scopes.extend(exact.filter(|scope| !scopes.contains(scope)).cloned());
+        }
+        Some(scopes)
+    }
+
     /// In words, per alternative, what did not match.
     pub fn explain(&self, facts: &Facts, layer: Layer<'_>, closing: bool) -> Option<String> {
         let failure = self.failure(facts, layer, closing)?;
@@ -354,6 +386,35 @@ impl Condition {
             Test::Path(_) | Test::RequestPrincipal(_) => true,
             Test::Account(_) | Test::Address(..) | Test::Port(_) => false,
         }
+    }
+
+    /// Whether it is about the token.
+    fn is_of_token(&self) -> bool {
+        match &self.test {
+            Test::Text(attribute, _) => matches!(
+                attribute,
+                Attribute::Audiences | Attribute::Presenter | Attribute::Claim(_)
+            ),
+            Test::RequestPrincipal(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Where it asks for a scope, and no other scope stands against it: the scopes, of
+    /// which each would do.
+    fn scopes_but_for(&self, layer: Layer<'_>) -> Option<&[Pattern]> {
+        let Test::Text(Attribute::Claim(path), values) = &self.test else {
+            return None;
+        };
+        let is_scope = matches!(path.as_slice(), [name] if name == "scope" || name == "scp");
+        let Layer::Request(request) = layer else {
+            return None;
+        };
+        let claims = request.claims;
+        let own = claims.map(|c| c.values(path)).unwrap_or_default();
+        let against = |pattern: &Pattern| own.iter().any(|value| pattern.fits(value));
+        let fits = is_scope && !values.any.is_empty() && !values.none.iter().any(against);
+        fits.then_some(&values.any)
     }
 
     pub fn is_remote(&self) -> bool {

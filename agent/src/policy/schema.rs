@@ -5,6 +5,7 @@
 mod authentication;
 mod authorization;
 mod extension;
+mod resource;
 mod values;
 
 use serde::{Deserialize, Deserializer, de::Error as _};
@@ -16,6 +17,7 @@ pub use authorization::{
     Action, AuthorizationPolicy, Condition, Key, Operation, Rule, Source, Values,
 };
 pub use extension::{ConnectAction, ConnectPolicy, ConnectRule, Presenter, TokenBinding};
+pub use resource::{BoundTo, Introspection, ProtectedResource};
 pub use values::{List, PathForm, Piece, Selector, ServiceAccount, TargetRef, Text};
 
 use crate::objects::{Head, Meta, Object};
@@ -27,6 +29,7 @@ pub enum PolicyObject {
     RequestAuthentication(Box<Resource<RequestAuthentication>>),
     ConnectPolicy(Box<Resource<ConnectPolicy>>),
     TokenBinding(Box<Resource<TokenBinding>>),
+    ProtectedResource(Box<Resource<ProtectedResource>>),
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -51,6 +54,7 @@ impl PolicyObject {
             Self::RequestAuthentication(_) => "RequestAuthentication",
             Self::ConnectPolicy(_) => "ConnectPolicy",
             Self::TokenBinding(_) => "TokenBinding",
+            Self::ProtectedResource(_) => "ProtectedResource",
         }
     }
 
@@ -61,6 +65,7 @@ impl PolicyObject {
             Self::RequestAuthentication(p) => &p.metadata,
             Self::ConnectPolicy(p) => &p.metadata,
             Self::TokenBinding(p) => &p.metadata,
+            Self::ProtectedResource(p) => &p.metadata,
         }
     }
 }
@@ -96,6 +101,9 @@ impl Object for PolicyObject {
             }
             ("TokenBinding", false) if served => {
                 Self::TokenBinding(Deserialize::deserialize(from)?)
+            }
+            ("ProtectedResource", false) if served => {
+                Self::ProtectedResource(Deserialize::deserialize(from)?)
             }
             // A policy under a misspelt apiVersion would be one that is not there.
             (kind, _) => {

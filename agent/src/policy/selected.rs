@@ -8,6 +8,7 @@ use super::{
     compile::Reading,
     evaluate::{Denial, Facts, Layer, PolicyRef, Rule, Verdict},
     extension::{Binding, Caller, Connect},
+    resource::ProtectedResource,
     schema::{Action, MtlsMode},
 };
 use crate::jwt;
@@ -57,6 +58,7 @@ pub struct Selected {
     pub(super) token_policies: Vec<PolicyRef>,
     pub(super) bindings: Vec<Arc<Binding>>,
     pub(super) connects: Vec<Arc<Connect>>,
+    pub(super) resource: Option<Arc<ProtectedResource>>,
 }
 
 impl Selected {
@@ -84,7 +86,8 @@ impl Selected {
 
     /// The policy that asks to read the requests of this connection, if any does.
     pub fn needs_request(&self, facts: &Facts) -> Option<&PolicyRef> {
-        let tokens = self.token_policies.first();
+        let resource = self.resource.as_ref().map(|resource| &resource.policy);
+        let tokens = self.token_policies.first().or(resource);
         tokens.or_else(|| {
             self.enforced()
                 .find(|p| p.rules.iter().any(|rule| rule.needs_request(facts)))
@@ -175,6 +178,23 @@ impl Selected {
     /// The policy that such a rule is of.
     pub fn token_policy(&self, rule: usize) -> &PolicyRef {
         &self.token_policies[rule]
+    }
+
+    /// What the workload is as an OAuth resource server, if it is one.
+    pub fn resource(&self) -> Option<&Arc<ProtectedResource>> {
+        self.resource.as_ref()
+    }
+
+    /// The scopes that would make the first ALLOW rule match that needs nothing else;
+    /// empty where it does not name them one by one. `any_token`: nor a certain token.
+    pub fn lacking_scopes(
+        &self,
+        facts: &Facts,
+        layer: Layer<'_>,
+        any_token: bool,
+    ) -> Option<Vec<String>> {
+        let mut rules = self.allow.iter().flat_map(|policy| &policy.rules);
+        rules.find_map(|rule| rule.lacking_scopes(facts, layer, any_token))
     }
 
     /// Whether a verified token may be presented by this peer.

@@ -12,6 +12,7 @@ use super::{
     compile::{self, Mesh, Reach, Reading, Wrong},
     evaluate::{PolicyRef, Rule},
     extension::{Binding, Connect},
+    resource::ProtectedResource,
     schema::{self, Action, PolicyObject},
     selected::{Authorization, Level, Peer, Selected},
 };
@@ -51,6 +52,7 @@ pub struct PolicySet {
     tokens: Index<Tokens>,
     bindings: Index<Binding>,
     connects: Index<Connect>,
+    resources: Index<ProtectedResource>,
     remote_keys: Vec<RemoteKeys>,
     warnings: Vec<String>,
 }
@@ -98,6 +100,16 @@ impl<T> Index<T> {
         });
     }
 
+    /// One that selects the same workloads by the same words.
+    fn same(&self, reach: &Reach) -> Option<&T> {
+        let all = self.0.values().flatten();
+        all.into_iter()
+            .find(|entry| {
+                entry.reach.namespace == reach.namespace && entry.reach.labels == reach.labels
+            })
+            .map(|entry| &*entry.item)
+    }
+
     fn select(&self, subject: &Subject) -> Vec<Arc<T>> {
         let namespaces = [None, Some(Arc::from(subject.namespace.as_str()))];
         let mut found: Vec<(usize, Arc<T>)> = Vec::new();
@@ -117,6 +129,17 @@ impl<T> Index<T> {
         }
         found.sort_by_key(|(order, _)| *order);
         found.into_iter().map(|(_, item)| item).collect()
+    }
+}
+
+impl Level {
+    /// Of policies that may have labels at every level.
+    fn of(reach: &Reach) -> Self {
+        match (reach.labels.is_empty(), &reach.namespace) {
+            (false, _) => Self::Workload,
+            (true, Some(_)) => Self::Namespace,
+            (true, None) => Self::Mesh,
+        }
     }
 }
 
@@ -284,6 +307,21 @@ impl PolicySet {
                 let reach = compile::reach(&policy, spec.selector.take(), None, mesh);
                 self.bindings.add(order, reach, Binding::new(policy, spec));
             }
+            PolicyObject::ProtectedResource(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                real_only(dry_run)?;
+                let mut spec = object.spec.unwrap_or_default();
+                let reach = compile::reach(&policy, spec.selector.take(), None, mesh);
+                let level = Level::of(&reach);
+                let resource = ProtectedResource::new(policy, level, spec, mesh)?;
+                if let Some(other) = self.resources.same(&reach) {
+                    return Err(Wrong {
+                        field: "spec.selector",
+                        message: format!("{} has the same; only one can count", other.policy),
+                    });
+                }
+                self.resources.add(order, reach, resource);
+            }
         }
         self.count += 1;
         Ok(())
@@ -381,6 +419,8 @@ impl PolicySet {
             token_policies: Vec::new(),
             bindings: self.bindings.select(subject),
             connects: self.connects.select(subject),
+            resource: (self.resources.select(subject).into_iter())
+                .min_by_key(|resource| (resource.level, resource.policy.name.clone())),
         };
         for policy in self.authorizations.select(subject) {
             match policy.action {

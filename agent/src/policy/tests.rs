@@ -65,7 +65,9 @@ fn the_shipped_examples_load() {
     let mut text = include_str!("../../../config/policies/example.yaml").to_owned();
     text += "\n---\n";
     text += include_str!("../../../config/policies/requests.yaml");
-    assert_eq!(load(&text).expect("they load").len(), 6);
+    text += "\n---\n";
+    text += include_str!("../../../config/policies/resource.yaml");
+    assert_eq!(load(&text).expect("they load").len(), 8);
 }
 
 #[test]

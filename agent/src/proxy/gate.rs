@@ -19,7 +19,8 @@ use super::{
 };
 use crate::{
     audit::{Peer, Record, RequestRecord, TokenRecord, Verdict as Told},
-    judge::{Allowed, Why},
+    judge::{Allowed, Destination, Why},
+    jwt::Claims,
     kernel::ClientEntry,
     policy::{Denial, Facts, Permitted, PolicyRef},
     request::{Edits, Reply, Request},
@@ -85,12 +86,15 @@ impl Gate for RequestGate {
         let changed = about.proxy.changed.subscribe();
         let selected = about.proxy.selected(&about.pod);
         let mut held = HeldRequest::new(about.clone(), request, changed);
-        let identity = Some(about.pod.identity());
+        let destination = Destination {
+            identity: Some(about.pod.identity()),
+            credentials: Some(&about.pod.credentials),
+        };
         let judged = (about.proxy.judge)
             .request(
                 &selected,
                 &about.facts,
-                identity,
+                destination,
                 about.client,
                 request,
                 SystemTime::now(),
@@ -110,6 +114,7 @@ impl Gate for RequestGate {
                 held.record.told = told;
                 held.record.token = claims.as_deref().map(TokenRecord::new);
                 held.expires = expires;
+                held.claims = claims;
                 if by_providers != Edits::default() {
                     held.head.headers = own(&by_providers.headers(request));
                 }
@@ -134,8 +139,15 @@ impl Gate for RequestGate {
                 held.record.token = refused.claims.as_deref().map(TokenRecord::new);
                 held.record.reason = refused.why.to_string();
                 held.record.verdict = Told::Deny;
-                if let Why::Denied(denial) = &refused.why {
-                    held.record.policy = Some(denial.policy().clone());
+                match &refused.why {
+                    Why::Denied(denial) => held.record.policy = Some(denial.policy().clone()),
+                    Why::Answered(policy) => {
+                        held.record.verdict = Told::Allow;
+                        held.record.policy = Some(policy.clone());
+                        held.record.reason.clear();
+                        let _first = self.passed.set(Some(policy.clone()));
+                    }
+                    Why::Malformed(_) => {}
                 }
                 held.answered(refused.reply.status);
                 Err(refused.reply)
@@ -198,6 +210,8 @@ pub struct HeldRequest {
     record: RequestRecord,
     /// As it was judged, to be judged again.
     head: OwnedHead,
+    /// Those that it was allowed with.
+    claims: Option<Arc<Claims>>,
     expires: Option<SystemTime>,
     changed: watch::Receiver<()>,
 }
@@ -233,6 +247,7 @@ impl HeldRequest {
             },
             about,
             began: Instant::now(),
+            claims: None,
             expires: None,
             changed,
         }
@@ -256,7 +271,8 @@ impl HeldRequest {
             headers: headers.iter().map(|(name, value)| (name, value)).collect(),
         };
         let selected = proxy.selected(pod);
-        (proxy.judge).no_longer(&selected, facts, &request, SystemTime::now())
+        let (claims, now) = (self.claims.as_ref(), SystemTime::now());
+        (proxy.judge).no_longer(&selected, facts, &request, claims, now)
     }
 
     fn revoke(&mut self, reason: String, policy: Option<PolicyRef>) {

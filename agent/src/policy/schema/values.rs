@@ -56,6 +56,8 @@ macro_rules! checked {
     )*};
 }
 
+pub(super) use checked;
+
 checked! {
     /// A non-empty string.
     Text(String): |text| match text.is_empty() {

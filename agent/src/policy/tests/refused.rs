@@ -461,3 +461,161 @@ fn shapes_that_istio_takes_are_taken() {
         load(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
     }
 }
+
+#[test]
+fn protected_resources_that_are_refused() {
+    let resource = |spec: &str| ours("ProtectedResource", spec);
+    let introspection = |change: (&str, &str)| {
+        let whole = "{introspection: {endpoint: 'https://as/i', issuer: 'https://as', clientId: a, \
+                     clientAuthentication: {none: {}}, cache: 30s, timeout: 5s}}";
+        resource(&whole.replacen(change.0, change.1, 1))
+    };
+    load(&introspection(("", ""))).expect("the table's own is right");
+    let mut wrong = Vec::new();
+    for (text, parts) in [
+        (resource("{resource: api}"), ["resource", "https://"]),
+        (
+            resource("{resource: 'http://api'}"),
+            ["resource", "https://"],
+        ),
+        (
+            resource("{resource: 'https://api?x'}"),
+            ["resource", "query"],
+        ),
+        (
+            resource("{resource: 'https://api/#x'}"),
+            ["resource", "fragment"],
+        ),
+        (
+            resource("{resource: 'https://u@api'}"),
+            ["resource", "credentials"],
+        ),
+        (
+            resource("{resource: 'https:///x'}"),
+            ["resource", "https://"],
+        ),
+        (
+            resource("{resource: 'https://api:0'}"),
+            ["resource", "https://"],
+        ),
+        (
+            resource("{resource: 'https://api:99999'}"),
+            ["resource", "https://"],
+        ),
+        (
+            resource("{resource: 'https://api/a b'}"),
+            ["resource", "https://"],
+        ),
+        (
+            resource("{resource: 'https://api/%00'}"),
+            ["spec.resource", "NUL"],
+        ),
+        (
+            resource("{resuorce: 'https://api'}"),
+            ["p.yaml:5", "resuorce"],
+        ),
+        (
+            resource("{authorizationServers: ['https://as']}"),
+            ["spec.resource", "is missing"],
+        ),
+        (
+            resource("{resource: 'https://api', authorizationServers: [as]}"),
+            ["authorizationServers[0]", "https://"],
+        ),
+        (
+            resource("{resource: 'https://api', authorizationServers: []}"),
+            ["authorizationServers", "empty list"],
+        ),
+        (resource("{scopes: ['a b']}"), ["scopes[0]", "spaces"]),
+        (resource("{scopes: ['']}"), ["scopes[0]", "scope"]),
+        (resource("{tokens: {type: JWT}}"), ["tokens.type", "at+jwt"]),
+        (
+            resource("{tokens: {binding: mtls}}"),
+            ["tokens.binding", "certificate"],
+        ),
+        (
+            resource("{tokens: {nonce: perhaps}}"),
+            ["tokens.nonce", "p.yaml:5"],
+        ),
+        (
+            resource("{introspection: {}}"),
+            ["introspection", "endpoint"],
+        ),
+        (
+            introspection(("https://as/i", "http://as/i")),
+            ["endpoint", "https://"],
+        ),
+        (
+            introspection(("clientId: a, ", "")),
+            ["introspection", "clientId"],
+        ),
+        (
+            introspection(("issuer: 'https://as'", "issuer: ''")),
+            ["issuer", "empty"],
+        ),
+        (
+            introspection(("{none: {}}", "{password: {}}")),
+            ["clientAuthentication", "password"],
+        ),
+        (
+            introspection(("{none: {}}", "{privateKeyJwt: {keyFlie: /k}}")),
+            ["clientAuthentication", "keyFlie"],
+        ),
+        (
+            introspection(("{none: {}}", "{spiffeJwt: {}}")),
+            ["spec.introspection.clientAuthentication", "privateKeyJwt"],
+        ),
+        (
+            introspection(("30s", "2h")),
+            ["spec.introspection.cache", "3600s"],
+        ),
+        (
+            introspection(("5s", "1m")),
+            ["spec.introspection.timeout", "30s"],
+        ),
+        (introspection(("30s", "0s")), ["cache", "1ms"]),
+        (
+            resource("{}") + &resource("{}").replace("name: p,", "name: q,"),
+            ["spec.selector", "ProtectedResource shop/p"],
+        ),
+        (
+            resource("{}").replace(
+                "metadata: {",
+                "metadata: {annotations: {istio.io/dry-run: 'true'}, ",
+            ),
+            ["istio.io/dry-run", "ALLOW or DENY"],
+        ),
+    ] {
+        let error = load(&text).expect_err(&text);
+        let lacking = parts.iter().find(|part| !error.contains(**part));
+        wrong.extend(lacking.map(|part| format!("{error:?} lacks {part:?} for {text}")));
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn the_narrowest_protected_resource_counts() {
+    let resource = |name: &str, namespace: &str, spec: &str| {
+        ours("ProtectedResource", spec)
+            .replace("name: p,", &format!("name: {name},"))
+            .replace("namespace: shop", &format!("namespace: {namespace}"))
+    };
+    let web = "{selector: {matchLabels: {app: web}}}";
+    let mesh = resource("m", "istio-system", "{}");
+    let own = resource("n", "shop", "{}");
+    let named = |text: &str| {
+        let set = load(text).expect("loads");
+        let selected = super::select(&set);
+        selected
+            .resource()
+            .map(|resource| resource.policy.to_string())
+    };
+    let is = |name: &str| Some(format!("ProtectedResource {name}"));
+    assert_eq!(named(&resource("o", "other", "{}")), None);
+    assert_eq!(named(&mesh), is("istio-system/m"));
+    assert_eq!(named(&(mesh.clone() + &own)), is("shop/n"));
+    assert_eq!(
+        named(&(mesh + &own + &resource("z", "shop", web))),
+        is("shop/z")
+    );
+}

@@ -25,7 +25,6 @@ use tokio::{
 use crate::{
     audit::{Audit, Record},
     config::{Config, Unknown},
-    identity::{Authority, Bundle, JwtIssuer},
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
     lifecycle::{Watcher, drain},
@@ -75,10 +74,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     judge
         .keys
         .want(policies.remote_keys().iter().cloned().collect());
-    let authority = Authority::open(&config, &node).map_err(|e| misconfigured(&e))?;
-    let jwt = JwtIssuer::open(&config.state).map_err(|e| misconfigured(&e))?;
-    let bundle = Bundle::new(&authority, config.identity.bundle.as_deref())
-        .map_err(|e| misconfigured(&e))?;
+    let identities = Identities::open(&config, &node).map_err(|e| misconfigured(&e))?;
     let endpoints = Endpoints::bind(&config.listen)
         .await
         .map_err(|e| misconfigured(&e))?;
@@ -106,7 +102,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         audit: audit.clone(),
         metrics: Metrics::default(),
     });
-    let identities = Arc::new(Identities::new(authority, jwt, Arc::new(bundle)));
+    let identities = Arc::new(identities);
     let (trigger, watcher) = drain();
     let below = config.kernel.cgroup.as_deref();
     let enroller = Enroller::new(
@@ -137,7 +133,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     }
     let (wake, woken) = mpsc::channel(1);
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
-    tokio::spawn(renew(state.clone(), watcher.clone()));
+    tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
     tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
     drop((watcher, state, identities));
@@ -253,6 +249,10 @@ impl StatusSource for State {
     fn config(&self) -> Config {
         self.config.clone()
     }
+
+    fn jwks(&self) -> Option<serde_json::Value> {
+        self.identities.jwks()
+    }
 }
 
 /// What runs by a token is judged anew when its issuer's keys change.
@@ -269,18 +269,27 @@ async fn keys_changed(proxy: Arc<Proxy>, mut stop: Watcher) {
     }
 }
 
-/// Renews certificates when they are due.
-async fn renew(state: Arc<State>, mut stop: Watcher) {
+/// Makes certificates that are asked for, and renews them when they are due.
+async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
     loop {
-        let (next, failed) = state.identities.renew(SystemTime::now());
-        for (id, error) in &failed {
+        let round = tokio::select! {
+            round = state.identities.renew(SystemTime::now()) => round,
+            () = stop.triggered() => return,
+        };
+        for (about, error) in &round.failed {
             state.proxy.metrics.certificate_errors.inc();
-            tracing::error!(%id, %error, "cannot renew a certificate; it is used until it expires");
+            tracing::error!(
+                about,
+                error,
+                "no new certificate; an old one is used until it expires"
+            );
         }
-        let worst = failed.first().map(|(id, error)| format!("{id}: {error}"));
-        state.problem("certificates", worst);
+        state.problem("certificates", round.problem);
+        if round.fresh {
+            let _due = wake.try_send(());
+        }
         tokio::select! {
-            () = tokio::time::sleep(next) => {}
+            () = tokio::time::sleep(round.next) => {}
             () = state.identities.added.notified() => {}
             () = stop.triggered() => return,
         }

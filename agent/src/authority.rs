@@ -7,10 +7,11 @@
 //! in the store; every write goes through [`Store`], and what was answered was committed
 //! before.
 
+pub mod ca;
 pub mod clients;
 mod clock;
-mod keys;
 pub mod config;
+mod keys;
 mod serve;
 mod store;
 
@@ -42,6 +43,7 @@ pub struct Server {
     pub store: Store,
     pub keys: Keys,
     pub root: Root,
+    pub ca: ca::Ca,
     pub clock: Clock,
     pub audit: Audit,
 }
@@ -52,12 +54,7 @@ impl Server {
     /// Opens files and the store; everything that can be wrong with them is found here.
     pub async fn open(config: Config, clock: Clock, audit: Audit) -> Result<Self> {
         let misconfigured = |e: &dyn std::fmt::Display| Misconfigured(e.to_string());
-        std::fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&config.state)
-            .and_then(|()| std::fs::set_permissions(&config.state, Permissions::from_mode(0o700)))
-            .with_context(|| format!("{}", config.state.display()))?;
+        make_state(&config)?;
         let root = Root::of(
             config.certificates.root_certificate.as_deref(),
             config.certificates.root_key.as_deref(),
@@ -67,11 +64,13 @@ impl Server {
         .map_err(|e| misconfigured(&e))?;
         let store = Store::open(&config).await.map_err(|e| misconfigured(&e))?;
         let keys = Keys::open(&config).map_err(|e| misconfigured(&e))?;
+        let ca = ca::Ca::open(&config, &root, &store).await?;
         Ok(Self {
             config,
             store,
             keys,
             root,
+            ca,
             clock,
             audit,
         })
@@ -88,10 +87,21 @@ impl Server {
     }
 }
 
+/// The state directory, mode 0700.
+fn make_state(config: &Config) -> Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&config.state)
+        .and_then(|()| std::fs::set_permissions(&config.state, Permissions::from_mode(0o700)))
+        .with_context(|| format!("{}", config.state.display()))
+}
+
 /// All that is served.
 pub fn routes(server: Shared) -> Router {
     Router::new()
         .route("/healthz", get(|| async { "ok" }))
+        .merge(ca::routes())
         .with_state(server)
 }
 
@@ -106,6 +116,7 @@ pub async fn run(config: Config) -> Result<()> {
     )
     .with_context(|| format!("audit.file {:?}", config.audit.file))?;
     let server = Arc::new(Server::open(config, Clock::system(), audit).await?);
+    tokio::spawn(ca::watch(server.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = async move {

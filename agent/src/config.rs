@@ -138,10 +138,12 @@ pub struct Jwt {
     pub files: BTreeMap<String, PathBuf>,
 }
 
-/// The embedded issuer.
+/// Who signs for this node: the embedded issuer, or `postern authority`.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Identity {
+    /// `postern authority`, so that this node holds no root. Empty: the embedded issuer.
+    pub authority: Option<RemoteAuthority>,
     /// Root certificate (PEM). Both empty: a root is made in the state directory.
     pub root_certificate: Option<PathBuf>,
     /// Its private key (PEM, PKCS #8), mode 0600.
@@ -152,6 +154,26 @@ pub struct Identity {
     pub node_lifetime: Span,
     /// Lifetime of a workload's certificate; it is renewed at half of that.
     pub leaf_lifetime: Span,
+    /// `iss` of the embedded issuer's JWT-SVIDs. Empty: `spiffe://` and the trust domain.
+    pub jwt_issuer: Option<String>,
+}
+
+/// Where `postern authority` is, and how this agent proves which node it is.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct RemoteAuthority {
+    /// https URL.
+    pub url: String,
+    /// Roots (PEM) that its TLS certificate is trusted under, and no others. Empty: the
+    /// system's.
+    #[serde(default)]
+    pub roots: Option<PathBuf>,
+    /// File with a join token, mode 0600: needed once.
+    #[serde(default)]
+    pub join_token_file: Option<PathBuf>,
+    /// File with a projected token of the agent's Kubernetes service account.
+    #[serde(default)]
+    pub service_account_token_file: Option<PathBuf>,
 }
 
 /// Connections between nodes.
@@ -319,11 +341,13 @@ impl Default for Jwt {
 impl Default for Identity {
     fn default() -> Self {
         Self {
+            authority: None,
             root_certificate: None,
             root_key: None,
             bundle: None,
             node_lifetime: Span::hours(24 * 30),
             leaf_lifetime: Span::hours(24),
+            jwt_issuer: None,
         }
     }
 }
@@ -407,6 +431,17 @@ impl Config {
             return Ok(Self::default());
         }
         parse_document(path, &text)
+    }
+
+    /// `iss` of JWT-SVIDs that the embedded issuer signs.
+    pub fn jwt_issuer(&self) -> String {
+        let named = self.identity.jwt_issuer.clone();
+        named.unwrap_or_else(|| format!("spiffe://{}", self.trust_domain))
+    }
+
+    /// Where it writes its public keys.
+    pub fn jwks_file(&self) -> PathBuf {
+        self.state.join("jwks.json")
     }
 
     /// The node's name, as configured or the host's.

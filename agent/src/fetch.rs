@@ -95,6 +95,11 @@ impl Fetcher {
         ))
     }
 
+    /// Trusts these roots, and has no certificate to show.
+    pub fn with_trust(trust: &Trust) -> Self {
+        Self::build(trust, None, Vetted::system())
+    }
+
     /// Shows servers that ask for it this certificate (RFC 8705 2).
     pub fn with_certificate(trust: &Trust, certificate: Arc<dyn ResolvesClientCert>) -> Self {
         Self::build(trust, Some(certificate), Vetted::system())
@@ -249,6 +254,13 @@ impl Trust {
     pub fn new(more: Option<&Path>) -> Result<Self, RootsError> {
         roots(more).map(|store| Self(Arc::new(store)))
     }
+
+    /// Those of a PEM file and no others.
+    pub fn only(path: &Path) -> Result<Self, RootsError> {
+        let mut store = RootCertStore::empty();
+        add_file(&mut store, path)?;
+        Ok(Self(Arc::new(store)))
+    }
 }
 
 /// A URL as it may be told to people: without credentials, query and fragment.
@@ -302,9 +314,14 @@ fn roots(more: Option<&Path>) -> Result<RootCertStore, RootsError> {
     if store.is_empty() {
         store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     }
-    let Some(path) = more else {
-        return Ok(store);
-    };
+    if let Some(path) = more {
+        add_file(&mut store, path)?;
+    }
+    Ok(store)
+}
+
+/// Adds the certificates of a PEM file; at least one.
+fn add_file(store: &mut RootCertStore, path: &Path) -> Result<(), RootsError> {
     let wrong = |message: String| RootsError {
         path: path.to_owned(),
         message,
@@ -319,7 +336,7 @@ fn roots(more: Option<&Path>) -> Result<RootCertStore, RootsError> {
         let usable = store.add(der);
         usable.map_err(|e| wrong(format!("not usable as a root: {e}")))?;
     }
-    Ok(store)
+    Ok(())
 }
 
 /// The refused address among an error's causes.

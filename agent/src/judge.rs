@@ -7,6 +7,7 @@ mod nonce;
 mod replay;
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, SystemTime},
@@ -194,13 +195,19 @@ impl Judge {
     /// To be called within a runtime: keys are fetched by tasks.
     pub fn new(config: &Config) -> Result<Self, JudgeError> {
         let jwt = &config.jwt;
+        let mut files: HashMap<_, _> = jwt.files.clone().into_iter().collect();
+        if config.identity.authority.is_none() {
+            // The embedded issuer's own JWT-SVIDs.
+            let issuer = files.entry(config.jwt_issuer());
+            issuer.or_insert_with(|| config.jwks_file());
+        }
         Ok(Self {
             keys: KeyStore::new(Options {
                 refresh: jwt.refresh.0,
                 keep: jwt.keep.0,
                 refetch_interval: jwt.refetch_interval.0,
                 roots: jwt.roots.clone(),
-                files: jwt.files.clone().into_iter().collect(),
+                files,
             })?,
             authorizers: Authorizers::new(config.policies.extension_providers.clone())?,
             verified: VerifiedTokens::default(),

@@ -84,6 +84,49 @@ struct AuthorityFile {
 enum AuthorityCommand {
     /// Run the server.
     Run(AuthorityFile),
+    /// Tokens with which the agent of a node joins.
+    JoinToken {
+        #[command(subcommand)]
+        command: JoinTokenCommand,
+    },
+    /// Agents of nodes.
+    Node {
+        #[command(subcommand)]
+        command: NodeCommand,
+    },
+}
+
+#[derive(Subcommand)]
+enum JoinTokenCommand {
+    /// Make one, for one node and to be used once, and print it.
+    Create {
+        /// As pods name it in `spec.nodeName`.
+        #[arg(long)]
+        node: String,
+        /// How long it can be used.
+        #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
+        ttl: std::time::Duration,
+        #[command(flatten)]
+        config: AuthorityFile,
+    },
+    /// Print those that were made, a line each: id, state, node.
+    List(AuthorityFile),
+    /// Make one void, by its id.
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        config: AuthorityFile,
+    },
+}
+
+#[derive(Subcommand)]
+enum NodeCommand {
+    /// Refuse the certificates that a node's agent has: it must join anew.
+    Revoke {
+        node: String,
+        #[command(flatten)]
+        config: AuthorityFile,
+    },
 }
 
 #[derive(Subcommand)]
@@ -198,15 +241,40 @@ fn run(command: Command) -> Result<ExitCode> {
 }
 
 fn authority(command: AuthorityCommand) -> Result<()> {
-    let AuthorityCommand::Run(file) = command;
-    let config = postern::authority::Config::load(&file.config)
-        .map_err(|e| app::Misconfigured(e.to_string()))?;
-    let _log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
+    use postern::authority::{self, ca::commands};
+    let load = |file: &AuthorityFile| {
+        authority::Config::load(&file.config).map_err(|e| app::Misconfigured(e.to_string()))
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("the async runtime")?;
-    runtime.block_on(postern::authority::run(config))
+    match command {
+        AuthorityCommand::Run(file) => {
+            let config = load(&file)?;
+            let _log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
+            runtime.block_on(authority::run(config))?;
+        }
+        AuthorityCommand::JoinToken { command } => match command {
+            JoinTokenCommand::Create { node, ttl, config } => {
+                let config = load(&config)?;
+                let made = commands::create_join_token(&config, &node, ttl);
+                println!("{}", *runtime.block_on(made)?);
+            }
+            JoinTokenCommand::List(config) => {
+                for (token, state) in runtime.block_on(commands::join_tokens(&load(&config)?))? {
+                    println!("{}  {state:<8} {}", token.id, token.node);
+                }
+            }
+            JoinTokenCommand::Revoke { id, config } => {
+                runtime.block_on(commands::revoke_join_token(&load(&config)?, &id))?;
+            }
+        },
+        AuthorityCommand::Node {
+            command: NodeCommand::Revoke { node, config },
+        } => runtime.block_on(commands::revoke_node(&load(&config)?, &node))?,
+    }
+    Ok(())
 }
 
 fn policy(command: PolicyCommand) -> Result<ExitCode> {

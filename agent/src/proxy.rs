@@ -11,6 +11,7 @@ mod enrol;
 mod gate;
 mod hbone;
 pub mod http;
+mod identities;
 mod inbound;
 mod listen;
 mod outbound;
@@ -48,7 +49,8 @@ use crate::{
 pub use connections::Connections;
 pub use enrol::Enroller;
 pub use hbone::Tunnels;
-pub use pods::{Identities, LocalPod, LocalPods};
+pub use identities::{Identities, Issuer};
+pub use pods::{LocalPod, LocalPods};
 
 /// Ports of the agent in each pod's network namespace.
 pub const OUTBOUND_PORT: u16 = 15001;

@@ -3,6 +3,7 @@
 mod addresses;
 mod enrolment;
 mod identity;
+mod joined;
 mod kit;
 mod lifecycle;
 mod operate;

@@ -116,9 +116,7 @@ fn reload(state: &State) {
         }
         Err(error) => refused(state, "policies", &error.to_string()),
     }
-    let identities = &state.identities;
-    let more = state.config.identity.bundle.as_deref();
-    match identities.bundle.reload(identities.authority(), more) {
+    match state.identities.bundle.reload() {
         Ok(()) => state.problem("bundle", None),
         Err(error) => refused(state, "bundle", &error.to_string()),
     }

@@ -148,7 +148,7 @@ impl Default for RequestRecord {
 #[serde(rename_all = "camelCase")]
 pub struct AuthorityRecord {
     /// `grant`, `refusal`, `login`, `logout`, `consent`, `revocation`, `introspection`,
-    /// `reuse`, `certificate`, `join`, `keys`, `client` or `user`.
+    /// `reuse`, `certificate`, `join`, `token` (a JWT-SVID), `keys`, `client` or `user`.
     pub event: &'static str,
     /// Of the request: `authorization_code`, `refresh_token`, `client_credentials`,
     /// `urn:ietf:params:oauth:grant-type:token-exchange`.

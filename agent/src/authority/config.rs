@@ -112,12 +112,18 @@ pub struct Certificates {
     pub root_certificate: Option<PathBuf>,
     /// Its private key (PEM, PKCS #8), mode 0600.
     pub root_key: Option<PathBuf>,
+    /// Further roots (PEM) that agents are to trust: how a root is rotated.
+    pub bundle: Option<PathBuf>,
+    /// Lifetime of the authority's intermediate, whose key is in memory alone.
+    pub intermediate_lifetime: Span,
     /// Lifetime of an agent's own certificate; it is renewed at half of that.
     pub agent_lifetime: Span,
     /// Lifetime of a workload's certificate.
     pub leaf_lifetime: Span,
     /// Lifetime of a JWT-SVID.
     pub jwt_svid: Span,
+    /// Requests of one agent in a minute.
+    pub per_minute: Count,
 }
 
 /// How agents prove which node they are, and what runs there.
@@ -127,6 +133,31 @@ pub struct Nodes {
     /// Directory of manifests (Pod): an agent gets certificates for the service
     /// accounts of its own node's pods alone. Empty: no agent gets any.
     pub manifests: Option<PathBuf>,
+    /// Agents that prove their node by a token of their Kubernetes service account.
+    pub kubernetes: Option<KubernetesNodes>,
+}
+
+/// Whose tokens count. Neither `jwksFile` nor `jwksUri`: keys by discovery at the issuer.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct KubernetesNodes {
+    /// `iss` of the cluster's service account tokens.
+    pub issuer: String,
+    /// `aud` that tokens must have. Empty: this server's issuer.
+    #[serde(default)]
+    pub audience: Option<String>,
+    /// The cluster's key set, watched.
+    #[serde(default)]
+    pub jwks_file: Option<PathBuf>,
+    #[serde(default)]
+    pub jwks_uri: Option<String>,
+    /// Further roots (PEM) for fetching it.
+    #[serde(default)]
+    pub roots: Option<PathBuf>,
+    /// Namespace of the agents.
+    pub namespace: String,
+    /// Their service account.
+    pub service_account: String,
 }
 
 /// A person.
@@ -214,9 +245,12 @@ impl Default for Certificates {
         Self {
             root_certificate: None,
             root_key: None,
+            bundle: None,
+            intermediate_lifetime: Span::hours(24 * 30),
             agent_lifetime: Span::hours(24),
             leaf_lifetime: Span::hours(24),
             jwt_svid: Span::seconds(300),
+            per_minute: Count(600),
         }
     }
 }

@@ -148,6 +148,10 @@ fn tls(server: &Shared) -> Result<ServerConfig> {
         .with_client_cert_verifier(verifier)
         .with_single_cert(chain, key)
         .map_err(|e| Misconfigured(format!("tls: {e}")))?;
+    // A resumed session would show the certificate of the first one, which may have been
+    // replaced or have expired since.
+    tls.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
+    tls.send_tls13_tickets = 0;
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(tls)
 }

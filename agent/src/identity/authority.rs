@@ -1,30 +1,30 @@
 //! The embedded issuer: a root, this node's intermediate, and a short-lived leaf
-//! for each service account of the node. Leaf and intermediate keys are made here
-//! and live in memory only; the root key is a file of mode 0600.
+//! for each service account of the node. Leaf keys are made here and live in memory
+//! only; the root key is a file of mode 0600.
 
 use std::{
     io::Write as _,
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, string::Ia5String,
+    BasicConstraints, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    SanType, string::Ia5String,
 };
 use rustls::{
     DistinguishedName,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
-use time::OffsetDateTime;
+use zeroize::Zeroizing;
 
-use super::{SpiffeId, TrustDomain};
+use super::{
+    SpiffeId, TrustDomain,
+    intermediate::{BACKDATE, Intermediates, Purpose, dated},
+};
 use crate::config;
 
-/// Certificates begin this long before they are made, for nodes whose clocks lag.
-const BACKDATE: Duration = Duration::from_secs(60);
 /// Lifetime of a server's certificate; a new one is made at each start.
 const SERVER_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3_600);
 /// Lifetime of a root that the agent makes for itself.
@@ -49,6 +49,13 @@ pub enum IdentityError {
     Use(#[from] rustls::Error),
     #[error("cannot sign a JWT-SVID: {0}")]
     Sign(#[source] crate::jwt::SigningKeyError),
+    #[error("the system has no randomness")]
+    Randomness,
+    #[error("identity.authority: {0}")]
+    Config(String),
+    /// Not joined, not reached, refused, or an answer that cannot be used.
+    #[error("{0}")]
+    Remote(String),
 }
 
 /// A workload's certificate chain and key (an X.509-SVID).
@@ -73,22 +80,14 @@ impl Svid {
 /// Signs for this node.
 pub struct Authority {
     root: Root,
-    node_name: String,
-    node_lifetime: Duration,
     leaf_lifetime: Duration,
-    intermediate: Mutex<Option<Arc<Intermediate>>>,
+    intermediates: Intermediates,
 }
 
 /// The trust domain's root certificate and its key.
 pub struct Root {
     certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
-}
-
-struct Intermediate {
-    certificate: CertificateDer<'static>,
-    issuer: Issuer<'static, KeyPair>,
-    not_after: SystemTime,
 }
 
 impl Authority {
@@ -104,70 +103,37 @@ impl Authority {
         )?;
         Ok(Self {
             root,
-            node_name: node.to_owned(),
-            node_lifetime: identity.node_lifetime.0,
             leaf_lifetime: identity.leaf_lifetime.0,
-            intermediate: Mutex::default(),
+            intermediates: Intermediates::new(
+                format!("Postern node {node}"),
+                identity.node_lifetime.0,
+            ),
         })
     }
 
     /// The root that this authority signs under.
-    pub fn root(&self) -> &CertificateDer<'static> {
-        &self.root.certificate
+    pub fn root(&self) -> &Root {
+        &self.root
     }
 
     /// A new key and certificate for a service account.
     pub fn issue(&self, id: &SpiffeId, now: SystemTime) -> Result<Svid, IdentityError> {
-        let above = self.intermediate(now)?;
         let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-        let not_after = (now + self.leaf_lifetime).min(above.not_after);
-        let mut params = dated(now, not_after);
-        // SPIFFE X509-SVID 4: exactly one URI, no CA, digital signature.
-        params.subject_alt_names = vec![SanType::URI(Ia5String::try_from(id.to_string())?)];
-        params.use_authority_key_identifier_extension = true;
-        params.is_ca = IsCa::ExplicitNoCa;
-        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![
-            ExtendedKeyUsagePurpose::ServerAuth,
-            ExtendedKeyUsagePurpose::ClientAuth,
-        ];
-        let leaf = params.signed_by(&key, &above.issuer)?;
+        let certified = self.intermediates.certify(
+            &self.root,
+            &id.to_string(),
+            &key,
+            Purpose::Workload,
+            self.leaf_lifetime,
+            now,
+        )?;
         Ok(Svid {
             id: id.clone(),
-            chain: vec![leaf.der().clone(), above.certificate.clone()],
+            chain: certified.chain,
             key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
-            not_before: now - BACKDATE,
-            not_after,
+            not_before: certified.not_before,
+            not_after: certified.not_after,
         })
-    }
-
-    /// The node's intermediate, made anew at half of its lifetime, so that no leaf
-    /// is cut short by it in normal operation.
-    fn intermediate(&self, now: SystemTime) -> Result<Arc<Intermediate>, IdentityError> {
-        let mut slot = self.intermediate.lock().expect("no panic while it is held");
-        if let Some(current) = slot.as_ref()
-            && current.not_after > now + self.node_lifetime / 2
-        {
-            return Ok(current.clone());
-        }
-        let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-        let not_after = now + self.node_lifetime;
-        let mut params = dated(now, not_after);
-        params.distinguished_name.push(
-            DnType::CommonName,
-            format!("Postern node {}", self.node_name),
-        );
-        params.use_authority_key_identifier_extension = true;
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let certificate = params.signed_by(&key, &self.root.issuer)?.der().clone();
-        let made = Arc::new(Intermediate {
-            issuer: Issuer::new(params, key),
-            certificate,
-            not_after,
-        });
-        *slot = Some(made.clone());
-        Ok(made)
     }
 }
 
@@ -197,6 +163,15 @@ impl Root {
 
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
+    }
+
+    /// What other keys are derived from: the private key.
+    pub(super) fn secret(&self) -> Zeroizing<Vec<u8>> {
+        Zeroizing::new(self.issuer.key().serialize_der())
+    }
+
+    pub(super) fn issuer(&self) -> &Issuer<'static, KeyPair> {
+        &self.issuer
     }
 
     /// Its name as it stands in certificates below it.
@@ -292,23 +267,15 @@ fn make_root(certificate: &Path, key: &Path, domain: &str) -> Result<(), Identit
     write_new(certificate, made.pem().as_bytes(), 0o644)
 }
 
-fn dated(now: SystemTime, not_after: SystemTime) -> CertificateParams {
-    let mut params = CertificateParams::default();
-    params.not_before = OffsetDateTime::from(now - BACKDATE);
-    params.not_after = OffsetDateTime::from(not_after);
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    params
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
+pub(super) fn read(path: &Path) -> Result<Vec<u8>, IdentityError> {
     std::fs::read(path).map_err(|source| IdentityError::File {
         path: path.to_owned(),
         source,
     })
 }
 
-/// Writes a file that is whole or absent, whatever happens in between.
-fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), IdentityError> {
+/// Writes a file that is whole or as it was, whatever happens in between.
+pub(super) fn write_new(path: &Path, content: &[u8], mode: u32) -> Result<(), IdentityError> {
     let fail = |source| IdentityError::File {
         path: path.to_owned(),
         source,
@@ -342,8 +309,8 @@ mod tests {
     #[test]
     fn the_root_outlives_the_agent_and_its_key_is_private() {
         let dir = tempfile::tempdir().expect("directory");
-        let first = authority(dir.path()).root().clone();
-        assert_eq!(authority(dir.path()).root(), &first);
+        let first = authority(dir.path()).root().certificate().clone();
+        assert_eq!(authority(dir.path()).root().certificate(), &first);
         let key = dir.path().join("root.key");
         let mode = std::fs::metadata(&key).expect("key").permissions().mode();
         assert_eq!(mode & 0o777, 0o600);

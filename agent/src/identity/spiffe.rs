@@ -22,6 +22,8 @@ pub enum SpiffeError {
     TrustDomain(String),
     #[error("`{0}` is not of the form spiffe://<trust domain>/ns/<namespace>/sa/<service account>")]
     Form(String),
+    #[error("`{0}` is not of the form spiffe://<trust domain>/postern/agent/<node>")]
+    AgentForm(String),
 }
 
 impl TrustDomain {
@@ -92,14 +94,12 @@ impl FromStr for SpiffeId {
 
     fn from_str(uri: &str) -> Result<Self, SpiffeError> {
         let form = || SpiffeError::Form(uri.to_owned());
-        let segment = |s: &str| {
-            let allowed = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
-            !s.is_empty() && s != "." && s != ".." && s.bytes().all(allowed)
-        };
         let rest = uri.strip_prefix("spiffe://").ok_or_else(form)?;
         let parts: Vec<&str> = rest.split('/').collect();
         match parts[..] {
-            [domain, "ns", namespace, "sa", account] if segment(namespace) && segment(account) => {
+            [domain, "ns", namespace, "sa", account]
+                if is_segment(namespace) && is_segment(account) =>
+            {
                 Ok(Self {
                     trust_domain: TrustDomain::try_from(domain.to_owned())?,
                     namespace: namespace.to_owned(),
@@ -109,6 +109,12 @@ impl FromStr for SpiffeId {
             _ => Err(form()),
         }
     }
+}
+
+/// A segment of a path (SPIFFE-ID 2.2).
+pub(super) fn is_segment(text: &str) -> bool {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
+    !text.is_empty() && text != "." && text != ".." && text.bytes().all(allowed)
 }
 
 impl Serialize for SpiffeId {

@@ -3,8 +3,8 @@
 //! proves its identities anew, and tunnels are pooled above this layer.
 
 use std::{
-    path::Path,
-    sync::{Arc, LazyLock},
+    path::{Path, PathBuf},
+    sync::{Arc, LazyLock, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -22,7 +22,7 @@ use rustls::{
 };
 use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
-use super::{Authority, IdentityError, SpiffeId, Svid};
+use super::{IdentityError, SpiffeId, Svid};
 use crate::jwt::SigningKey;
 
 /// ALPN of HTTP/2, which HBONE is.
@@ -40,41 +40,90 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 
 /// The roots that peers may be signed under; replaced whole when files change.
 #[derive(Debug)]
-pub struct Bundle(ArcSwap<Vec<TrustAnchor<'static>>>);
+pub struct Bundle {
+    /// The issuer's own, and a file of further ones.
+    own: Mutex<Vec<CertificateDer<'static>>>,
+    more: Option<PathBuf>,
+    anchors: ArcSwap<Vec<TrustAnchor<'static>>>,
+}
 
 impl Bundle {
-    pub fn new(authority: &Authority, more: Option<&Path>) -> Result<Self, IdentityError> {
-        Ok(Self(ArcSwap::from_pointee(anchors(authority, more)?)))
+    /// `own` may be empty while there is no word from the authority yet: nobody is
+    /// trusted then.
+    pub fn new(
+        own: Vec<CertificateDer<'static>>,
+        more: Option<PathBuf>,
+    ) -> Result<Self, IdentityError> {
+        let anchors = anchors(&own, more.as_deref())?;
+        Ok(Self {
+            own: Mutex::new(own),
+            more,
+            anchors: ArcSwap::from_pointee(anchors),
+        })
     }
 
     /// Reads the bundle file again. On error the last good roots stay.
-    pub fn reload(&self, authority: &Authority, more: Option<&Path>) -> Result<(), IdentityError> {
-        self.0.store(Arc::new(anchors(authority, more)?));
+    pub fn reload(&self) -> Result<(), IdentityError> {
+        let own = self.own.lock().expect("no panic while it is held");
+        self.anchors
+            .store(Arc::new(anchors(&own, self.more.as_deref())?));
+        Ok(())
+    }
+
+    /// Replaces the issuer's roots. On error the last good roots stay.
+    pub fn replace(&self, roots: Vec<CertificateDer<'static>>) -> Result<(), IdentityError> {
+        let mut own = self.own.lock().expect("no panic while it is held");
+        let anchors = anchors(&roots, self.more.as_deref())?;
+        *own = roots;
+        self.anchors.store(Arc::new(anchors));
         Ok(())
     }
 
     pub fn roots(&self) -> usize {
-        self.0.load().len()
+        self.anchors.load().len()
+    }
+
+    /// Whether a chain, leaf first, ends at one of them and may be used so.
+    pub fn verify(
+        &self,
+        chain: &[CertificateDer<'_>],
+        usage: KeyUsage,
+        now: SystemTime,
+    ) -> Result<(), rustls::Error> {
+        let (leaf, above) = chain
+            .split_first()
+            .ok_or(rustls::Error::NoCertificatesPresented)?;
+        let since = now.duration_since(SystemTime::UNIX_EPOCH);
+        let now = UnixTime::since_unix_epoch(since.unwrap_or_default());
+        self.verify_at(leaf, above, usage, now)
+    }
+
+    fn verify_at(
+        &self,
+        leaf: &CertificateDer<'_>,
+        above: &[CertificateDer<'_>],
+        usage: KeyUsage,
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        let algorithms = PROVIDER.signature_verification_algorithms.all;
+        EndEntityCert::try_from(leaf)
+            .and_then(|certificate| {
+                let anchors = self.anchors.load();
+                certificate
+                    .verify_for_usage(algorithms, &anchors, above, now, usage, None, None)
+                    .map(|_path| ())
+            })
+            .map_err(bad)
     }
 }
 
 fn anchors(
-    authority: &Authority,
+    own: &[CertificateDer<'static>],
     more: Option<&Path>,
 ) -> Result<Vec<TrustAnchor<'static>>, IdentityError> {
-    let mut certificates = vec![authority.root().clone()];
+    let mut certificates = own.to_vec();
     if let Some(path) = more {
-        let content = |message: String| IdentityError::Content {
-            path: path.to_owned(),
-            message,
-        };
-        let listed = CertificateDer::pem_file_iter(path)
-            .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-            .map_err(|e| content(e.to_string()))?;
-        if listed.is_empty() {
-            return Err(content("holds no PEM certificate".into()));
-        }
-        certificates.extend(listed);
+        certificates.extend(read_certificates(path)?);
     }
     certificates
         .iter()
@@ -86,6 +135,21 @@ fn anchors(
             }),
         })
         .collect()
+}
+
+/// The certificates of a PEM file; at least one.
+pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let content = |message: String| IdentityError::Content {
+        path: path.to_owned(),
+        message,
+    };
+    let listed = CertificateDer::pem_file_iter(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| content(e.to_string()))?;
+    if listed.is_empty() {
+        return Err(content("holds no PEM certificate".into()));
+    }
+    Ok(listed)
 }
 
 /// One service account's certificate, renewed in place, and the rustls
@@ -220,11 +284,7 @@ impl Verifier {
         now: UnixTime,
         usage: KeyUsage,
     ) -> Result<(), rustls::Error> {
-        let anchors = self.bundle.0.load();
-        let certificate = EndEntityCert::try_from(leaf).map_err(bad)?;
-        certificate
-            .verify_for_usage(self.algorithms.all, &anchors, above, now, usage, None, None)
-            .map_err(bad)?;
+        self.bundle.verify_at(leaf, above, usage, now)?;
         if peer_identity(leaf).is_none() {
             return Err(rustls::CertificateError::ApplicationVerificationFailure.into());
         }
@@ -320,8 +380,13 @@ impl ClientCertVerifier for Verifier {
     }
 }
 
-/// The SPIFFE ID of a leaf: its only URI name (X509-SVID 2 allows no second).
+/// The SPIFFE ID of a leaf: its only URI name.
 pub fn peer_identity(leaf: &CertificateDer<'_>) -> Option<SpiffeId> {
+    only_uri(leaf)?.parse().ok()
+}
+
+/// The only URI name of a leaf (X509-SVID 2 allows no second).
+pub(super) fn only_uri(leaf: &CertificateDer<'_>) -> Option<String> {
     use x509_parser::extensions::GeneralName;
     let (_rest, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
     let names = certificate.subject_alternative_name().ok()??;
@@ -337,7 +402,7 @@ pub fn peer_identity(leaf: &CertificateDer<'_>) -> Option<SpiffeId> {
     if uris.next().is_some() {
         return None;
     }
-    uri.parse().ok()
+    Some(uri.to_owned())
 }
 
 /// SHA-256 of a certificate's DER.

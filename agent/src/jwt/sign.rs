@@ -4,7 +4,7 @@
 use std::fmt;
 
 use aws_lc_rs::{
-    digest,
+    agreement, digest,
     error::{KeyRejected, Unspecified},
     rand::SystemRandom,
     signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _},
@@ -70,6 +70,19 @@ impl SigningKey {
             Err(_other_kind) => Pair::EdDsa(Ed25519KeyPair::from_pkcs8(der)?),
         };
         Ok(Self::new(pair))
+    }
+
+    /// ES256 with this private scalar, big-endian.
+    pub fn from_p256(scalar: &[u8; 32]) -> Result<Self, SigningKeyError> {
+        let point = agreement::PrivateKey::from_private_key(&agreement::ECDH_P256, scalar)?
+            .compute_public_key()?;
+        Ok(Self::new(Pair::Es256(
+            EcdsaKeyPair::from_private_key_and_public_key(
+                &ECDSA_P256_SHA256_FIXED_SIGNING,
+                scalar,
+                point.as_ref(),
+            )?,
+        )))
     }
 
     /// PKCS #8 in DER. For files of mode 0600 and nothing else.

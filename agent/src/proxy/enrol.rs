@@ -49,13 +49,16 @@ pub(super) enum EnrolError {
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// Fail closed: without an identity it takes no part.
+    #[error("its certificate is not there yet{0}")]
+    NoCertificate(String),
 }
 
 impl EnrolError {
     /// Whether time alone will help.
     fn passes(&self) -> bool {
         match self {
-            Self::NoNamespace | Self::NoCgroup | Self::NoAddress => true,
+            Self::NoNamespace | Self::NoCgroup | Self::NoAddress | Self::NoCertificate(_) => true,
             // Listeners of the same pod under another identity are just being closed.
             Self::Listen { source, .. } => source.kind() == io::ErrorKind::AddrInUse,
             _ => false,
@@ -261,7 +264,11 @@ impl Enroller {
         if !same {
             // A restarted sandbox has a new namespace: another pod, to all effects.
             self.remove(&workload.uid);
-            let credentials = self.identities.get(&identity)?;
+            let Some(credentials) = self.identities.get(&identity)? else {
+                let why = self.identities.why_not(&identity);
+                let why = why.map(|why| format!(": {why}")).unwrap_or_default();
+                return Err(EnrolError::NoCertificate(why));
+            };
             let pod = Arc::new(LocalPod::new(workload.clone(), netns.clone(), credentials));
             let serving = if workload.host_network {
                 self.serve_host()?;

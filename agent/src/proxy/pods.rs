@@ -1,20 +1,18 @@
-//! The pods of this node that are in the mesh, and their identities.
+//! The pods of this node that are in the mesh.
 
 use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, SystemTime},
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use tokio::sync::Notify;
 
 use crate::{
-    identity::{Authority, Bundle, Credentials, IdentityError, JwtIssuer, JwtSvid, SpiffeId},
+    identity::{Credentials, SpiffeId},
     kernel::Netns,
     policy::{PolicySet, Selected, Subject},
     workload::{Table, Workload},
@@ -141,79 +139,5 @@ impl LocalPods {
 
     pub fn addresses(&self) -> impl Iterator<Item = &IpAddr> {
         self.by_address.keys()
-    }
-}
-
-/// Certificates of the service accounts on this node.
-pub struct Identities {
-    authority: Authority,
-    jwt: JwtIssuer,
-    pub bundle: Arc<Bundle>,
-    issued: Mutex<HashMap<SpiffeId, Arc<Credentials>>>,
-    /// Told when there is a new certificate to keep an eye on.
-    pub added: Notify,
-}
-
-impl Identities {
-    pub fn new(authority: Authority, jwt: JwtIssuer, bundle: Arc<Bundle>) -> Self {
-        Self {
-            authority,
-            jwt,
-            bundle,
-            issued: Mutex::default(),
-            added: Notify::new(),
-        }
-    }
-
-    pub fn authority(&self) -> &Authority {
-        &self.authority
-    }
-
-    /// A JWT-SVID of an account of this node (SPIFFE JWT-SVID).
-    pub async fn jwt_svid(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, IdentityError> {
-        self.jwt.issue(id, audience, SystemTime::now())
-    }
-
-    /// The account's credentials, made when they are first asked for.
-    pub fn get(&self, id: &SpiffeId) -> Result<Arc<Credentials>, IdentityError> {
-        let mut issued = self.issued.lock().expect("no panic while it is held");
-        if let Some(credentials) = issued.get(id) {
-            return Ok(credentials.clone());
-        }
-        let svid = self.authority.issue(id, SystemTime::now())?;
-        let credentials = Arc::new(Credentials::new(svid, self.bundle.clone())?);
-        issued.insert(id.clone(), credentials.clone());
-        self.added.notify_one();
-        Ok(credentials)
-    }
-
-    /// Renews what is due and forgets accounts that no pod uses any more. Returns
-    /// when it should be called again, and what could not be renewed: such a
-    /// certificate is used until it expires, and peers refuse it then.
-    pub fn renew(&self, now: SystemTime) -> (Duration, Vec<(SpiffeId, IdentityError)>) {
-        const SOONEST: Duration = Duration::from_millis(100);
-        const LATEST: Duration = Duration::from_secs(60);
-        let mut issued = self.issued.lock().expect("no panic while it is held");
-        issued.retain(|_, credentials| Arc::strong_count(credentials) > 1);
-        let mut failed = Vec::new();
-        let mut next = LATEST;
-        for (id, credentials) in issued.iter() {
-            if credentials.renew_at() <= now {
-                let renewed = self
-                    .authority
-                    .issue(id, now)
-                    .and_then(|svid| credentials.renew(svid));
-                match renewed {
-                    Ok(()) => tracing::debug!(%id, "certificate renewed"),
-                    Err(error) => failed.push((id.clone(), error)),
-                }
-            }
-            let due = credentials
-                .renew_at()
-                .duration_since(now)
-                .unwrap_or_default();
-            next = next.min(due.max(SOONEST));
-        }
-        (next, failed)
     }
 }

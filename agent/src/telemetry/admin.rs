@@ -46,6 +46,8 @@ pub trait StatusSource: Send + Sync + 'static {
     fn status(&self) -> Status;
     fn metrics(&self) -> String;
     fn config(&self) -> Config;
+    /// The keys that JWT-SVIDs of this node verify with, if they are the agent's own.
+    fn jwks(&self) -> Option<serde_json::Value>;
 }
 
 pub struct Endpoints {
@@ -91,6 +93,7 @@ pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle
     let metrics = Router::new().route("/metrics", get(metrics));
     let ready = Router::new()
         .route("/ready", get(ready))
+        .route("/jwks.json", get(jwks))
         .route("/healthz/ready", get(ready));
     for (listener, router) in [
         (endpoints.admin, admin),
@@ -129,6 +132,15 @@ async fn set_level(State(shared): State<Shared>, Query(query): Query<Level>) -> 
 async fn metrics(State(shared): State<Shared>) -> impl IntoResponse {
     const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     ([(header::CONTENT_TYPE, OPEN_METRICS)], shared.0.metrics())
+}
+
+/// A key set (RFC 7517 5) is public.
+async fn jwks(State(shared): State<Shared>) -> impl IntoResponse {
+    const KEY_SET: &str = "application/jwk-set+json";
+    match shared.0.jwks() {
+        Some(jwks) => Ok(([(header::CONTENT_TYPE, KEY_SET)], jwks.to_string())),
+        None => Err(StatusCode::NOT_FOUND),
+    }
 }
 
 async fn ready(State(shared): State<Shared>) -> impl IntoResponse {

@@ -2,6 +2,7 @@
 
 mod observe;
 mod reload;
+mod tokens;
 
 use std::{
     collections::HashSet,
@@ -25,6 +26,7 @@ use tokio::{
 use crate::{
     audit::{Audit, Record},
     config::{Config, Unknown},
+    fetch::Trust,
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
     lifecycle::{Watcher, drain},
@@ -78,6 +80,8 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let endpoints = Endpoints::bind(&config.listen)
         .await
         .map_err(|e| misconfigured(&e))?;
+    let trust = Trust::new(config.jwt.roots.as_deref())
+        .map_err(|e| Misconfigured(format!("jwt.roots: {e}")))?;
     let (audit, writer) = Audit::open(&node, config.audit.file.as_deref(), config.audit.queue.0)
         .with_context(|| format!("audit.file {:?}", config.audit.file))?;
 
@@ -86,6 +90,9 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
     let mut trust_domains = vec![config.trust_domain.clone()];
     trust_domains.extend(config.trust_domain_aliases.clone());
+    let identities = Arc::new(identities);
+    let metrics = Metrics::default();
+    let tokens = Arc::new(tokens::client(trust, &identities, &audit, &metrics));
     let proxy = Arc::new(Proxy {
         transport: config.transport.clone(),
         trust_domains,
@@ -98,11 +105,11 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         pods: ArcSwap::from_pointee(LocalPods::default()),
         connections: Connections::default(),
         tunnels: Tunnels::default(),
+        tokens,
         handshakes: Semaphore::new(MAX_HANDSHAKES),
         audit: audit.clone(),
-        metrics: Metrics::default(),
+        metrics,
     });
-    let identities = Arc::new(identities);
     let (trigger, watcher) = drain();
     let below = config.kernel.cgroup.as_deref();
     let enroller = Enroller::new(
@@ -136,6 +143,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
     tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
+    tokio::spawn(tokens::sweep(proxy.clone(), watcher.clone()));
     drop((watcher, state, identities));
 
     let mut terminate = signal(SignalKind::terminate())?;

@@ -22,8 +22,8 @@ use std::{
 };
 
 pub use record::{
-    AuthorityRecord, Bytes, Connection, Lost, Peer, Process, Record, Reporter, RequestRecord,
-    TokenRecord, Transport, Verdict, event,
+    AuthorityRecord, Bytes, Connection, GrantRecord, Lost, OutboundRecord, Peer, Process, Record,
+    Reporter, RequestRecord, TokenRecord, Transport, Verdict, event,
 };
 
 /// How often a loss is looked for when nothing else is written.

@@ -29,6 +29,7 @@ use rustls::{
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, pem::PemObject as _},
 };
+use zeroize::Zeroizing;
 
 use address::{RefusedAddress, Vetted, refused};
 
@@ -168,7 +169,9 @@ impl Fetcher {
             .extend_pairs(form)
             .finish();
         const FORM: &str = "application/x-www-form-urlencoded";
-        self.post(url, FORM, body.into(), headers, limit).await
+        // It may hold tokens and assertions.
+        let body = Bytes::from_owner(Zeroizing::new(body.into_bytes()));
+        self.post(url, FORM, body, headers, limit).await
     }
 
     pub async fn post(

@@ -546,7 +546,7 @@ fn lapse(expires: SystemTime) -> Option<SystemTime> {
     expires.checked_add(Duration::from_secs(LEEWAY))
 }
 
-fn merge(edits: &mut Edits, more: Edits) {
+pub fn merge(edits: &mut Edits, more: Edits) {
     // What is removed or set later must not come back by what was set earlier.
     edits.set.retain(|(name, _)| more.keeps(name));
     edits.remove.extend(more.remove);

@@ -13,6 +13,7 @@ mod headers;
 pub mod json;
 mod keys;
 mod locate;
+mod original;
 mod outcome;
 mod rules;
 mod sign;
@@ -29,6 +30,7 @@ pub use dpop::{MAX_PROOF, PROOF_WINDOW, Proof, ProofError};
 pub use headers::may_be_output;
 pub use keys::{EmbeddedKey, KeySet, KeySetError, SkipReason, Skipped};
 pub use locate::Locations;
+pub use original::original;
 pub use outcome::{Outcome, Refusal, Verified, invalid_token, realm};
 pub use rules::{
     Demands, KeySource, Rule, SCP, authenticate, authenticate_for, is_jwt, is_preflight, presented,

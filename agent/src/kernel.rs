@@ -5,6 +5,7 @@
 
 mod btf;
 mod cgroup;
+mod container;
 mod events;
 mod load;
 mod maps;
@@ -14,6 +15,7 @@ pub use cgroup::{
     CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
     processes,
 };
+pub use container::read_in_pod;
 pub use events::{Event, EventKind, decode, text};
 pub use load::{Kernel, KernelError, cleanup, own_cgroup};
 pub use maps::{ClientEntry, from_abi, to_abi};

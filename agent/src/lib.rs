@@ -23,4 +23,5 @@ pub mod policy;
 pub mod proxy;
 pub mod request;
 pub mod telemetry;
+pub mod trace;
 pub mod workload;

@@ -5,6 +5,8 @@
 //! allows, `enrol` follows pods as they come and go, `listen` opens their
 //! listeners.
 
+mod attach;
+mod behalf;
 mod connections;
 mod deliver;
 mod enrol;
@@ -16,6 +18,7 @@ mod inbound;
 mod listen;
 mod outbound;
 mod pods;
+mod source;
 mod splice;
 mod story;
 
@@ -41,11 +44,13 @@ use crate::{
     identity::TrustDomain,
     judge::Judge,
     kernel::{ClientEntry, Kernel, Netns},
+    oauth::TokenClient,
     policy::{Permitted, PolicySet, Selected},
     telemetry::Metrics,
     workload::Table,
 };
 
+pub use attach::describe;
 pub use connections::Connections;
 pub use enrol::Enroller;
 pub use hbone::Tunnels;
@@ -80,6 +85,7 @@ pub struct Proxy {
     pub pods: ArcSwap<LocalPods>,
     pub connections: Connections,
     pub tunnels: Tunnels,
+    pub tokens: Arc<TokenClient>,
     /// TLS handshakes that peers may have under way.
     pub handshakes: Semaphore,
     pub audit: Audit,

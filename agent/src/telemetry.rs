@@ -6,4 +6,4 @@ mod metrics;
 
 pub use admin::{Endpoints, LocalWorkload, Status, StatusSource, serve};
 pub use log::{LogHandle, start as start_log};
-pub use metrics::{ConnectionLabels, Metrics};
+pub use metrics::{ConnectionLabels, GrantLabels, Metrics};

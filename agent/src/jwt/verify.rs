@@ -163,6 +163,11 @@ impl<'a> Token<'a> {
         self.algorithm
     }
 
+    /// Whether its payload is that of these claims.
+    pub(super) fn says(&self, claims: &Claims) -> bool {
+        claims.is_of(&self.payload)
+    }
+
     /// The claims, once the token is proven. `keys` are those of the issuer that the
     /// rule names; `None`: there are none that can be used.
     pub fn verify(

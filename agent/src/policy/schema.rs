@@ -5,6 +5,7 @@
 mod authentication;
 mod authorization;
 mod extension;
+mod outbound;
 mod resource;
 mod values;
 
@@ -17,6 +18,7 @@ pub use authorization::{
     Action, AuthorizationPolicy, Condition, Key, Operation, Rule, Source, Values,
 };
 pub use extension::{ConnectAction, ConnectPolicy, ConnectRule, Presenter, TokenBinding};
+pub use outbound::{Actor, Application, Grant, OutboundToken, Subject};
 pub use resource::{BoundTo, Introspection, ProtectedResource};
 pub use values::{List, PathForm, Piece, Selector, ServiceAccount, TargetRef, Text};
 
@@ -30,6 +32,7 @@ pub enum PolicyObject {
     ConnectPolicy(Box<Resource<ConnectPolicy>>),
     TokenBinding(Box<Resource<TokenBinding>>),
     ProtectedResource(Box<Resource<ProtectedResource>>),
+    OutboundToken(Box<Resource<OutboundToken>>),
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -55,6 +58,7 @@ impl PolicyObject {
             Self::ConnectPolicy(_) => "ConnectPolicy",
             Self::TokenBinding(_) => "TokenBinding",
             Self::ProtectedResource(_) => "ProtectedResource",
+            Self::OutboundToken(_) => "OutboundToken",
         }
     }
 
@@ -66,6 +70,7 @@ impl PolicyObject {
             Self::ConnectPolicy(p) => &p.metadata,
             Self::TokenBinding(p) => &p.metadata,
             Self::ProtectedResource(p) => &p.metadata,
+            Self::OutboundToken(p) => &p.metadata,
         }
     }
 }
@@ -104,6 +109,9 @@ impl Object for PolicyObject {
             }
             ("ProtectedResource", false) if served => {
                 Self::ProtectedResource(Deserialize::deserialize(from)?)
+            }
+            ("OutboundToken", false) if served => {
+                Self::OutboundToken(Deserialize::deserialize(from)?)
             }
             // A policy under a misspelt apiVersion would be one that is not there.
             (kind, _) => {

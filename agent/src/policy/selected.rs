@@ -8,6 +8,7 @@ use super::{
     compile::Reading,
     evaluate::{Denial, Facts, Layer, PolicyRef, Rule, Verdict},
     extension::{Binding, Caller, Connect},
+    outbound::{Ambiguous, Outbound},
     resource::ProtectedResource,
     schema::{Action, MtlsMode},
 };
@@ -59,6 +60,7 @@ pub struct Selected {
     pub(super) bindings: Vec<Arc<Binding>>,
     pub(super) connects: Vec<Arc<Connect>>,
     pub(super) resource: Option<Arc<ProtectedResource>>,
+    pub(super) outbound: Vec<Arc<Outbound>>,
 }
 
 impl Selected {
@@ -208,6 +210,21 @@ impl Selected {
     /// Whether a process of this workload may dial.
     pub fn connect(&self, caller: &Caller<'_>) -> Result<(), Denial> {
         Connect::decide(&self.connects, caller).map_err(Denial::Process)
+    }
+
+    /// Whether requests that the workload sends to this port may need a token.
+    pub fn sends_tokens(&self, port: u16) -> bool {
+        self.outbound.iter().any(|one| one.on_port(port))
+    }
+
+    /// The OutboundToken for a request that it sends.
+    pub fn outbound(&self, port: u16, host: &str) -> Result<Option<&Arc<Outbound>>, Ambiguous> {
+        Outbound::choose(&self.outbound, port, host)
+    }
+
+    /// Headers that tell, of requests that come in, on whose behalf others go out.
+    pub fn on_behalf(&self) -> impl Iterator<Item = &http::HeaderName> {
+        (self.outbound.iter()).filter_map(|one| one.on_behalf.as_ref())
     }
 
     /// All AuthorizationPolicies, in the order in which they are asked.

@@ -12,6 +12,7 @@ use super::{
     compile::{self, Mesh, Reach, Reading, Wrong},
     evaluate::{PolicyRef, Rule},
     extension::{Binding, Connect},
+    outbound::{Outbound, same_reach},
     resource::ProtectedResource,
     schema::{self, Action, PolicyObject},
     selected::{Authorization, Level, Peer, Selected},
@@ -53,6 +54,7 @@ pub struct PolicySet {
     bindings: Index<Binding>,
     connects: Index<Connect>,
     resources: Index<ProtectedResource>,
+    outbound: Index<Outbound>,
     remote_keys: Vec<RemoteKeys>,
     warnings: Vec<String>,
 }
@@ -322,6 +324,27 @@ impl PolicySet {
                 }
                 self.resources.add(order, reach, resource);
             }
+            PolicyObject::OutboundToken(object) => {
+                let (policy, dry_run) = compile::identify(kind, &object)?;
+                real_only(dry_run)?;
+                let Some(mut spec) = object.spec else {
+                    return Err(Wrong {
+                        field: "spec",
+                        message: "is missing".into(),
+                    });
+                };
+                let reach = compile::reach(&policy, spec.selector.take(), None, mesh);
+                let item = Outbound::new(policy, spec)?;
+                let others = self.outbound.0.values().flatten();
+                for other in others.filter(|other| same_reach(&other.reach, &reach)) {
+                    if let Some(host) = item.collides(&other.item) {
+                        let message = format!("`{host}` is {}'s already", other.item.policy);
+                        let field = "spec.hosts";
+                        return Err(Wrong { field, message });
+                    }
+                }
+                self.outbound.add(order, reach, item);
+            }
         }
         self.count += 1;
         Ok(())
@@ -421,6 +444,7 @@ impl PolicySet {
             connects: self.connects.select(subject),
             resource: (self.resources.select(subject).into_iter())
                 .min_by_key(|resource| (resource.level, resource.policy.name.clone())),
+            outbound: self.outbound.select(subject),
         };
         for policy in self.authorizations.select(subject) {
             match policy.action {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+mod outbound;
 mod refused;
 mod requests;
 
@@ -67,6 +68,7 @@ fn the_shipped_examples_load() {
     text += include_str!("../../../config/policies/requests.yaml");
     text += "\n---\n";
     text += include_str!("../../../config/policies/resource.yaml");
+    text += include_str!("../../../config/policies/outbound.yaml");
     assert_eq!(load(&text).expect("they load").len(), 8);
 }
 

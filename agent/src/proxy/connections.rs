@@ -71,6 +71,13 @@ impl Connections {
         }
     }
 
+    /// What records name a connection by that is judged elsewhere.
+    pub fn number(&self) -> u64 {
+        let mut live = self.0.lock().expect("no panic while it is held");
+        live.next += 1;
+        live.next
+    }
+
     /// Judges all anew and ends those that are denied now; says how many. Providers
     /// of CUSTOM policies are not asked again.
     pub fn recheck(&self, policies: &ArcSwap<PolicySet>, table: &ArcSwap<Table>) -> usize {

@@ -10,10 +10,12 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 
 use super::{
     LocalPod, Proxy,
+    attach::Attacher,
     connections::Registered,
     gate::RequestGate,
     http::{Io, Limits, Protocol, h1, h2 as http2, server_name, sniff},
     last_hop,
+    source::{Guard, Opened, Sending, Upstream},
     splice::{End, splice},
     story::{Ending, Story},
 };
@@ -73,6 +75,8 @@ pub struct Delivery<'a> {
     /// The client's address as the application sees it.
     pub client: SocketAddr,
     pub story: &'a mut Story,
+    /// The source is a pod of this node, whose requests may need a token.
+    pub attacher: Option<Arc<Attacher>>,
     pub drain: Watcher,
 }
 
@@ -101,7 +105,7 @@ impl Delivery<'_> {
                 return Ending::Denied(denial);
             }
         };
-        let (stream, _client) = match self.dial(&permitted).await {
+        let (stream, client) = match self.dial(&permitted).await {
             Ok(opened) => opened,
             Err(error) => {
                 arrived.refuse(StatusCode::SERVICE_UNAVAILABLE);
@@ -109,9 +113,43 @@ impl Delivery<'_> {
             }
         };
         match arrived.open() {
+            Ok(end) if self.attacher.is_some() => {
+                self.send(end, stream, client, permitted, live).await
+            }
             Ok(end) => self.carry(end, stream, &permitted, Some(live)).await,
             Err(error) => Ending::Failed(format!("the tunnel: {error}")),
         }
+    }
+
+    /// What no policy of the destination reads, and an OutboundToken of the source does.
+    async fn send(
+        self,
+        source: End,
+        application: TcpStream,
+        client: ClientEntry,
+        permitted: Permitted,
+        live: Registered,
+    ) -> Ending {
+        self.story.opened(permitted.by());
+        let sending = Sending {
+            upstream: Upstream::Application {
+                proxy: self.proxy.clone(),
+                pod: self.pod.clone(),
+                permitted,
+                address: self.facts.destination,
+                client: self.client,
+            },
+            attacher: self.attacher.expect("looked at by the caller"),
+            story: self.story,
+            drain: self.drain,
+            live: Some(live),
+        };
+        let opened = Opened {
+            end: End::Tcp(application),
+            session: None,
+            guard: Guard::Client(client),
+        };
+        sending.carry(source, opened).await
     }
 
     /// A connection without policy: a probe of the node itself.
@@ -252,7 +290,7 @@ impl Delivery<'_> {
         }
         let dialled = early.is_some();
         let (application, entry) = match early {
-            Some((_, (stream, entry))) => (Some(stream), Some(entry)),
+            Some((_, (stream, entry))) => (Some(Io::upstream(End::Tcp(stream))), Some(entry)),
             None => (None, None),
         };
         let gate = Arc::new(RequestGate::new(
@@ -261,6 +299,7 @@ impl Delivery<'_> {
             self.facts,
             self.client,
             story,
+            self.attacher,
             entry,
         ));
         let http = async {

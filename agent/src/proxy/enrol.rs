@@ -292,6 +292,8 @@ impl Enroller {
             .expect("inserted above");
         enrolled.cgroup = cgroup;
         enrolled.pod.workload.store(workload.clone());
+        let dirs = dirs.into_iter().flatten().map(|(dir, _)| dir.clone());
+        enrolled.pod.cgroups.store(Arc::new(dirs.collect()));
         if let Some(serving) = &mut enrolled.serving {
             serving.update_addresses(
                 workload,

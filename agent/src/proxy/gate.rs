@@ -9,25 +9,31 @@ use std::{
 };
 
 use http::{HeaderName, HeaderValue, StatusCode};
-use tokio::{net::TcpStream, sync::watch};
+use tokio::sync::watch;
 
 use super::{
     LocalPod, Proxy,
-    http::{Gate, Held, Pass},
+    attach::{Attacher, Sent},
+    behalf::{Remembered, User},
+    http::{Gate, Held, Io, Pass},
     last_hop,
+    splice::End,
     story::Story,
 };
 use crate::{
     audit::{Peer, Record, RequestRecord, TokenRecord, Verdict as Told},
-    judge::{Allowed, Destination, Why},
-    jwt::Claims,
+    judge::{Allowed, Destination, Why, merge},
+    jwt::{self, Claims},
     kernel::ClientEntry,
-    policy::{Denial, Facts, Permitted, PolicyRef},
+    policy::{Denial, Facts, Permitted, PolicyRef, Selected},
     request::{Edits, Reply, Request},
+    trace::{TRACEPARENT, Trace},
 };
 
 pub struct RequestGate {
     about: Arc<About>,
+    /// Of a pod of this node: what it does before the destination judges.
+    attacher: Option<Arc<Attacher>>,
     /// The kernel shows the client to the application while these stand.
     shown: Mutex<Vec<ClientEntry>>,
     /// Set with the first request that may go on, to the policy that let it.
@@ -53,9 +59,14 @@ impl RequestGate {
         facts: Facts,
         client: SocketAddr,
         story: &Story,
+        attacher: Option<Arc<Attacher>>,
         shown: Option<ClientEntry>,
     ) -> Self {
+        if let Some(attacher) = &attacher {
+            attacher.begin(story);
+        }
         Self {
+            attacher,
             about: Arc::new(About {
                 proxy,
                 pod,
@@ -79,13 +90,23 @@ impl RequestGate {
 
 impl Gate for RequestGate {
     type Held = HeldRequest;
+    type Permit = Permitted;
 
-    async fn judge(&self, request: &Request<'_>) -> Result<Pass<HeldRequest>, Reply> {
+    async fn judge(&self, request: &Request<'_>) -> Result<Pass<HeldRequest, Permitted>, Reply> {
         let about = &self.about;
+        let attached = match &self.attacher {
+            Some(attacher) => attacher.attach(request).await?,
+            None => None,
+        };
+        let (mut attached, sent) = attached.map_or_else(Default::default, |(e, s)| (e, Some(s)));
+        let request = &Request {
+            headers: attached.headers(request),
+            ..request.clone()
+        };
         // Before the judgement: policy may change in between.
         let changed = about.proxy.changed.subscribe();
         let selected = about.proxy.selected(&about.pod);
-        let mut held = HeldRequest::new(about.clone(), request, changed);
+        let mut held = HeldRequest::new(about.clone(), request, changed, sent);
         let destination = Destination {
             identity: Some(about.pod.identity()),
             credentials: Some(&about.pod.credentials),
@@ -114,7 +135,7 @@ impl Gate for RequestGate {
                 held.record.told = told;
                 held.record.token = claims.as_deref().map(TokenRecord::new);
                 held.expires = expires;
-                held.claims = claims;
+                held.claims.clone_from(&claims);
                 if by_providers != Edits::default() {
                     held.head.headers = own(&by_providers.headers(request));
                 }
@@ -128,10 +149,14 @@ impl Gate for RequestGate {
                     held.answered(reply.status);
                     return Err(reply);
                 }
+                if let Some(claims) = &claims {
+                    held.remember(&selected, request, claims);
+                }
                 let _first = self.passed.set(permitted.by().cloned());
+                merge(&mut attached, edits);
                 Ok(Pass {
-                    edits,
-                    permitted,
+                    edits: attached,
+                    permit: permitted,
                     held,
                 })
             }
@@ -155,7 +180,7 @@ impl Gate for RequestGate {
         }
     }
 
-    async fn dial(&self, permitted: &Permitted) -> io::Result<TcpStream> {
+    async fn dial(&self, permitted: &Permitted) -> io::Result<Io> {
         let About {
             proxy,
             pod,
@@ -169,7 +194,7 @@ impl Gate for RequestGate {
         let old = shown.len().saturating_sub(3);
         shown.drain(..old);
         shown.push(entry);
-        Ok(stream)
+        Ok(Io::upstream(End::Tcp(stream)))
     }
 
     fn malformed(&self, status: StatusCode, why: &str) {
@@ -214,6 +239,10 @@ pub struct HeldRequest {
     claims: Option<Arc<Claims>>,
     expires: Option<SystemTime>,
     changed: watch::Receiver<()>,
+    /// With a token that this agent put on it.
+    sent: Option<Sent>,
+    /// On whose behalf the pod may call others for it.
+    remembered: Vec<Remembered>,
 }
 
 fn own(headers: &[(&HeaderName, &HeaderValue)]) -> Vec<(HeaderName, HeaderValue)> {
@@ -229,7 +258,12 @@ struct OwnedHead {
 }
 
 impl HeldRequest {
-    fn new(about: Arc<About>, request: &Request<'_>, changed: watch::Receiver<()>) -> Self {
+    fn new(
+        about: Arc<About>,
+        request: &Request<'_>,
+        changed: watch::Receiver<()>,
+        sent: Option<Sent>,
+    ) -> Self {
         const LONGEST: usize = 512;
         let cut = |text: &str| Some(text.chars().take(LONGEST).collect());
         let mut record = about.record();
@@ -237,6 +271,7 @@ impl HeldRequest {
         record.method = cut(request.method);
         record.host = cut(request.host);
         record.path = cut(path);
+        record.trace = Trace::of(request, &TRACEPARENT).map(|trace| trace.id.to_string());
         Self {
             record,
             head: OwnedHead {
@@ -250,6 +285,20 @@ impl HeldRequest {
             claims: None,
             expires: None,
             changed,
+            sent,
+            remembered: Vec::new(),
+        }
+    }
+
+    /// Whose token it came with, where the pod calls others on users' behalf.
+    fn remember(&mut self, selected: &Selected, request: &Request<'_>, claims: &jwt::Claims) {
+        for header in selected.on_behalf() {
+            if let Some(trace) = Trace::of(request, header)
+                && let Some(token) = jwt::original(selected.tokens(), request, claims)
+            {
+                let user = User::new(token, claims);
+                (self.remembered).extend(self.about.pod.behalf.remember(trace.id, user));
+            }
         }
     }
 
@@ -309,6 +358,15 @@ impl Held for HeldRequest {
 
     fn answered(&mut self, status: StatusCode) {
         self.record.status = Some(status.as_u16());
+        if let Some(sent) = &mut self.sent {
+            sent.answered(status);
+        }
+    }
+
+    fn unauthenticated(&mut self) {
+        if let Some(sent) = &mut self.sent {
+            sent.not_taken();
+        }
     }
 }
 

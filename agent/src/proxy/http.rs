@@ -17,14 +17,11 @@ mod tests;
 
 use std::{future::Future, time::Duration};
 
-use ::http::StatusCode;
-use tokio::net::TcpStream;
-
 use crate::{
     config::Http,
-    policy::Permitted,
     request::{Edits, Reply, Request},
 };
+use ::http::StatusCode;
 
 pub use hello::server_name;
 pub use io::Io;
@@ -81,26 +78,26 @@ pub trait Gate: Send + Sync + 'static {
     /// A request's permission while it runs; dropped at its end.
     type Held: Held;
 
+    /// What takes a request to its application.
+    type Permit: Send + Sync;
+
     /// Judges one request.
     fn judge(
         &self,
         request: &Request<'_>,
-    ) -> impl Future<Output = Result<Pass<Self::Held>, Reply>> + Send;
+    ) -> impl Future<Output = Result<Pass<Self::Held, Self::Permit>, Reply>> + Send;
 
     /// Opens a connection to the application.
-    fn dial(
-        &self,
-        permitted: &Permitted,
-    ) -> impl Future<Output = std::io::Result<TcpStream>> + Send;
+    fn dial(&self, permit: &Self::Permit) -> impl Future<Output = std::io::Result<Io>> + Send;
 
     /// Takes note of what was refused before it could be judged, and why.
     fn malformed(&self, status: StatusCode, why: &str);
 }
 
 /// A request that may go on.
-pub struct Pass<H> {
+pub struct Pass<H, P> {
     pub edits: Edits,
-    pub permitted: Permitted,
+    pub permit: P,
     pub held: H,
 }
 
@@ -111,4 +108,8 @@ pub trait Held: Send + 'static {
 
     /// The application's status, or the agent's own where it could not be reached.
     fn answered(&mut self, status: StatusCode);
+
+    /// The answer is gRPC's, and says that the caller's credentials do not hold (status
+    /// 16): what 401 is elsewhere.
+    fn unauthenticated(&mut self) {}
 }

@@ -72,6 +72,7 @@ pub async fn plaintext(
         facts: Facts::new(None, client.ip(), dialled),
         client,
         story: &mut story,
+        attacher: None,
         drain,
     };
     let end = End::Tcp(stream);
@@ -267,6 +268,7 @@ async fn stream_of(
         facts,
         client,
         story: &mut story,
+        attacher: None,
         drain,
     };
     let body = request.into_body();

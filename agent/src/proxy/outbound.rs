@@ -4,12 +4,14 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, sync::watch};
 
 use super::{
     LocalPod, Proxy,
+    attach::Attacher,
     deliver::{Arrived, Delivery, carry_bytes, finish},
-    dial, hbone, is_agent_port, reset,
+    is_agent_port, reset,
+    source::{Opened, Sending, Upstream},
     splice::End,
     story::{Ending, Story, process},
 };
@@ -69,9 +71,47 @@ pub async fn carry(
             reset(stream);
             ending
         }
-        Ok(route) => run(&proxy, pod, route, &mut story, stream, client, drain).await,
+        Ok(route) => {
+            let port = story
+                .destination
+                .address
+                .map_or(0, |address| address.port());
+            // Looked at after it has subscribed: policy may change in between.
+            let changed = proxy.changed.subscribe();
+            let attacher = proxy.selected(pod).sends_tokens(port).then(|| {
+                let bare = matches!(route, Route::Direct(_));
+                Arc::new(Attacher::new(&proxy, pod, &story, bare))
+            });
+            let unread = attacher.is_none();
+            let run = run(
+                &proxy, pod, route, attacher, &mut story, stream, client, drain,
+            );
+            tokio::select! {
+                ending = run => ending,
+                () = now_sends_tokens(&proxy, pod, port, changed), if unread => {
+                    Ending::Refused("its requests may need a token now, and it is not read".into())
+                }
+            }
+        }
     };
     story.finish(ending);
+}
+
+/// Returns when policy has come to want tokens on what goes to this port: requests on
+/// a connection that was opened unread would go without.
+async fn now_sends_tokens(
+    proxy: &Proxy,
+    pod: &LocalPod,
+    port: u16,
+    mut changed: watch::Receiver<()>,
+) {
+    loop {
+        match changed.changed().await {
+            Ok(()) if proxy.selected(pod).sends_tokens(port) => return,
+            Ok(()) => {}
+            Err(_agent_ends) => std::future::pending().await,
+        }
+    }
 }
 
 /// Whether ConnectPolicy lets this process go where the connection leads. A process
@@ -128,41 +168,19 @@ fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route,
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "it is the rest of `carry`")]
 async fn run(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     route: Route,
+    attacher: Option<Arc<Attacher>>,
     story: &mut Story,
     stream: TcpStream,
     client: SocketAddr,
     drain: Watcher,
 ) -> Ending {
     let mut source = End::Tcp(stream);
-    match route {
-        Route::Remote(workload, address) => {
-            let expected = workload.identity(&proxy.trust_domains[0]);
-            let opened = hbone::open(proxy, pod, address, &expected, client).await;
-            let hbone::Stream {
-                mut end,
-                session,
-                lease,
-            } = match opened {
-                Ok(stream) => stream,
-                Err(error) => {
-                    source.reset();
-                    return match error {
-                        hbone::HboneError::Denied(_) => Ending::Refused(error.to_string()),
-                        other => Ending::Failed(other.to_string()),
-                    };
-                }
-            };
-            story.tls = Some(session);
-            story.opened(None);
-            let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
-            finish(source, end, &ending);
-            drop(lease);
-            ending
-        }
+    let upstream = match route {
         Route::Local(to, address) => {
             let mut facts = Facts::new(Some(pod.identity().clone()), client.ip(), address);
             facts.certificate = pod.credentials.fingerprint();
@@ -172,26 +190,47 @@ async fn run(
                 facts,
                 client,
                 story,
+                attacher,
                 drain,
             };
-            delivery.run(Arrived::Open(source)).await
+            return delivery.run(Arrived::Open(source)).await;
         }
-        Route::Direct(address) => {
-            let limit = proxy.transport.connect_timeout.0;
-            match dial(&pod.netns, None, address, limit).await {
-                Ok(stream) => {
-                    story.opened(None);
-                    let mut end = End::Tcp(stream);
-                    let ending =
-                        carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
-                    finish(source, end, &ending);
-                    ending
-                }
-                Err(error) => {
-                    source.reset();
-                    Ending::Failed(format!("{address}: {error}"))
-                }
-            }
+        Route::Remote(workload, address) => Upstream::Tunnel {
+            proxy: proxy.clone(),
+            pod: pod.clone(),
+            address,
+            expected: workload.identity(&proxy.trust_domains[0]),
+            client,
+        },
+        Route::Direct(address) => Upstream::Direct {
+            pod: pod.clone(),
+            address,
+            limit: proxy.transport.connect_timeout.0,
+        },
+    };
+    let opened = match upstream.open().await {
+        Ok(opened) => opened,
+        Err(ending) => {
+            source.reset();
+            return ending;
         }
+    };
+    story.tls = opened.session.clone();
+    story.opened(None);
+    if let Some(attacher) = attacher {
+        story.id = proxy.connections.number();
+        let sending = Sending {
+            upstream,
+            attacher,
+            story,
+            drain,
+            live: None,
+        };
+        return sending.carry(source, opened).await;
     }
+    let Opened { mut end, guard, .. } = opened;
+    let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
+    finish(source, end, &ending);
+    drop(guard);
+    ending
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,10 +11,15 @@ use std::{
 };
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use tokio::sync::Semaphore;
+use zeroize::Zeroizing;
 
+use super::behalf::Behalf;
 use crate::{
     identity::{Credentials, SpiffeId},
-    kernel::Netns,
+    jwt::MAX_TOKEN,
+    kernel::{Netns, read_in_pod},
+    oauth::is_token,
     policy::{PolicySet, Selected, Subject},
     workload::{Table, Workload},
 };
@@ -26,6 +32,12 @@ pub struct LocalPod {
     pub workload: ArcSwap<Workload>,
     pub netns: Arc<Netns>,
     pub credentials: Arc<Credentials>,
+    /// Users' tokens that came in, for calls on their behalf.
+    pub behalf: Behalf,
+    /// Its directories in the cgroup trees.
+    pub cgroups: ArcSwap<Vec<PathBuf>>,
+    /// A file of it may be read: one at a time, for its file system may never answer.
+    reading: Arc<Semaphore>,
     selected: ArcSwapOption<Selection>,
 }
 
@@ -46,12 +58,36 @@ impl LocalPod {
             workload: ArcSwap::new(workload),
             netns,
             credentials,
+            behalf: Behalf::default(),
+            cgroups: ArcSwap::default(),
+            reading: Arc::new(Semaphore::new(1)),
             selected: ArcSwapOption::empty(),
         }
     }
 
     pub fn identity(&self) -> &SpiffeId {
         &self.credentials.id
+    }
+
+    /// A token in a file of the pod. To be called with a limit of time.
+    pub async fn token(self: Arc<Self>, path: PathBuf) -> Result<Zeroizing<String>, String> {
+        let turn = self.reading.clone().acquire_owned().await;
+        let dirs = self.cgroups.load_full();
+        let shown = path.display().to_string();
+        let reading = tokio::task::spawn_blocking(move || {
+            let _until_it_is_read = turn;
+            read_in_pod(&dirs, &path, MAX_TOKEN as u64)
+        });
+        let content = match reading.await {
+            Ok(Ok(content)) => content,
+            Ok(Err(error)) => return Err(format!("{shown} in the pod: {error}")),
+            Err(_ended) => return Err("the agent ends".into()),
+        };
+        let text = std::str::from_utf8(&content).unwrap_or_default().trim_end();
+        match is_token(text) {
+            true => Ok(Zeroizing::new(text.to_owned())),
+            false => Err(format!("{shown} in the pod: is no token")),
+        }
     }
 
     pub fn has_address(&self, ip: IpAddr) -> bool {

@@ -119,6 +119,10 @@ impl Story {
         }
     }
 
+    pub fn proxy(&self) -> &Arc<Proxy> {
+        &self.proxy
+    }
+
     /// The connection stands: it is allowed and both ends are there.
     pub fn opened(&mut self, by: Option<&PolicyRef>) {
         self.verdict = Verdict::Allow;

@@ -121,6 +121,14 @@ struct RequestLabels {
     code: String,
 }
 
+/// Of tokens that were asked for.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct GrantLabels {
+    pub grant: &'static str,
+    /// `granted` or `failed`.
+    pub result: &'static str,
+}
+
 pub struct Metrics {
     registry: Registry,
     pub opened: Family<ConnectionLabels, Counter>,
@@ -128,6 +136,9 @@ pub struct Metrics {
     pub sent: Family<ConnectionLabels, Counter>,
     pub received: Family<ConnectionLabels, Counter>,
     requests: Family<RequestLabels, Counter>,
+    pub grants: Family<GrantLabels, Counter>,
+    /// Requests of pods by where their token came from: `cached`, `fetched`, `none`.
+    pub tokens: Family<Name, Counter>,
     /// By `client`, `server`, and each's failures.
     pub handshakes: Family<Name, Counter>,
     pub handshake_seconds: Histogram,
@@ -152,6 +163,8 @@ impl Default for Metrics {
             sent: Family::default(),
             received: Family::default(),
             requests: Family::default(),
+            grants: Family::default(),
+            tokens: Family::default(),
             handshakes: Family::default(),
             handshake_seconds: Histogram::new([
                 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.5, 2.5, 10.0,
@@ -183,6 +196,16 @@ impl Default for Metrics {
             "requests",
             "HTTP requests that policy had read",
             m.requests.clone(),
+        );
+        own.register(
+            "token_grants",
+            "Tokens asked for at authorization servers, and own ones",
+            m.grants.clone(),
+        );
+        own.register(
+            "outbound_tokens",
+            "Requests of pods that a token was put on, or failed to",
+            m.tokens.clone(),
         );
         own.register(
             "tls_handshakes",
@@ -259,6 +282,10 @@ impl Metrics {
             code: status.map(|s| s.to_string()).unwrap_or_default(),
         };
         self.requests.get_or_create(&labels).inc();
+    }
+
+    pub fn token(&self, name: &'static str) {
+        self.tokens.get_or_create(&Name { name }).inc();
     }
 
     pub fn handshake(&self, name: &'static str) {

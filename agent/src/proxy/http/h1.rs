@@ -11,7 +11,6 @@ use std::{future::pending, sync::Arc, time::Duration};
 use bytes::BytesMut;
 use http::StatusCode;
 use tokio::{
-    net::TcpStream,
     select,
     time::{Instant, timeout, timeout_at},
 };
@@ -41,12 +40,12 @@ pub async fn serve<G: Gate>(
     client: Io,
     gate: Arc<G>,
     limits: &Limits,
-    application: Option<TcpStream>,
+    application: Option<Io>,
 ) -> Result<(), HttpError> {
     client.break_on_drop(true);
     let mut connection = Connection {
         client,
-        application: application.map(Io::application),
+        application,
         gate,
         limits,
         reused: false,
@@ -167,8 +166,8 @@ impl<G: Gate> Connection<'_, G> {
             Err(reply) => return self.refuse(&head, body, &reply).await,
         };
         if self.application.is_none() {
-            match self.gate.dial(&pass.permitted).await {
-                Ok(stream) => self.application = Some(Io::application(stream)),
+            match self.gate.dial(&pass.permit).await {
+                Ok(application) => self.application = Some(application),
                 Err(_unreachable) => {
                     pass.held.answered(StatusCode::SERVICE_UNAVAILABLE);
                     drop(pass);
@@ -188,7 +187,7 @@ impl<G: Gate> Connection<'_, G> {
         &mut self,
         head: &Head,
         body: Incoming,
-        pass: Pass<G::Held>,
+        pass: Pass<G::Held, G::Permit>,
     ) -> Result<bool, HttpError> {
         let Pass {
             edits, mut held, ..
@@ -303,13 +302,19 @@ impl<G: Gate> Connection<'_, G> {
 
     /// Closes both connections in order. All that was asked has been answered.
     async fn close(&mut self) -> Result<(), HttpError> {
-        if let Some(mut application) = self.application.take() {
+        let mut application = self.application.take();
+        if let Some(application) = &mut application {
             // One that is gone already needs no end.
             let _gone = application.finish().await;
             application.break_on_drop(false);
         }
         self.client.finish().await.map_err(HttpError::Client)?;
         let client = &mut self.client;
+        let leaving = async move {
+            if let Some(mut application) = application {
+                application.ended().await;
+            }
+        };
         let lingering = async {
             let mut left = LINGER_BYTES;
             while left > 0 {
@@ -321,7 +326,8 @@ impl<G: Gate> Connection<'_, G> {
             }
         };
         // It has had its time, and its answer.
-        let _lingered = timeout(LINGER, lingering).await;
+        let both = async { tokio::join!(lingering, leaving) };
+        let _lingered = timeout(LINGER, both).await;
         self.client.break_on_drop(false);
         Ok(())
     }

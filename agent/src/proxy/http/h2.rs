@@ -14,7 +14,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use h2::{Reason, server};
-use tokio::{net::TcpStream, select};
+use tokio::select;
 
 use self::{
     application::Application,
@@ -33,7 +33,7 @@ pub async fn serve<G: Gate>(
     client: Io,
     gate: Arc<G>,
     limits: &Limits,
-    application: Option<TcpStream>,
+    application: Option<Io>,
 ) -> Result<(), HttpError> {
     client.break_on_drop(true);
     let shared = Shared {

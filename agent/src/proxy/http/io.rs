@@ -31,6 +31,8 @@ pub struct Io {
     counters: Option<Arc<Counters>>,
     /// The end of our direction has been sent.
     finished: bool,
+    /// It leads to where requests go.
+    upstream: bool,
 }
 
 impl Io {
@@ -41,12 +43,14 @@ impl Io {
             buffer: prefix,
             counters: None,
             finished: false,
+            upstream: false,
         }
     }
 
-    /// A connection to the application.
-    pub(super) fn application(stream: TcpStream) -> Self {
-        let io = Self::new(End::Tcp(stream), BytesMut::new());
+    /// A connection to where requests go: an application, or a tunnel to one.
+    pub fn upstream(end: End) -> Self {
+        let mut io = Self::new(end, BytesMut::new());
+        io.upstream = true;
         io.break_on_drop(true);
         io
     }
@@ -56,6 +60,11 @@ impl Io {
         counters.add_sent(self.buffer.len());
         self.counters = Some(counters);
         self
+    }
+
+    /// What was read and not used.
+    pub fn buffered(&self) -> &[u8] {
+        &self.buffer
     }
 
     /// The connection, and what was read of it and not used.
@@ -101,17 +110,36 @@ impl Io {
     }
 
     /// Reads more into the buffer; 0 at an orderly end. Safe to cancel.
-    pub(super) async fn fill(&mut self, chunk: usize) -> io::Result<usize> {
+    pub(in crate::proxy) async fn fill(&mut self, chunk: usize) -> io::Result<usize> {
         self.split().0.fill(chunk).await
     }
 
-    pub(super) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(in crate::proxy) async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.split().1.write(bytes).await
     }
 
     /// Ends our direction; the other goes on.
     pub(super) async fn finish(&mut self) -> io::Result<()> {
         self.split().1.finish()
+    }
+
+    /// After the end of our direction: waits for the other's, where dropping the
+    /// connection before would break it. What comes until then, nobody asked for.
+    pub(super) async fn ended(&mut self) {
+        let _gone = poll_fn(|cx| self.poll_ended(cx)).await;
+    }
+
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let End::Stream { recv, .. } = &mut self.end else {
+            return Poll::Ready(Ok(()));
+        };
+        while let Some(data) = ready!(recv.poll_data(cx)) {
+            let data = data.map_err(from_h2)?;
+            recv.flow_control()
+                .release_capacity(data.len())
+                .map_err(from_h2)?;
+        }
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -339,9 +367,12 @@ impl AsyncWrite for Io {
     }
 
     /// The orderly end: from here on, dropping it breaks nothing.
-    fn poll_shutdown(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let result = self.split().1.finish();
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.split().1.finish()?;
         self.break_on_drop(false);
-        Poll::Ready(result)
+        match self.upstream {
+            true => self.poll_ended(cx),
+            false => Poll::Ready(Ok(())),
+        }
     }
 }

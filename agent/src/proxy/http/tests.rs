@@ -29,7 +29,6 @@ use tokio::{
 
 use super::{Gate, Held, HttpError, Io, Limits, Pass};
 use crate::{
-    policy::Permitted,
     proxy::splice::{Counters, End},
     request::{Edits, Reply, Request},
 };
@@ -83,8 +82,9 @@ struct TestHeld {
 
 impl Gate for TestGate {
     type Held = TestHeld;
+    type Permit = ();
 
-    async fn judge(&self, request: &Request<'_>) -> Result<Pass<TestHeld>, Reply> {
+    async fn judge(&self, request: &Request<'_>) -> Result<Pass<TestHeld, ()>, Reply> {
         let line = format!("{} {} {}", request.method, request.host, request.path);
         self.notes
             .judged
@@ -111,7 +111,7 @@ impl Gate for TestGate {
         self.notes.live.fetch_add(1, Ordering::SeqCst);
         Ok(Pass {
             edits,
-            permitted: Permitted::probe(),
+            permit: (),
             held: TestHeld {
                 notes: self.notes.clone(),
                 revoked: self.notes.revoked.subscribe(),
@@ -119,12 +119,12 @@ impl Gate for TestGate {
         })
     }
 
-    async fn dial(&self, _permitted: &Permitted) -> io::Result<TcpStream> {
+    async fn dial(&self, _permit: &()) -> io::Result<Io> {
         self.notes.dials.fetch_add(1, Ordering::SeqCst);
         let application = self.application.ok_or(io::ErrorKind::ConnectionRefused)?;
         let stream = TcpStream::connect(application).await?;
         stream.set_nodelay(true)?;
-        Ok(stream)
+        Ok(Io::upstream(End::Tcp(stream)))
     }
 
     fn malformed(&self, status: StatusCode, _why: &str) {

@@ -6,7 +6,6 @@ use bytes::Bytes;
 use h2::client::{self, SendRequest};
 use std::sync::Arc;
 use tokio::{
-    net::TcpStream,
     sync::{Mutex, Notify},
     task::{AbortHandle, JoinSet},
     time::timeout,
@@ -16,7 +15,7 @@ use super::{
     super::{Gate, Io, Limits},
     connection_window,
 };
-use crate::{policy::Permitted, proxy::splice::from_h2};
+use crate::proxy::splice::from_h2;
 
 /// Of a response's head, bytes.
 const HEAD_BYTES: u32 = 256 << 10;
@@ -32,14 +31,14 @@ pub(super) struct Application {
 
 struct State {
     /// Open, and not used yet.
-    ready: Option<TcpStream>,
+    ready: Option<Io>,
     live: Option<(SendRequest<Bytes>, AbortHandle)>,
     /// Those that carry streams, old ones among them. Broken when dropped.
     drivers: JoinSet<()>,
 }
 
 impl Application {
-    pub fn new(ready: Option<TcpStream>, limits: &Limits) -> Self {
+    pub fn new(ready: Option<Io>, limits: &Limits) -> Self {
         let mut builder = client::Builder::new();
         builder
             .enable_push(false)
@@ -63,15 +62,15 @@ impl Application {
     pub async fn sender<G: Gate>(
         &self,
         gate: &G,
-        permitted: &Permitted,
+        permit: &G::Permit,
     ) -> io::Result<SendRequest<Bytes>> {
-        let (sender, fresh) = self.connected(gate, permitted, false).await?;
+        let (sender, fresh) = self.connected(gate, permit, false).await?;
         match sender.ready().await {
             Ok(sender) => Ok(sender),
             Err(error) if fresh => Err(from_h2(error)),
             // It no longer takes any; those that it has go on.
             Err(_leaving) => {
-                let (sender, _) = self.connected(gate, permitted, true).await?;
+                let (sender, _) = self.connected(gate, permit, true).await?;
                 sender.ready().await.map_err(from_h2)
             }
         }
@@ -80,7 +79,7 @@ impl Application {
     async fn connected<G: Gate>(
         &self,
         gate: &G,
-        permitted: &Permitted,
+        permit: &G::Permit,
         anew: bool,
     ) -> io::Result<(SendRequest<Bytes>, bool)> {
         let mut state = self.state.lock().await;
@@ -93,9 +92,9 @@ impl Application {
         state.live = None;
         let stream = match state.ready.take() {
             Some(stream) => stream,
-            None => gate.dial(permitted).await?,
+            None => gate.dial(permit).await?,
         };
-        let handshake = self.builder.handshake(Io::application(stream));
+        let handshake = self.builder.handshake(stream);
         let (sender, connection) = handshake.await.map_err(from_h2)?;
         let gone = self.gone.clone();
         let driver = state.drivers.spawn(async move {

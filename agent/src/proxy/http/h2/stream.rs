@@ -18,10 +18,7 @@ use super::{
     check::check,
     forward::{Cut, Rest, Why, finish, forward, reset, why},
 };
-use crate::{
-    policy::Permitted,
-    request::{Edits, Reply},
-};
+use crate::request::{Edits, Reply};
 
 /// What all streams of a connection share.
 pub(super) struct Shared<'a, G> {
@@ -83,7 +80,7 @@ pub(super) async fn serve<G: Gate>(
     drop(seen);
     let Pass {
         edits,
-        permitted,
+        permit,
         mut held,
     } = match judged {
         Ok(pass) => pass,
@@ -96,7 +93,7 @@ pub(super) async fn serve<G: Gate>(
     let opened = select! {
         biased;
         _reset = poll_fn(|cx| respond.poll_reset(cx)) => return Ended::Reset,
-        opened = open(shared, &permitted, asked, body.is_end_stream()) => opened,
+        opened = open(shared, &permit, asked, body.is_end_stream()) => opened,
     };
     let Ok((answer, mut send)) = opened else {
         held.answered(StatusCode::SERVICE_UNAVAILABLE);
@@ -220,11 +217,11 @@ fn rewrite(parts: &mut Parts, host: &str, edits: &Edits) -> Result<Request<()>, 
 
 async fn open<G: Gate>(
     shared: &Shared<'_, G>,
-    permitted: &Permitted,
+    permit: &G::Permit,
     request: Request<()>,
     end: bool,
 ) -> std::io::Result<(ResponseFuture, SendStream<Bytes>)> {
-    let mut sender = shared.application.sender(&*shared.gate, permitted).await?;
+    let mut sender = shared.application.sender(&*shared.gate, permit).await?;
     sender
         .send_request(request, end)
         .map_err(crate::proxy::splice::from_h2)
@@ -271,6 +268,9 @@ impl Exchange<'_> {
             }
         };
         held.answered(response.status());
+        if is_unauthenticated(response.headers()) {
+            held.unauthenticated();
+        }
         let (head, mut from) = response.into_parts();
         *self.answered = true;
         let end = from.is_end_stream();
@@ -304,6 +304,12 @@ impl Exchange<'_> {
         }
         Ok(())
     }
+}
+
+/// gRPC tells an early refusal in the head of its answer ("Trailers-Only").
+fn is_unauthenticated(headers: &http::HeaderMap) -> bool {
+    let status = headers.get("grpc-status");
+    status.is_some_and(|status| status.as_bytes() == b"16")
 }
 
 enum Heard {

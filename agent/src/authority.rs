@@ -7,11 +7,14 @@
 //! in the store; every write goes through [`Store`], and what was answered was committed
 //! before.
 
+mod authorize;
 pub mod ca;
 pub mod clients;
 mod clock;
 pub mod config;
 mod keys;
+mod pages;
+pub mod people;
 mod serve;
 mod store;
 
@@ -46,6 +49,7 @@ pub struct Server {
     pub ca: ca::Ca,
     pub clock: Clock,
     pub audit: Audit,
+    pub people: people::People,
 }
 
 pub type Shared = Arc<Server>;
@@ -65,6 +69,7 @@ impl Server {
         let store = Store::open(&config).await.map_err(|e| misconfigured(&e))?;
         let keys = Keys::open(&config).map_err(|e| misconfigured(&e))?;
         let ca = ca::Ca::open(&config, &root, &store).await?;
+        let people = people::People::new(&config).map_err(|e| misconfigured(&e))?;
         Ok(Self {
             config,
             store,
@@ -73,6 +78,7 @@ impl Server {
             ca,
             clock,
             audit,
+            people,
         })
     }
 
@@ -102,6 +108,8 @@ pub fn routes(server: Shared) -> Router {
     Router::new()
         .route("/healthz", get(|| async { "ok" }))
         .merge(ca::routes())
+        .merge(authorize::routes())
+        .merge(people::routes())
         .with_state(server)
 }
 

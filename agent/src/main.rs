@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use postern::{
     app,
+    authority::people::{self, command::Change},
     config::{Config, Normalization},
     doctor,
     identity::TrustDomain,
@@ -54,6 +55,8 @@ enum Command {
     },
     /// The authorization server, and the trust domain's certificate authority.
     Authority {
+        #[command(flatten)]
+        file: AuthorityFile,
         #[command(subcommand)]
         command: AuthorityCommand,
     },
@@ -76,14 +79,14 @@ enum ConfigCommand {
 #[derive(clap::Args)]
 struct AuthorityFile {
     /// Configuration file.
-    #[arg(long, short, default_value = "/etc/postern/authority.yaml")]
+    #[arg(long, short, global = true, default_value = "/etc/postern/authority.yaml")]
     config: PathBuf,
 }
 
 #[derive(Subcommand)]
 enum AuthorityCommand {
     /// Run the server.
-    Run(AuthorityFile),
+    Run,
     /// Tokens with which the agent of a node joins.
     JoinToken {
         #[command(subcommand)]
@@ -93,6 +96,11 @@ enum AuthorityCommand {
     Node {
         #[command(subcommand)]
         command: NodeCommand,
+    },
+    /// People who can log in, beside those of the configuration file.
+    User {
+        #[command(subcommand)]
+        command: Change,
     },
 }
 
@@ -106,16 +114,12 @@ enum JoinTokenCommand {
         /// How long it can be used.
         #[arg(long, default_value = "1h", value_parser = humantime::parse_duration)]
         ttl: std::time::Duration,
-        #[command(flatten)]
-        config: AuthorityFile,
     },
     /// Print those that were made, a line each: id, state, node.
-    List(AuthorityFile),
+    List,
     /// Make one void, by its id.
     Revoke {
         id: String,
-        #[command(flatten)]
-        config: AuthorityFile,
     },
 }
 
@@ -124,8 +128,6 @@ enum NodeCommand {
     /// Refuse the certificates that a node's agent has: it must join anew.
     Revoke {
         node: String,
-        #[command(flatten)]
-        config: AuthorityFile,
     },
 }
 
@@ -221,7 +223,7 @@ fn run(command: Command) -> Result<ExitCode> {
             }
         }
         Command::Policy { command } => return policy(command),
-        Command::Authority { command } => authority(command)?,
+        Command::Authority { file, command } => authority(&file, command)?,
         Command::Config {
             command: ConfigCommand::Schema,
         } => {
@@ -240,39 +242,48 @@ fn run(command: Command) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn authority(command: AuthorityCommand) -> Result<()> {
+fn authority(file: &AuthorityFile, command: AuthorityCommand) -> Result<()> {
     use postern::authority::{self, ca::commands};
-    let load = |file: &AuthorityFile| {
-        authority::Config::load(&file.config).map_err(|e| app::Misconfigured(e.to_string()))
-    };
+    if let AuthorityCommand::User {
+        command: Change::Hash,
+    } = command
+    {
+        println!("{}", people::command::hash()?);
+        return Ok(());
+    }
+    let config = authority::Config::load(&file.config)
+        .map_err(|e| app::Misconfigured(e.to_string()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("the async runtime")?;
     match command {
-        AuthorityCommand::Run(file) => {
-            let config = load(&file)?;
+        AuthorityCommand::Run => {
             let _log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
             runtime.block_on(authority::run(config))?;
         }
+        AuthorityCommand::User { command } => {
+            for line in runtime.block_on(people::command::run(&config, command))? {
+                println!("{line}");
+            }
+        }
         AuthorityCommand::JoinToken { command } => match command {
-            JoinTokenCommand::Create { node, ttl, config } => {
-                let config = load(&config)?;
+            JoinTokenCommand::Create { node, ttl } => {
                 let made = commands::create_join_token(&config, &node, ttl);
                 println!("{}", *runtime.block_on(made)?);
             }
-            JoinTokenCommand::List(config) => {
-                for (token, state) in runtime.block_on(commands::join_tokens(&load(&config)?))? {
+            JoinTokenCommand::List => {
+                for (token, state) in runtime.block_on(commands::join_tokens(&config))? {
                     println!("{}  {state:<8} {}", token.id, token.node);
                 }
             }
-            JoinTokenCommand::Revoke { id, config } => {
-                runtime.block_on(commands::revoke_join_token(&load(&config)?, &id))?;
+            JoinTokenCommand::Revoke { id } => {
+                runtime.block_on(commands::revoke_join_token(&config, &id))?;
             }
         },
         AuthorityCommand::Node {
-            command: NodeCommand::Revoke { node, config },
-        } => runtime.block_on(commands::revoke_node(&load(&config)?, &node))?,
+            command: NodeCommand::Revoke { node },
+        } => runtime.block_on(commands::revoke_node(&config, &node))?,
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ mod identity;
 mod joined;
 mod kit;
 mod lifecycle;
+mod login;
 mod operate;
 mod outbound;
 mod policy;

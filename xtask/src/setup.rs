@@ -82,6 +82,17 @@ const LAB: &[(&str, Sign)] = &[
         File("/usr/lib/python3/dist-packages/websockets/"),
     ),
     ("python3-pip", File("/usr/lib/python3/dist-packages/pip/")),
+    (
+        "python3-authlib",
+        File("/usr/lib/python3/dist-packages/authlib/"),
+    ),
+    (
+        "python3-requests",
+        File("/usr/lib/python3/dist-packages/requests/"),
+    ),
+    ("chromium", Program("chromium")),
+    ("chromium-driver", Program("chromedriver")),
+    ("libnss3-tools", Program("certutil")),
 ];
 
 const VM: &[(&str, Sign)] = &[

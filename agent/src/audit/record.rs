@@ -208,8 +208,9 @@ pub struct GrantRecord {
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AuthorityRecord {
-    /// `grant`, `refusal`, `login`, `logout`, `consent`, `revocation`, `introspection`,
-    /// `reuse`, `certificate`, `join`, `token` (a JWT-SVID), `keys`, `client` or `user`.
+    /// `grant`, `refusal`, `login`, `lockout`, `logout`, `consent`, `code`, `revocation`,
+    /// `introspection`, `reuse`, `certificate`, `join`, `token` (a JWT-SVID), `keys`,
+    /// `client` or `user`.
     pub event: &'static str,
     /// Of the request: `authorization_code`, `refresh_token`, `client_credentials`,
     /// `urn:ietf:params:oauth:grant-type:token-exchange`.

@@ -94,7 +94,7 @@ pub enum SigningAlgorithm {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct People {
-    /// How long a login lasts.
+    /// How long a login lasts. One that is not used for two hours is over before.
     pub session: Span,
     /// Wrong passwords in a row after which an account is locked...
     pub lockout_after: Count,
@@ -168,7 +168,7 @@ pub struct UserEntry {
     pub id: String,
     /// What the person types.
     pub username: String,
-    /// argon2id in PHC form, as `postern authority user add` makes it.
+    /// argon2id in PHC form, as `postern authority user hash` prints it.
     pub password_hash: String,
     #[serde(default)]
     pub name: Option<String>,

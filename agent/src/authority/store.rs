@@ -68,8 +68,7 @@ pub struct User {
 const TABLES: &[&str] = &[
     "CREATE TABLE IF NOT EXISTS users (
         id TEXT PRIMARY KEY, username TEXT NOT NULL UNIQUE, password_hash TEXT NOT NULL,
-        name TEXT, email TEXT, disabled BIGINT NOT NULL DEFAULT 0,
-        failures BIGINT NOT NULL DEFAULT 0, locked_until BIGINT NOT NULL DEFAULT 0)",
+        name TEXT, email TEXT, disabled BIGINT NOT NULL DEFAULT 0)",
     "CREATE TABLE IF NOT EXISTS codes (
         hash TEXT PRIMARY KEY, client TEXT NOT NULL, redirect_uri TEXT NOT NULL,
         subject TEXT NOT NULL, scopes TEXT NOT NULL, audiences TEXT NOT NULL, nonce TEXT,
@@ -114,7 +113,7 @@ impl Store {
                 sqlx::query::<Any>(pragma).execute(&store.pool).await?;
             }
         }
-        for table in TABLES {
+        for table in TABLES.iter().chain(super::people::TABLES) {
             sqlx::query::<Any>(*table).execute(&store.pool).await?;
         }
         Ok(store)

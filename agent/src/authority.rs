@@ -7,21 +7,36 @@
 //! in the store; every write goes through [`Store`], and what was answered was committed
 //! before.
 
+pub mod admin;
 mod authorize;
 pub mod ca;
+mod client_auth;
 pub mod clients;
 mod clock;
 pub mod config;
+mod dpop;
+mod error;
+mod introspect;
+mod issue;
 mod keys;
+mod metadata;
 mod pages;
 pub mod people;
+mod present;
+mod request;
 mod serve;
 mod store;
+mod token;
+mod userinfo;
+
+#[cfg(test)]
+mod tests;
 
 use std::{
     fs::Permissions,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
@@ -34,11 +49,17 @@ use crate::{
     identity::Root,
 };
 
+use client_auth::Guard;
 pub use clock::Clock;
 pub use config::Config;
-pub use keys::{Keys, KeysError};
+pub use keys::{Change, Keys, KeysError};
 pub use serve::Peer;
 pub use store::{Code, Store, StoreError, User};
+
+/// How often keys are looked after...
+const TEND: Duration = Duration::from_secs(10);
+/// ... and what has expired is removed from the store.
+const PURGE: Duration = Duration::from_secs(600);
 
 /// What every request needs; one for the whole process.
 pub struct Server {
@@ -50,6 +71,7 @@ pub struct Server {
     pub clock: Clock,
     pub audit: Audit,
     pub people: people::People,
+    guard: Guard,
 }
 
 pub type Shared = Arc<Server>;
@@ -58,6 +80,7 @@ impl Server {
     /// Opens files and the store; everything that can be wrong with them is found here.
     pub async fn open(config: Config, clock: Clock, audit: Audit) -> Result<Self> {
         let misconfigured = |e: &dyn std::fmt::Display| Misconfigured(e.to_string());
+        config.check().map_err(Misconfigured)?;
         make_state(&config)?;
         let root = Root::of(
             config.certificates.root_certificate.as_deref(),
@@ -67,7 +90,7 @@ impl Server {
         )
         .map_err(|e| misconfigured(&e))?;
         let store = Store::open(&config).await.map_err(|e| misconfigured(&e))?;
-        let keys = Keys::open(&config).map_err(|e| misconfigured(&e))?;
+        let keys = Keys::open(&config, clock.clone()).map_err(|e| misconfigured(&e))?;
         let ca = ca::Ca::open(&config, &root, &store).await?;
         let people = people::People::new(&config).map_err(|e| misconfigured(&e))?;
         Ok(Self {
@@ -79,12 +102,53 @@ impl Server {
             clock,
             audit,
             people,
+            guard: Guard::new(),
         })
     }
 
-    /// A registered client.
+    /// A registered client: of the configuration, else of the store.
     pub async fn client(&self, id: &str) -> Result<Option<clients::Client>, StoreError> {
-        Ok(self.config.clients.iter().find(|c| c.id == id).cloned())
+        match self.config.clients.iter().find(|c| c.id == id) {
+            Some(client) => Ok(Some(client.clone())),
+            None => self.store.client(id).await,
+        }
+    }
+
+    /// Does what is due on the signing keys, and tells of it.
+    pub fn tend_keys(&self) {
+        match self.keys.tend() {
+            Ok(changes) => changes.into_iter().for_each(|change| {
+                let reason = match change {
+                    Change::Published { kid, starts } => {
+                        format!("published {kid}, which signs from {starts} on")
+                    }
+                    Change::Withdrawn { kid } => format!("withdrew {kid}"),
+                };
+                self.told(AuthorityRecord {
+                    event: "keys",
+                    reason,
+                    ..AuthorityRecord::default()
+                });
+            }),
+            // The keys that are held go on to sign.
+            Err(error) => tracing::error!(%error, "signing keys"),
+        }
+    }
+
+    /// Looks after keys and store for as long as it is polled.
+    async fn keep(&self) {
+        let mut tend = tokio::time::interval(TEND);
+        let mut purge = tokio::time::interval(PURGE);
+        loop {
+            tokio::select! {
+                _ = tend.tick() => self.tend_keys(),
+                _ = purge.tick() => {
+                    if let Err(error) = self.store.purge(self.clock.seconds()).await {
+                        tracing::warn!(%error, "cannot remove what has expired");
+                    }
+                }
+            }
+        }
     }
 
     /// Writes a line of the audit log.
@@ -105,12 +169,21 @@ fn make_state(config: &Config) -> Result<()> {
 
 /// All that is served.
 pub fn routes(server: Shared) -> Router {
-    Router::new()
+    let path = server.config.issuer_path();
+    let all = Router::new()
         .route("/healthz", get(|| async { "ok" }))
         .merge(ca::routes())
         .merge(authorize::routes())
         .merge(people::routes())
-        .with_state(server)
+        .merge(metadata::routes())
+        .merge(token::routes())
+        .merge(introspect::routes())
+        .merge(userinfo::routes());
+    let all = match path.as_str() {
+        "" => all,
+        path => Router::new().nest(path, all),
+    };
+    all.merge(metadata::at_the_host(&path)).with_state(server)
 }
 
 /// Runs the server until SIGTERM or SIGINT.
@@ -133,5 +206,8 @@ pub async fn run(config: Config) -> Result<()> {
             _ = interrupt.recv() => {}
         }
     };
-    serve::serve(server.clone(), routes(server), stop).await
+    tokio::select! {
+        served = serve::serve(server.clone(), routes(server.clone()), stop) => served,
+        () = server.keep() => unreachable!("it has no end"),
+    }
 }

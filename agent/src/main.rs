@@ -10,7 +10,10 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use postern::{
     app,
-    authority::people::{self, command::Change},
+    authority::{
+        admin,
+        people::{self, command::Change},
+    },
     config::{Config, Normalization},
     doctor,
     identity::TrustDomain,
@@ -79,7 +82,12 @@ enum ConfigCommand {
 #[derive(clap::Args)]
 struct AuthorityFile {
     /// Configuration file.
-    #[arg(long, short, global = true, default_value = "/etc/postern/authority.yaml")]
+    #[arg(
+        long,
+        short,
+        global = true,
+        default_value = "/etc/postern/authority.yaml"
+    )]
     config: PathBuf,
 }
 
@@ -87,6 +95,16 @@ struct AuthorityFile {
 enum AuthorityCommand {
     /// Run the server.
     Run,
+    /// Work on clients.
+    Client {
+        #[command(subcommand)]
+        command: admin::ClientCommand,
+    },
+    /// Work on signing keys.
+    Keys {
+        #[command(subcommand)]
+        command: admin::KeysCommand,
+    },
     /// Tokens with which the agent of a node joins.
     JoinToken {
         #[command(subcommand)]
@@ -118,17 +136,13 @@ enum JoinTokenCommand {
     /// Print those that were made, a line each: id, state, node.
     List,
     /// Make one void, by its id.
-    Revoke {
-        id: String,
-    },
+    Revoke { id: String },
 }
 
 #[derive(Subcommand)]
 enum NodeCommand {
     /// Refuse the certificates that a node's agent has: it must join anew.
-    Revoke {
-        node: String,
-    },
+    Revoke { node: String },
 }
 
 #[derive(Subcommand)]
@@ -251,8 +265,8 @@ fn authority(file: &AuthorityFile, command: AuthorityCommand) -> Result<()> {
         println!("{}", people::command::hash()?);
         return Ok(());
     }
-    let config = authority::Config::load(&file.config)
-        .map_err(|e| app::Misconfigured(e.to_string()))?;
+    let config =
+        authority::Config::load(&file.config).map_err(|e| app::Misconfigured(e.to_string()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -262,6 +276,10 @@ fn authority(file: &AuthorityFile, command: AuthorityCommand) -> Result<()> {
             let _log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
             runtime.block_on(authority::run(config))?;
         }
+        AuthorityCommand::Client { command } => {
+            runtime.block_on(admin::clients(config, command))?;
+        }
+        AuthorityCommand::Keys { command } => admin::keys(&config, &command)?,
         AuthorityCommand::User { command } => {
             for line in runtime.block_on(people::command::run(&config, command))? {
                 println!("{line}");

@@ -24,7 +24,8 @@ const DOCUMENTS: &[&str] = &[
 ];
 /// A document that is to be read in one sitting, and how long it may be.
 const SHORT: (&str, usize) = ("ARCHITECTURE.md", 150);
-const CONFIG: &str = "config/agent.yaml";
+/// They list every key of the agent's configuration, and of the authority's.
+const CONFIG: [&str; 2] = ["config/agent.yaml", "config/authority.yaml"];
 /// What a path of the repository begins with.
 const DIRECTORIES: &[&str] = &[
     "agent/",
@@ -54,14 +55,18 @@ struct Facts<'a> {
 /// Check all documents.
 pub fn run(verbs: &Verbs) -> Result<()> {
     let root = cmd::root();
-    let config = fs::read_to_string(root.join(CONFIG)).with_context(|| format!("read {CONFIG}"))?;
+    let mut known = BTreeSet::new();
+    for name in CONFIG {
+        let config = fs::read_to_string(root.join(name)).with_context(|| format!("read {name}"))?;
+        known.extend(keys(&config).with_context(|| format!("parse {name}"))?);
+    }
     bench::build_release()?;
     let postern = cmd::target().join("release/postern");
     let facts = Facts {
         verbs,
         subcommand: &|name| cmd::succeeds(cmd::in_root(&postern).args([name, "--help"])),
         exists: &|path| root.join(path).exists(),
-        keys: keys(&config)?,
+        keys: known,
     };
     let mut wrong = Vec::new();
     for name in DOCUMENTS {
@@ -192,7 +197,7 @@ fn settings(line: &Line, facts: &Facts) -> Vec<String> {
         let key = marked.unwrap_or(span);
         let meant = marked.is_some() || first_cell.contains(span) || is_ours(key, facts);
         if meant && !facts.keys.contains(key) {
-            wrong.push(format!("{CONFIG} has no key `{key}`"));
+            wrong.push(format!("{} has no key `{key}`", CONFIG.join(" or ")));
         }
     }
     wrong
@@ -234,11 +239,11 @@ fn keys(yaml: &str) -> Result<BTreeSet<String>> {
             _ => {}
         }
     }
-    let value: Value = serde_saphyr::from_str(yaml).with_context(|| format!("parse {CONFIG}"))?;
+    let value: Value = serde_saphyr::from_str(yaml)?;
     let mut keys = BTreeSet::new();
     walk(&value, "", &mut keys);
     if keys.is_empty() {
-        bail!("{CONFIG} has no keys");
+        bail!("it has no keys");
     }
     Ok(keys)
 }

@@ -81,6 +81,14 @@ const LAB: &[(&str, Sign)] = &[
         "python3-websockets",
         File("/usr/lib/python3/dist-packages/websockets/"),
     ),
+    (
+        "python3-authlib",
+        File("/usr/lib/python3/dist-packages/authlib/"),
+    ),
+    (
+        "python3-requests",
+        File("/usr/lib/python3/dist-packages/requests/"),
+    ),
     ("python3-pip", File("/usr/lib/python3/dist-packages/pip/")),
     (
         "python3-authlib",

@@ -307,7 +307,7 @@ async fn grant(
 
 /// From the beginning, with this request.
 pub fn again(query: &str) -> Response {
-    pages::redirect(&format!("/authorize?{query}"))
+    pages::redirect(&format!("authorize?{query}"))
 }
 
 /// Tells the client, or where that cannot be, the person.

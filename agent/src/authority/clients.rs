@@ -1,11 +1,14 @@
 //! OAuth 2.0 clients: registered in the configuration file or in the store.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::config::Span;
+use crate::{config::Span, identity::SpiffeId};
+
+/// Longest client id.
+const MAX_ID: usize = 512;
 
 /// A client (RFC 6749 2), in the words of RFC 7591 where it has them.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
@@ -29,8 +32,9 @@ pub struct Client {
     /// 8693). The first is what a token is for where it asks for none.
     #[serde(default)]
     pub audiences: Vec<String>,
-    /// Token exchange: whose tokens it may exchange, by the token's audience. Its own
-    /// id and SPIFFE ID always count.
+    /// Names that it goes by as a receiver of tokens: whose tokens it may exchange (RFC
+    /// 8693) and introspect (RFC 7662), by the token's audience. Its own id and SPIFFE
+    /// ID always count.
     #[serde(default)]
     pub subject_audiences: Vec<String>,
     /// Without it people are asked for their consent.
@@ -98,4 +102,97 @@ pub enum TokenFormat {
     Jwt,
     /// Only introspection tells what it is good for.
     Opaque,
+}
+
+impl Authentication {
+    /// As the configuration names it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::None {} => "none",
+            Self::ClientSecret { .. } => "clientSecret",
+            Self::PrivateKeyJwt { .. } => "privateKeyJwt",
+            Self::Workload { .. } => "workload",
+            Self::TlsClientAuth { .. } => "tlsClientAuth",
+            Self::SelfSignedTls { .. } => "selfSignedTls",
+        }
+    }
+}
+
+impl Client {
+    /// What tokens call it: its SPIFFE ID where it has one, else its id.
+    pub fn identity(&self) -> &str {
+        match &self.authentication {
+            Authentication::Workload { spiffe_id } => spiffe_id,
+            _ => &self.id,
+        }
+    }
+
+    /// Anybody can speak in its name (RFC 6749 2.1).
+    pub fn is_public(&self) -> bool {
+        matches!(self.authentication, Authentication::None {})
+    }
+
+    pub fn may(&self, grant: Grant) -> bool {
+        self.grants.contains(&grant)
+    }
+
+    /// Whether a token of these audiences is for this client, or was made for it to pass
+    /// on: it names its id, its SPIFFE ID or one of `subjectAudiences`.
+    pub fn is_among<'a>(&self, audiences: impl IntoIterator<Item = &'a str>) -> bool {
+        audiences.into_iter().any(|audience| {
+            audience == self.id
+                || audience == self.identity()
+                || self.subject_audiences.iter().any(|own| own == audience)
+        })
+    }
+
+    /// What is wrong with it, in words that name it.
+    pub fn check(&self, overlap: Duration) -> Result<(), String> {
+        let wrong = |what: String| Err(format!("client `{}`: {what}", self.id));
+        let visible =
+            |text: &str| !text.is_empty() && text.bytes().all(|b| (0x20..0x7f).contains(&b));
+        if !visible(&self.id) || self.id.len() > MAX_ID {
+            return wrong(format!("an id is 1 to {MAX_ID} printable ASCII characters"));
+        }
+        match &self.authentication {
+            Authentication::Workload { spiffe_id } if spiffe_id.parse::<SpiffeId>().is_err() => {
+                return wrong(format!(
+                    "`{spiffe_id}` is no SPIFFE ID of a service account"
+                ));
+            }
+            Authentication::TlsClientAuth { san_dns, san_uri }
+                if san_dns.is_some() == san_uri.is_some() =>
+            {
+                return wrong("tlsClientAuth takes one of sanDns and sanUri".into());
+            }
+            Authentication::ClientSecret { secret_hash }
+                if argon2::password_hash::phc::PasswordHash::new(secret_hash).is_err() =>
+            {
+                return wrong("secretHash is not in PHC form, as `client add` prints it".into());
+            }
+            Authentication::None {}
+                if self.may(Grant::ClientCredentials) || self.may(Grant::TokenExchange) =>
+            {
+                let what = "a public client has neither client_credentials nor token_exchange";
+                return wrong(what.into());
+            }
+            _ => {}
+        }
+        if self.may(Grant::AuthorizationCode) && self.redirect_uris.is_empty() {
+            return wrong("authorization_code needs redirectUris".into());
+        }
+        if let Some(lifetime) = self.access_lifetime
+            && lifetime.0 > overlap
+        {
+            return wrong("accessLifetime is longer than keys.overlap".into());
+        }
+        let word = |scope: &String| {
+            let allowed = |b: u8| b.is_ascii_graphic() && b != b'"' && b != b'\\';
+            !scope.is_empty() && scope.bytes().all(allowed)
+        };
+        if !self.scopes.iter().all(word) {
+            return wrong("a scope has a character that none has (RFC 6749 3.3)".into());
+        }
+        Ok(())
+    }
 }

@@ -280,4 +280,139 @@ impl Config {
         }
         parse_document(path, &text)
     }
+
+    /// What no single value shows: whether they fit together.
+    pub fn check(&self) -> Result<(), String> {
+        let url = url::Url::parse(&self.issuer).ok();
+        let url = url.filter(|url| {
+            url.scheme() == "https"
+                && url.has_host()
+                && url.query().is_none()
+                && url.fragment().is_none()
+                && url.username().is_empty()
+                && url.password().is_none()
+        });
+        if url.is_none() {
+            return Err(format!(
+                "issuer `{}` is not an https URL without query, fragment and user",
+                self.issuer
+            ));
+        }
+        let overlap = self.keys.overlap.0;
+        for (name, lifetime) in [
+            ("tokens.access", self.tokens.access),
+            ("tokens.identity", self.tokens.identity),
+            ("certificates.jwtSvid", self.certificates.jwt_svid),
+        ] {
+            // A key is withdrawn this long after it has stopped to sign.
+            if lifetime.0 > overlap {
+                return Err(format!("{name} is longer than keys.overlap"));
+            }
+        }
+        if self.keys.rotate.0 <= overlap {
+            return Err("keys.rotate is not longer than keys.overlap".into());
+        }
+        let mut ids = std::collections::HashSet::new();
+        for client in &self.clients {
+            client.check(overlap)?;
+            if !ids.insert(&client.id) {
+                return Err(format!("client `{}` is listed twice", client.id));
+            }
+        }
+        // RFC 9068 5: nobody takes a client for a person, or a person for a workload.
+        for user in &self.users {
+            if ids.contains(&user.id) || user.id.starts_with("spiffe://") {
+                return Err(format!("user id `{}` could be a client's", user.id));
+            }
+        }
+        Ok(())
+    }
+
+    /// Path of the issuer, without a slash at its end: empty for most.
+    pub fn issuer_path(&self) -> String {
+        let path = url::Url::parse(&self.issuer).map(|url| url.path().to_owned());
+        path.unwrap_or_default().trim_end_matches('/').to_owned()
+    }
+
+    /// URL of an endpoint; `path` begins with a slash.
+    pub fn endpoint(&self, path: &str) -> String {
+        format!("{}{path}", self.issuer.trim_end_matches('/'))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, LoadError> {
+        parse_document(Path::new("authority.yaml"), text)
+    }
+
+    #[test]
+    fn the_shipped_file_lists_every_default() {
+        let text = include_str!("../../../config/authority.yaml");
+        assert_eq!(parse(text).expect("it parses"), Config::default());
+        let shipped: serde_json::Value =
+            parse_document(Path::new("authority.yaml"), text).expect("yaml");
+        let full = serde_json::to_value(Config::default()).expect("json");
+        assert_eq!(
+            keys(&shipped),
+            keys(&full),
+            "a key is missing in config/authority.yaml"
+        );
+        Config::default().check().expect("defaults fit together");
+    }
+
+    fn keys(value: &serde_json::Value) -> Vec<String> {
+        let Some(map) = value.as_object() else {
+            return Vec::new();
+        };
+        map.iter()
+            .flat_map(|(key, value)| {
+                let below = keys(value);
+                if below.is_empty() {
+                    return vec![key.clone()];
+                }
+                below.into_iter().map(|k| format!("{key}.{k}")).collect()
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_does_not_fit_together_is_said() {
+        let secret = "authentication: {clientSecret: {secretHash: x}}";
+        for (text, expected) in [
+            ("issuer: http://localhost\n".to_owned(), "https"),
+            ("issuer: https://localhost/?a\n".into(), "query"),
+            ("tokens: {access: 48h}\n".into(), "tokens.access"),
+            ("keys: {rotate: 1h}\n".into(), "keys.rotate"),
+            (
+                format!("clients: [{{id: a, grants: [], {secret}}}]\n"),
+                "PHC",
+            ),
+            (
+                "clients: [{id: a, grants: [client_credentials], authentication: {none: {}}}]\n"
+                    .into(),
+                "public",
+            ),
+            (
+                "clients:\n- {id: a, grants: [], authentication: {none: {}}}\n\
+                 - {id: a, grants: [], authentication: {none: {}}}\n"
+                    .into(),
+                "twice",
+            ),
+            (
+                "users: [{id: 'spiffe://a', username: a, passwordHash: b}]\n".into(),
+                "could be a client's",
+            ),
+        ] {
+            let error = parse(&text).expect("parses").check().expect_err(&text);
+            assert!(error.contains(expected), "{error:?} lacks {expected:?}");
+        }
+        let unknown = parse("tokens: {acess: 5m}\n").expect_err("unknown key");
+        assert!(
+            unknown.to_string().contains("authority.yaml:1"),
+            "{unknown}"
+        );
+    }
 }

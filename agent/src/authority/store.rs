@@ -6,14 +6,19 @@
 //! one statement that changes one row or none, so that two replicas, or a process that
 //! dies in between, never both take it.
 
-use std::{str::FromStr as _, time::Duration};
+mod clients;
+mod grants;
+
+use std::{str::FromStr as _, sync::Arc, time::Duration};
 
 use sqlx::{
-    Any, AnyPool, Row as _,
-    any::{AnyConnectOptions, AnyPoolOptions},
+    Any, AnyConnection, AnyPool, Row as _, Transaction,
+    any::{AnyArguments, AnyConnectOptions, AnyPoolOptions},
+    query::Query,
 };
 
 use super::Config;
+pub use grants::{Family, Issued, Refreshed, Taken};
 
 /// How long a connection, or a lock of another process, is waited for.
 const WAIT: Duration = Duration::from_secs(5);
@@ -25,12 +30,21 @@ pub enum StoreError {
     Database(#[from] sqlx::Error),
     #[error("database: {0}")]
     Config(String),
+    /// Only tests stop at a fault point.
+    #[error("database: stopped here by a test")]
+    Fault,
 }
 
 #[derive(Clone)]
 pub struct Store {
     pub(super) pool: AnyPool,
+    /// Asked before and after each write and each commit; where it says so, nothing
+    /// more happens, as if the process had died there. Only tests set it.
+    fault: Option<Fault>,
 }
+
+/// Whether to stop here.
+type Fault = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// An authorization code before it is handed out (RFC 6749 4.1.2).
 #[derive(Clone, Debug)]
@@ -79,7 +93,7 @@ const TABLES: &[&str] = &[
 impl Store {
     pub async fn open(config: &Config) -> Result<Self, StoreError> {
         sqlx::any::install_default_drivers();
-        let (url, most) = match &config.database {
+        let (url, most) = match &database_url(config)? {
             None => {
                 let path = config.state.join("authority.db");
                 // Nobody else reads it, from its first moment on.
@@ -91,7 +105,7 @@ impl Store {
             Some(url) if url.starts_with("postgres://") || url.starts_with("postgresql://") => {
                 (url.clone(), 8)
             }
-            Some(_) => {
+            Some(_neither) => {
                 let why = "not a postgres:// URL; leave it out for SQLite in the state directory";
                 return Err(StoreError::Config(why.into()));
             }
@@ -102,7 +116,7 @@ impl Store {
             .acquire_timeout(WAIT)
             .connect_with(options)
             .await?;
-        let store = Self { pool };
+        let store = Self { pool, fault: None };
         if config.database.is_none() {
             for pragma in [
                 "PRAGMA journal_mode = WAL",
@@ -113,16 +127,69 @@ impl Store {
                 sqlx::query::<Any>(pragma).execute(&store.pool).await?;
             }
         }
-        for table in TABLES.iter().chain(super::people::TABLES) {
+        let tables = (TABLES.iter())
+            .chain(super::people::TABLES)
+            .chain(grants::TABLES)
+            .chain(clients::TABLES);
+        for table in tables {
             sqlx::query::<Any>(*table).execute(&store.pool).await?;
         }
         Ok(store)
     }
 
+    /// One that stops for good where `fault` first says so.
+    #[cfg(test)]
+    pub(super) fn with_fault(self, fault: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let dead = AtomicBool::new(false);
+        let fault = move || {
+            dead.load(Ordering::SeqCst)
+                || (fault() && {
+                    dead.store(true, Ordering::SeqCst);
+                    true
+                })
+        };
+        Self {
+            fault: Some(Arc::new(fault)),
+            ..self
+        }
+    }
+
+    fn point(&self) -> Result<(), StoreError> {
+        match &self.fault {
+            Some(fault) if fault() => Err(StoreError::Fault),
+            _ => Ok(()),
+        }
+    }
+
+    /// A statement of a transaction: how many rows it changed.
+    async fn write(
+        &self,
+        connection: &mut AnyConnection,
+        query: Query<'static, Any, AnyArguments>,
+    ) -> Result<u64, StoreError> {
+        self.point()?;
+        let done = query.execute(connection).await?;
+        self.point()?;
+        Ok(done.rows_affected())
+    }
+
+    /// A statement by itself.
+    async fn write_one(&self, query: Query<'static, Any, AnyArguments>) -> Result<u64, StoreError> {
+        let mut connection = self.pool.acquire().await?;
+        self.write(&mut connection, query).await
+    }
+
+    async fn commit(&self, transaction: Transaction<'static, Any>) -> Result<(), StoreError> {
+        self.point()?;
+        transaction.commit().await?;
+        self.point()
+    }
+
     /// Keeps a code by its hash.
     pub async fn add_code(&self, hash: &str, code: &Code) -> Result<(), StoreError> {
         let list = |list: &[String]| serde_json::to_string(list).expect("strings");
-        sqlx::query::<Any>(
+        let query = sqlx::query::<Any>(
             "INSERT INTO codes (hash, client, redirect_uri, subject, scopes, audiences, nonce,
              challenge, auth_time, dpop_jkt, expires)
              VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
@@ -137,9 +204,8 @@ impl Store {
         .bind(code.challenge.clone())
         .bind(code.auth_time as i64)
         .bind(code.dpop_jkt.clone())
-        .bind(code.expires as i64)
-        .execute(&self.pool)
-        .await?;
+        .bind(code.expires as i64);
+        self.write_one(query).await?;
         Ok(())
     }
 
@@ -160,6 +226,20 @@ impl Store {
             })
         })
         .transpose()
+    }
+}
+
+/// The URL: as it is configured, or from the private file that it names.
+fn database_url(config: &Config) -> Result<Option<String>, StoreError> {
+    match config.database.as_deref() {
+        Some(named) if named.starts_with('@') => {
+            let content = crate::oauth::private_file(named[1..].as_ref())
+                .map_err(|e| StoreError::Config(e.to_string()))?;
+            let text = std::str::from_utf8(&content)
+                .map_err(|_| StoreError::Config(format!("{named} is not UTF-8")))?;
+            Ok(Some(text.trim_end_matches(['\r', '\n']).to_owned()))
+        }
+        other => Ok(other.map(str::to_owned)),
     }
 }
 

@@ -146,6 +146,17 @@ impl KeySet {
         self.keys.iter().any(|key| key.kid.as_deref() == Some(kid))
     }
 
+    /// Whether one of the keys made this signature (RFC 7515 5.2): for tokens that are
+    /// not read as bearer tokens.
+    pub fn verifies(&self, algorithm: Algorithm, signed: &[u8], signature: &[u8]) -> bool {
+        algorithm
+            .signature_len()
+            .is_none_or(|length| signature.len() == length)
+            && self
+                .candidates(None, algorithm)
+                .any(|key| key.verify_sig(signed, signature).is_ok())
+    }
+
     /// Keys that may have signed a token with this header. The key says which
     /// algorithms are its own; the token only chooses among them.
     pub(super) fn candidates<'a>(

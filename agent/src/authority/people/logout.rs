@@ -61,7 +61,7 @@ async fn end(
     let now = server.clock.seconds();
     match form::check(&cookie, Purpose::Logout, "", form.field("token"), now) {
         Checked::Good { .. } => {}
-        Checked::Old => return Ok(pages::redirect("/logout")),
+        Checked::Old => return Ok(pages::redirect("logout")),
         Checked::Wrong => {
             server.told(seen.record("refusal", None, "a logout form without its token"));
             return Ok(form::not_ours());

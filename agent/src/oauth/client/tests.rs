@@ -91,7 +91,9 @@ async fn world() -> World {
         ..Config::default()
     };
     let authority = Authority::open(&config, "n1").expect("opens");
-    let bundle = Arc::new(Bundle::new(vec![authority.root().certificate().clone()], None).expect("a bundle"));
+    let bundle = Arc::new(
+        Bundle::new(vec![authority.root().certificate().clone()], None).expect("a bundle"),
+    );
     let id = "spiffe://cluster.local/ns/shop/sa/front"
         .parse()
         .expect("valid");

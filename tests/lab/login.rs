@@ -88,7 +88,7 @@ fn user(dir: &Path, arguments: &[&str], password: &str) -> Result<String> {
 }
 
 /// A HOME whose browser trusts this root. Chromium on Linux asks NSS.
-fn trusting(dir: &Path, root: &Path) -> Result<PathBuf> {
+pub fn trusting(dir: &Path, root: &Path) -> Result<PathBuf> {
     let home = dir.join("home");
     let database = home.join(".pki/nssdb");
     std::fs::create_dir_all(&database)?;

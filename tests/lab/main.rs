@@ -8,6 +8,7 @@ mod joined;
 mod kit;
 mod lifecycle;
 mod login;
+mod oauth;
 mod operate;
 mod outbound;
 mod policy;

@@ -68,8 +68,9 @@ fn the_shipped_examples_load() {
     text += include_str!("../../../config/policies/requests.yaml");
     text += "\n---\n";
     text += include_str!("../../../config/policies/resource.yaml");
+    text += "\n---\n";
     text += include_str!("../../../config/policies/outbound.yaml");
-    assert_eq!(load(&text).expect("they load").len(), 8);
+    assert_eq!(load(&text).expect("they load").len(), 10);
 }
 
 #[test]

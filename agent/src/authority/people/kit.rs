@@ -19,6 +19,9 @@ use super::{
 };
 use crate::audit::Audit;
 
+/// Hash of a secret that no test has use for.
+const NOBODYS: &str = "$argon2id$v=19$m=19456,t=2,p=1$bXQRmhxFbrVQkUj1RjQu2w$XyV/46fNJGQifVMFPf3VJoCrEoOCfHQzpT45ZTBTpeM";
+
 pub const ISSUER: &str = "https://id.example";
 pub const ALICE: &str = "correct horse battery";
 pub const BOB: &str = "staple and staple";
@@ -51,7 +54,7 @@ fn config(dir: &std::path::Path) -> Config {
     let client = |id: &str, more: Value| {
         let mut client = json!({
             "id": id,
-            "authentication": {"clientSecret": {"secretHash": "unused"}},
+            "authentication": {"clientSecret": {"secretHash": NOBODYS}},
             "redirectUris": ["https://app.example/cb"],
             "grants": ["authorization_code"],
             "scopes": ["openid", "profile", "orders:read", "x<script>"],
@@ -174,7 +177,9 @@ pub struct Browser<'a> {
 }
 
 impl Browser<'_> {
+    /// Addresses in answers are relative to the issuer's path.
     pub async fn get(&mut self, path: &str) -> Answer {
+        let path = format!("/{}", path.trim_start_matches('/'));
         self.send(Request::get(path), Body::empty()).await
     }
 

@@ -229,3 +229,50 @@ fn a_provider_may_change_its_keys() -> Result<()> {
     .with_context(|| provider.output())?;
     Ok(())
 }
+
+#[test]
+fn opaque_tokens_are_asked_about() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let (mut world, provider) = World::new()?;
+    let other = world.lab.pod(1, "other")?;
+    let secret = world.lab.path().join("secret");
+    std::fs::write(&secret, "resource-server-secret")?;
+    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600))?;
+    world.lab.policy(
+        "opaque",
+        &format!(
+            "apiVersion: postern.dev/v1alpha1\nkind: OutboundToken\n\
+             metadata: {{name: opaque, namespace: shop}}\n\
+             spec: {{selector: {{matchLabels: {{app: front}}}}, hosts: [opaque], issuer: '{ISSUER}', \
+             grant: {{clientCredentials: {{}}}}, clientId: signing-front, \
+             clientAuthentication: {{privateKeyJwt: {{keyFile: {}}}}}, \
+             resources: ['https://opaque'], scopes: [orders.read]}}\n---\n\
+             apiVersion: postern.dev/v1alpha1\nkind: ProtectedResource\n\
+             metadata: {{name: back, namespace: shop}}\n\
+             spec: {{selector: {{matchLabels: {{app: back}}}}, introspection: \
+             {{endpoint: '{ISSUER}/token/introspection', issuer: '{ISSUER}', clientId: resource-server, \
+             clientAuthentication: {{clientSecretBasic: {{secretFile: {}}}}}, \
+             audiences: ['https://opaque'], forwardOriginalToken: true, cache: 60s}}}}\n",
+            world.lab.path().join("client.key").display(),
+            secret.display()
+        ),
+    )?;
+    world.lab.policies(4)?;
+    let token = world.token("opaque").with_context(|| provider.output())?;
+    assert!(!token.contains('.'), "an opaque one");
+    let record = world.lab.nodes[1].record("what was told of it", |r| {
+        r["kind"] == "request" && r["token"]["checked"] == "introspection"
+    })?;
+    assert_eq!(record["token"]["client_id"], "signing-front", "{record}");
+    assert_eq!(record["token"]["scope"][0], "orders.read", "{record}");
+    let ask = |token: &str| -> Result<String> {
+        let bearer = format!("Authorization: Bearer {token}");
+        Ok(world.ask(&other, "x", &["-H", &bearer])?.0)
+    };
+    assert_eq!(ask(&token)?, "200");
+    assert_eq!(ask("nobody-has-given-this-out")?, "401");
+    drop(provider);
+    assert_eq!(ask(&token)?, "200", "the answer holds");
+    assert_eq!(ask("and-nobody-can-be-asked-about-this")?, "503");
+    Ok(())
+}

@@ -26,6 +26,8 @@ const FETCH_SECONDS: u64 = 300;
 pub enum Tier {
     /// Building
     Build,
+    /// The tests within one process
+    Unit,
     /// The end-to-end tests, the demonstration and the benchmarks
     Lab,
     /// The tests on another kernel, in a virtual machine
@@ -55,6 +57,9 @@ const BUILD: &[(&str, Sign)] = &[
     ("make", Program("make")),
 ];
 
+/// The store is tested on a real server.
+const UNIT: &[(&str, Sign)] = &[("postgresql", File("/usr/lib/postgresql/"))];
+
 const LAB: &[(&str, Sign)] = &[
     ("iproute2", Program("ip")),
     ("nginx-light", Program("nginx")),
@@ -80,14 +85,6 @@ const LAB: &[(&str, Sign)] = &[
     (
         "python3-websockets",
         File("/usr/lib/python3/dist-packages/websockets/"),
-    ),
-    (
-        "python3-authlib",
-        File("/usr/lib/python3/dist-packages/authlib/"),
-    ),
-    (
-        "python3-requests",
-        File("/usr/lib/python3/dist-packages/requests/"),
     ),
     ("python3-pip", File("/usr/lib/python3/dist-packages/pip/")),
     (
@@ -119,6 +116,7 @@ impl Tier {
     fn packages(self) -> &'static [(&'static str, Sign)] {
         match self {
             Tier::Build => BUILD,
+            Tier::Unit => UNIT,
             Tier::Lab => LAB,
             Tier::Vm => VM,
             Tier::Image => IMAGE,
@@ -130,7 +128,7 @@ impl Tier {
 /// The verb: install what is missing for `tier` and say that all is there.
 pub fn run(tier: Tier) -> Result<()> {
     match tier {
-        Tier::All => ensure(&[Tier::Build, Tier::Lab, Tier::Vm, Tier::Lint])?,
+        Tier::All => ensure(&[Tier::Build, Tier::Unit, Tier::Lab, Tier::Vm, Tier::Lint])?,
         one => ensure(&[one])?,
     }
     println!("setup: everything is there");

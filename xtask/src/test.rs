@@ -92,7 +92,7 @@ pub fn run(only: Option<Tier>, filter: &[String]) -> Result<()> {
 }
 
 fn unit(filter: &[String]) -> Result<Count> {
-    setup::ensure(&[setup::Tier::Build])?;
+    setup::ensure(&[setup::Tier::Build, setup::Tier::Unit])?;
     let mut count = Count::default();
     let mut test = cmd::cargo();
     // The profile of everything else, so that dependencies are built once.

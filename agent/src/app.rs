@@ -168,7 +168,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
 }
 
 /// Gives the audit writer a moment to write what is queued.
-fn flush(writer: &std::thread::JoinHandle<()>) {
+pub fn flush(writer: &std::thread::JoinHandle<()>) {
     for _ in 0..20 {
         if writer.is_finished() {
             return;

@@ -44,7 +44,7 @@ use axum::{Router, routing::get};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    app::Misconfigured,
+    app::{self, Misconfigured},
     audit::{Audit, AuthorityRecord, Record},
     identity::Root,
 };
@@ -190,14 +190,14 @@ pub fn routes(server: Shared) -> Router {
 pub async fn run(config: Config) -> Result<()> {
     // Keys live in this process's memory: no core file, no ptrace by others.
     nix::sys::prctl::set_dumpable(false).context("PR_SET_DUMPABLE")?;
-    let (audit, _writer) = Audit::open(
+    let (audit, writer) = Audit::open(
         "authority",
         config.audit.file.as_deref(),
         config.audit.queue.0,
     )
     .with_context(|| format!("audit.file {:?}", config.audit.file))?;
     let server = Arc::new(Server::open(config, Clock::system(), audit).await?);
-    tokio::spawn(ca::watch(server.clone()));
+    let watching = tokio::spawn(ca::watch(server.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = async move {
@@ -207,7 +207,12 @@ pub async fn run(config: Config) -> Result<()> {
         }
     };
     tokio::select! {
-        served = serve::serve(server.clone(), routes(server.clone()), stop) => served,
+        served = serve::serve(server.clone(), routes(server.clone()), stop) => served?,
         () = server.keep() => unreachable!("it has no end"),
     }
+    watching.abort();
+    drop(server);
+    // Connections that were cut hold the log, too; they end with the runtime.
+    let _ = tokio::task::spawn_blocking(move || app::flush(&writer)).await;
+    Ok(())
 }

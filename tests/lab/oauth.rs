@@ -208,7 +208,16 @@ fn a_person_logs_in_and_services_call_on_in_the_persons_name() -> Result<()> {
     lab.policy("back-in", &admits("back", &by_both.concat()))?;
     lab.policies(6)?;
 
-    // A browser that is no part of the mesh.
+    // A browser that is no part of the mesh. It gives up on a page when an address of
+    // its host changes, as those of new links do for a moment (RFC 4862 5.4).
+    let settled = || -> Result<bool> {
+        let mut tentative = lab.nodes[1].command("ip")?;
+        tentative.args(["-6", "-oneline", "address", "show", "tentative"]);
+        Ok(output(&mut tentative)?.stdout.is_empty())
+    };
+    eventually("addresses are settled", Duration::from_secs(10), || {
+        settled().unwrap_or(false)
+    })?;
     let mut browser = lab.nodes[1].command(PYTHON)?;
     let login = format!("https://{}/login", at(&front, PORT));
     let trace = format!("00-{TRACE}-00f067aa0ba902b7-01");

@@ -3,7 +3,7 @@
 
 use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Result, anyhow};
 use axum::{Router, extract::Request};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -19,7 +19,7 @@ use rustls::{
 };
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
+    sync::{Semaphore, watch},
 };
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt as _;
@@ -33,6 +33,8 @@ const MAX_CONNECTIONS: usize = 4096;
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// For a request's head.
 const HEAD: Duration = Duration::from_secs(10);
+/// For requests that are under way when the server stops, or a connection ends.
+const DRAIN: Duration = Duration::from_secs(5);
 /// Longest life of a connection.
 const LIFE: Duration = Duration::from_secs(600);
 
@@ -55,32 +57,39 @@ pub async fn serve(
         .map_err(|e| Misconfigured(format!("listen {}: {e}", server.config.listen)))?;
     tracing::info!(issuer = %server.config.issuer, listen = %listener.local_addr()?, "ready");
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let ending = watch::Sender::new(());
     tokio::pin!(stop);
     loop {
-        let place = places
-            .clone()
-            .acquire_owned()
-            .await
-            .context("never closed")?;
-        let (stream, address) = tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
+        let accepted = async {
+            let place = places.clone().acquire_owned().await;
+            let accepted = listener.accept().await;
+            (place.expect("never closed"), accepted)
+        };
+        let (place, (stream, address)) = tokio::select! {
+            (place, accepted) = accepted => match accepted {
+                Ok(accepted) => (place, accepted),
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept");
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 }
             },
-            () = &mut stop => return Ok(()),
+            () = &mut stop => break,
         };
-        let (acceptor, routes) = (acceptor.clone(), routes.clone());
+        let (acceptor, routes, end) = (acceptor.clone(), routes.clone(), ending.subscribe());
         tokio::spawn(async move {
             let _place = place;
-            if let Err(error) = connection(acceptor, routes, stream, address).await {
+            if let Err(error) = connection(acceptor, routes, stream, address, end).await {
                 tracing::debug!(%address, %error, "connection ended");
             }
         });
     }
+    drop(listener);
+    ending.send_replace(());
+    // What was begun is answered, within reason.
+    let all = places.acquire_many(MAX_CONNECTIONS as u32);
+    let _some_may_be_left = tokio::time::timeout(DRAIN, all).await;
+    Ok(())
 }
 
 async fn connection(
@@ -88,6 +97,7 @@ async fn connection(
     routes: Router,
     stream: TcpStream,
     address: SocketAddr,
+    mut end: watch::Receiver<()>,
 ) -> Result<()> {
     stream.set_nodelay(true)?;
     let tls = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await??;
@@ -118,10 +128,21 @@ async fn connection(
         .max_header_list_size(64 << 10)
         .keep_alive_interval(HEAD);
     let serving = builder.serve_connection(TokioIo::new(tls), TowerToHyperService::new(service));
-    match tokio::time::timeout(LIFE, serving).await {
-        Ok(Err(error)) => bail!("{error}"),
-        Ok(Ok(())) | Err(_) => Ok(()),
-    }
+    tokio::pin!(serving);
+    let served = tokio::select! {
+        served = &mut serving => served,
+        () = async {
+            // An error is the end of the server, too.
+            let _ended = tokio::time::timeout(LIFE, end.changed()).await;
+        } => {
+            serving.as_mut().graceful_shutdown();
+            match tokio::time::timeout(DRAIN, serving).await {
+                Ok(served) => served,
+                Err(_elapsed) => return Ok(()),
+            }
+        }
+    };
+    served.map_err(|error| anyhow!("{error}"))
 }
 
 fn tls(server: &Shared) -> Result<ServerConfig> {

@@ -72,6 +72,7 @@ fn load(text: &str) -> PolicySet {
         root_namespace: "istio-system",
         trust_domain: &TrustDomain::default(),
         aliases: &[],
+        secrets: std::path::Path::new("/"),
         requests: Reading::default(),
     };
     PolicySet::compile(objects, &mesh).expect("compiles")

@@ -99,6 +99,9 @@ pub struct Policies {
     /// Proxies before the mesh whose `X-Forwarded-For` is believed (Istio
     /// `numTrustedProxies`).
     pub num_trusted_proxies: usize,
+    /// Directory of secrets that policies name (`secretFile`, `keyFile`): below it one
+    /// for each namespace, whose policies can name files of no other.
+    pub secrets: PathBuf,
     /// What CUSTOM policies may ask (Istio `extensionProviders`).
     pub extension_providers: Vec<ExtensionProvider>,
 }
@@ -308,6 +311,7 @@ impl Default for Policies {
             root_namespace: "istio-system".into(),
             path_normalization: Normalization::default(),
             num_trusted_proxies: 0,
+            secrets: "/etc/postern/secrets".into(),
             extension_providers: Vec::new(),
         }
     }

@@ -24,6 +24,7 @@ pub struct Context {
     pub aliases: Vec<TrustDomain>,
     pub normalization: Normalization,
     pub trusted_proxies: usize,
+    pub secrets: PathBuf,
 }
 
 /// One thing that is wrong with a directory of policies.
@@ -101,6 +102,7 @@ pub fn load(directory: &Path, context: &Context) -> Result<PolicySet, Vec<Proble
         root_namespace: &context.root_namespace,
         trust_domain: &context.trust_domain,
         aliases: &context.aliases,
+        secrets: &context.secrets,
         requests: Reading {
             normalization: context.normalization,
             trusted_proxies: context.trusted_proxies,
@@ -136,6 +138,7 @@ mod tests {
             aliases: Vec::new(),
             normalization: Normalization::default(),
             trusted_proxies: 0,
+            secrets: "/secrets".into(),
         }
     }
 

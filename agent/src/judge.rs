@@ -244,6 +244,7 @@ impl Judge {
         now: SystemTime,
     ) -> Result<Allowed, Refused> {
         selected.transport(facts).map_err(Refused::denied)?;
+        selected.contested().map_err(Refused::denied)?;
         let normal = normalize(request.path, selected.reading.normalization)
             .map_err(|bad| Refused::malformed(StatusCode::BAD_REQUEST, bad.to_string()))?;
         if let Some(resource) = selected.resource()
@@ -356,7 +357,10 @@ impl Judge {
         claims: Option<&Arc<Claims>>,
         now: SystemTime,
     ) -> Option<Denial> {
-        if let Err(denial) = selected.transport(facts) {
+        if let Err(denial) = selected
+            .transport(facts)
+            .and_then(|()| selected.contested())
+        {
             return Some(denial);
         }
         // It was a path when the request was judged.

@@ -178,6 +178,9 @@ struct Context {
     /// Proxies whose X-Forwarded-For is believed.
     #[arg(long, value_name = "N", default_value_t = 0)]
     trusted_proxies: usize,
+    /// Where the secrets are that policies name.
+    #[arg(long, value_name = "DIR", default_value = "/etc/postern/secrets")]
+    secrets: PathBuf,
 }
 
 fn trust_domain(text: &str) -> Result<TrustDomain, String> {
@@ -390,6 +393,7 @@ impl From<Context> for inspect::Context {
             aliases: context.trust_domain_aliases,
             normalization: context.path_normalization,
             trusted_proxies: context.trusted_proxies,
+            secrets: context.secrets,
         }
     }
 }

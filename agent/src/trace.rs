@@ -35,6 +35,24 @@ impl Trace {
     }
 }
 
+/// All traces that an application could read from a header, by whatever it takes for
+/// one: to be told of what is not strictly a `traceparent`, not to act by it.
+pub fn mentioned(request: &Request<'_>, header: &HeaderName) -> Vec<TraceId> {
+    let mut all: Vec<TraceId> = Vec::new();
+    for value in request.values(header) {
+        for part in value.split(',').take(8) {
+            let id = part.trim().split('-').nth(1);
+            let id = id.filter(|id| id.len() == 32 && id.bytes().all(|b| b.is_ascii_hexdigit()));
+            if let Some(Ok(id)) = id.map(|id| u128::from_str_radix(id, 16)) {
+                all.push(TraceId(id.to_be_bytes()));
+            }
+        }
+    }
+    all.sort_unstable_by_key(|id| id.0);
+    all.dedup();
+    all
+}
+
 impl TraceId {
     /// From `version "-" trace-id "-" parent-id "-" flags` (Trace Context 3.2.2). A
     /// version to come may have more behind that (4.3).
@@ -119,5 +137,12 @@ mod tests {
         assert!(Trace::of(&once, &name).is_some());
         let twice = request(vec![(&name, &value), (&name, &value)]);
         assert!(Trace::of(&twice, &name).is_none());
+        let other = HeaderValue::try_from(format!(" 00-{}-x, q", ID.to_uppercase()));
+        let other = other.expect("value");
+        let odd = request(vec![(&name, &value), (&name, &other)]);
+        assert_eq!(
+            mentioned(&odd, &name),
+            [TraceId::parse(value.as_bytes()).expect("id")]
+        );
     }
 }

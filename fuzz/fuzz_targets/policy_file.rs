@@ -34,6 +34,7 @@ fuzz_target!(|text: &str| {
         root_namespace: "istio-system",
         trust_domain: &LOCAL,
         aliases: std::slice::from_ref(&*ALIAS),
+        secrets: std::path::Path::new("/secrets"),
         requests: Reading {
             normalization: Normalization::DecodeAndMergeSlashes,
             trusted_proxies: 1,

@@ -118,7 +118,8 @@ fn a_person_logs_in_with_a_browser_and_a_keyboard() -> Result<()> {
         "[{id: web, name: The Shop, authentication: {none: {}}, \
          redirectUris: ['http://127.0.0.1/cb'], grants: [authorization_code], \
          scopes: [openid, profile, 'orders:read'], audiences: ['https://api.example']}, \
-         {id: trusted, trusted: true, authentication: {none: {}}, \
+         {id: trusted, trusted: true, authentication: {clientSecret: {secretHash: \
+         '$argon2id$v=19$m=19456,t=2,p=1$bXQRmhxFbrVQkUj1RjQu2w$XyV/46fNJGQifVMFPf3VJoCrEoOCfHQzpT45ZTBTpeM'}}, \
          redirectUris: ['http://127.0.0.1/cb'], grants: [authorization_code], \
          scopes: [openid, profile, 'orders:read']}]",
     )?;

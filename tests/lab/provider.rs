@@ -58,6 +58,8 @@ fn start(lab: &Lab, log: &str) -> Result<Running> {
     node.args(["192.0.2.1", "8443"]);
     let running = Running::start(&mut node, lab.path().join(log))?;
     running.says("listening")?;
+    let key = std::fs::read_to_string(lab.path().join("client.key"))?;
+    lab.secret("client.key", &key)?;
     Ok(running)
 }
 
@@ -152,23 +154,21 @@ fn claims(token: &str) -> Result<Value> {
 
 #[test]
 fn tokens_of_a_certified_provider_come_by_every_way_to_prove_who_asks() -> Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
     let (world, provider) = World::new()?;
-    let secret = world.lab.path().join("secret");
-    std::fs::write(&secret, "s3cret: with/odd+characters%\n")?;
-    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600))?;
-    let (secret, key) = (secret.display(), world.lab.path().join("client.key"));
+    world
+        .lab
+        .secret("front", "s3cret: with/odd+characters%\n")?;
     let front = "spiffe://cluster.local/ns/shop/sa/front";
     let ways = [
         (
             "basic",
             "secret front",
-            format!("{{clientSecretBasic: {{secretFile: {secret}}}}}"),
+            "{clientSecretBasic: {secretFile: front}}".to_owned(),
         ),
         (
             "signed",
             "signing-front",
-            format!("{{privateKeyJwt: {{keyFile: {}}}}}", key.display()),
+            "{privateKeyJwt: {keyFile: client.key}}".to_owned(),
         ),
         ("mutual", front, "{tlsClientAuth: {}}".to_owned()),
         ("wrong", "signing-front", "{privateKeyJwt: {}}".to_owned()),
@@ -202,12 +202,9 @@ fn tokens_of_a_certified_provider_come_by_every_way_to_prove_who_asks() -> Resul
 fn a_provider_may_change_its_keys() -> Result<()> {
     let (mut world, provider) = World::new()?;
     let other = world.lab.pod(1, "other")?;
-    let way = format!(
-        "{{privateKeyJwt: {{keyFile: {}}}}}",
-        world.lab.path().join("client.key").display()
-    );
-    world.object("first", "signing-front", &way)?;
-    world.object("second", "signing-front", &way)?;
+    let way = "{privateKeyJwt: {keyFile: client.key}}";
+    world.object("first", "signing-front", way)?;
+    world.object("second", "signing-front", way)?;
     world.lab.policies(4)?;
     let old = world.token("first").with_context(|| provider.output())?;
     let bearer = format!("Authorization: Bearer {old}");
@@ -232,12 +229,9 @@ fn a_provider_may_change_its_keys() -> Result<()> {
 
 #[test]
 fn opaque_tokens_are_asked_about() -> Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
     let (mut world, provider) = World::new()?;
     let other = world.lab.pod(1, "other")?;
-    let secret = world.lab.path().join("secret");
-    std::fs::write(&secret, "resource-server-secret")?;
-    std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600))?;
+    world.lab.secret("resource", "resource-server-secret")?;
     world.lab.policy(
         "opaque",
         &format!(
@@ -245,16 +239,14 @@ fn opaque_tokens_are_asked_about() -> Result<()> {
              metadata: {{name: opaque, namespace: shop}}\n\
              spec: {{selector: {{matchLabels: {{app: front}}}}, hosts: [opaque], issuer: '{ISSUER}', \
              grant: {{clientCredentials: {{}}}}, clientId: signing-front, \
-             clientAuthentication: {{privateKeyJwt: {{keyFile: {}}}}}, \
+             clientAuthentication: {{privateKeyJwt: {{keyFile: client.key}}}}, \
              resources: ['https://opaque'], scopes: [orders.read]}}\n---\n\
              apiVersion: postern.dev/v1alpha1\nkind: ProtectedResource\n\
              metadata: {{name: back, namespace: shop}}\n\
              spec: {{selector: {{matchLabels: {{app: back}}}}, introspection: \
              {{endpoint: '{ISSUER}/token/introspection', issuer: '{ISSUER}', clientId: resource-server, \
-             clientAuthentication: {{clientSecretBasic: {{secretFile: {}}}}}, \
-             audiences: ['https://opaque'], forwardOriginalToken: true, cache: 60s}}}}\n",
-            world.lab.path().join("client.key").display(),
-            secret.display()
+             clientAuthentication: {{clientSecretBasic: {{secretFile: resource}}}}, \
+             audiences: ['https://opaque'], forwardOriginalToken: true, cache: 60s}}}}\n"
         ),
     )?;
     world.lab.policies(4)?;

@@ -1,7 +1,7 @@
 //! Protected resources: opaque tokens, tokens that are bound to keys and to
 //! certificates, what clients are told.
 
-use std::{os::unix::fs::PermissionsExt as _, time::Duration};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use postern_tests::{Lab, Pod, Running, eventually, output, text};
@@ -33,9 +33,7 @@ impl World {
         let directory = lab.path().display().to_string();
         let mut make = std::process::Command::new(PYTHON);
         output(make.args([&server, "make", &directory, "192.0.2.2"]))?;
-        let secret = lab.path().join("secret");
-        std::fs::write(&secret, "s3cret")?;
-        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o600))?;
+        lab.secret("orders", "s3cret")?;
         for node in &mut lab.nodes {
             node.options.more = format!("jwt: {{roots: {directory}/as.pem}}\n");
             node.start()?;
@@ -71,12 +69,9 @@ impl World {
             ),
         )
     }
-
-    fn secret(&self) -> String {
-        let path = self.lab.path().join("secret");
-        format!("{{clientSecretBasic: {{secretFile: {}}}}}", path.display())
-    }
 }
+
+const SECRET: &str = "{clientSecretBasic: {secretFile: orders}}";
 
 /// What the server says of a good token.
 fn active(more: Value) -> Value {
@@ -122,7 +117,7 @@ fn opaque_tokens_are_asked_about_and_clients_are_told() -> Result<()> {
         "other-audience": active(json!({"aud": "https://bank.example"})),
         "no-scope": active(json!({"scope": "nothing"})),
     }))?;
-    world.protect("server", &world.secret(), "{}")?;
+    world.protect("server", SECRET, "{}")?;
     world
         .lab
         .policy("readers", &authorization("readers", READERS))?;
@@ -230,7 +225,7 @@ fn a_token_of_a_key_takes_a_proof_for_each_request() -> Result<()> {
     let htu = format!("{API}/app/x");
     for nonce in [false, true] {
         let tokens = format!("{{binding: dpop, nonce: {nonce}}}");
-        world.protect("server", &world.secret(), &tokens)?;
+        world.protect("server", SECRET, &tokens)?;
         world.lab.policies(2)?;
         for client in [&client, &near] {
             let mut told = json!(null);
@@ -279,7 +274,7 @@ fn a_token_of_a_certificate_is_good_in_its_pod_only() -> Result<()> {
     for app in ["far", "near"] {
         world.protect(app, "{tlsClientAuth: {}}", "{}")?;
     }
-    world.protect("server", &world.secret(), "{binding: certificate}")?;
+    world.protect("server", SECRET, "{binding: certificate}")?;
     world
         .lab
         .policy("readers", &authorization("readers", READERS))?;

@@ -58,7 +58,7 @@ impl Lab {
         let cgroup = host::cgroup_mount()?.join(&id);
         std::fs::create_dir(&cgroup).with_context(|| format!("{}", cgroup.display()))?;
         let dir = tempfile::Builder::new().prefix(&id).tempdir_in("/tmp")?;
-        for name in ["manifests", "policies"] {
+        for name in ["manifests", "policies", "secrets", "secrets/shop"] {
             std::fs::create_dir(dir.path().join(name))?;
         }
         let mut lab = Self {
@@ -135,6 +135,15 @@ impl Lab {
 
     pub fn policy(&self, name: &str, yaml: &str) -> Result<()> {
         self.put("policies", name, yaml)
+    }
+
+    /// Writes a secret that policies of the namespace `shop` may name.
+    pub fn secret(&self, name: &str, content: &str) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.path().join("secrets/shop").join(name);
+        std::fs::write(&path, content)?;
+        let private = std::fs::Permissions::from_mode(0o600);
+        Ok(std::fs::set_permissions(path, private)?)
     }
 
     pub fn remove_policy(&self, name: &str) -> Result<()> {

@@ -145,7 +145,7 @@ impl Node {
         } = &self.options;
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
-             workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies{policies}}}\n\
+             workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
              kernel: {{cgroup: {}, pin: {}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
              log: {{level: 'info,postern=debug'}}\n{}{more}",
             self.name,

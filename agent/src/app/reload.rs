@@ -44,6 +44,7 @@ pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
         root_namespace: &config.policies.root_namespace,
         trust_domain: &config.trust_domain,
         aliases: &config.trust_domain_aliases,
+        secrets: &config.policies.secrets,
         requests: Reading {
             normalization: config.policies.path_normalization,
             trusted_proxies: config.policies.num_trusted_proxies,

@@ -110,9 +110,11 @@ async fn next<'a>(
         return Ok(Next::Login);
     };
     let Request { client, to, .. } = request;
-    let agreed = client.trusted
-        || to.uri.assures(client)
-            && server
+    // Where any program of the device could have asked, even one that pretends to be a
+    // trusted client, the person decides.
+    let agreed = to.uri.assures(client)
+        && (client.trusted
+            || server
                 .store
                 .has_consent(
                     &session.user.id,
@@ -120,7 +122,7 @@ async fn next<'a>(
                     &request.audiences,
                     &request.scopes,
                 )
-                .await?;
+                .await?);
     Ok(match agreed && !request.prompt.consent {
         true => Next::Code(session),
         false => Next::Consent(session),

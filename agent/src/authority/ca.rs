@@ -31,7 +31,7 @@ use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::{StatusCode, header};
 use serde_json::json;
 
-use super::{Config, Peer, Server, Shared, Store, config::SigningAlgorithm};
+use super::{Config, Peer, Server, Shared, Store, client_auth::part, config::SigningAlgorithm};
 use crate::{
     app::Misconfigured,
     audit::AuthorityRecord,
@@ -145,6 +145,14 @@ async fn joined(
         let kubernetes = server.ca.kubernetes.as_ref();
         let kubernetes = kubernetes.ok_or_else(Problem::no_proof)?;
         kubernetes.verify(&proof, &node, server.clock.now()).await?;
+        // What the cluster signed before does not undo a revocation.
+        let made = part(&proof, 1).and_then(|claims| claims.get("iat")?.as_u64());
+        if let Some(at) = tokens::revoked(&server.store, &node).await?
+            && made.is_none_or(|made| made <= at)
+        {
+            let why = "the node was revoked after the token was made";
+            return Err(Problem::proof(why));
+        }
     }
     agent_certificate(server, &id, &key)
 }

@@ -185,6 +185,30 @@ impl Default for Guard {
     }
 }
 
+/// A proof that is being looked at. Dropped before anything else is said of it, it counts
+/// as a failure: who hangs up meanwhile has guessed, too.
+struct Attempt<'a> {
+    counters: &'a [(Arc<AtomicU32>, u32)],
+    counts: bool,
+}
+
+impl Attempt<'_> {
+    /// It was right, or nothing was found out.
+    fn spare(&mut self) {
+        self.counts = false;
+    }
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if self.counts {
+            for (count, _most) in self.counters {
+                count.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
 /// An IPv6 address stands for its /64: that is what one customer has.
 fn network(address: Option<IpAddr>) -> String {
     match address.map(|address| address.to_canonical()) {
@@ -230,16 +254,21 @@ pub async fn authenticate(
     let counters = server.guard.counters(&id, asker.address, now);
     Guard::check(&counters, now).map_err(refused)?;
     let client = server.client(&id).await?;
+    let mut attempt = Attempt {
+        counters: &counters,
+        counts: true,
+    };
     match prove(server, asker, client.as_ref(), &proof, &counters).await {
-        Ok(method) => match client {
-            Some(client) => Ok(Authenticated { client, method }),
-            None => Err(refused(OAuthError::client("unknown client"))),
-        },
+        Ok(method) => {
+            attempt.spare();
+            match client {
+                Some(client) => Ok(Authenticated { client, method }),
+                None => Err(refused(OAuthError::client("unknown client"))),
+            }
+        }
         Err(error) => {
-            if error.code == Code::InvalidClient && error.status() == StatusCode::UNAUTHORIZED {
-                for (count, _most) in &counters {
-                    count.fetch_add(1, Ordering::Relaxed);
-                }
+            if error.code != Code::InvalidClient || error.status() != StatusCode::UNAUTHORIZED {
+                attempt.spare();
             }
             // Whoever is not registered is not named: it may be a secret.
             Err(refused(error.of_client(client.map(|client| client.id))))
@@ -464,8 +493,9 @@ fn svid(server: &Server, jwt: &str, spiffe_id: &str) -> Result<(), OAuthError> {
     if claims.subject() != Some(spiffe_id) {
         return Err(refused("the JWT-SVID is another workload's"));
     }
-    if !claims.audiences().contains(&server.config.issuer.as_str()) {
-        return Err(refused("the JWT-SVID is not for this server"));
+    // Another server that it was also meant for could use it here.
+    if claims.audiences() != [server.config.issuer.as_str()] {
+        return Err(refused("the JWT-SVID is not for this server alone"));
     }
     Ok(())
 }

@@ -37,7 +37,8 @@ pub struct Client {
     /// ID always count.
     #[serde(default)]
     pub subject_audiences: Vec<String>,
-    /// Without it people are asked for their consent.
+    /// Without it people are asked for their consent. Those of a public client whose
+    /// redirect is not https are asked in any case (RFC 8252 8.6).
     #[serde(default)]
     pub trusted: bool,
     /// Access tokens are bound to the client's certificate (RFC 8705 3).

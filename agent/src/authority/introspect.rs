@@ -97,11 +97,14 @@ async fn of_access(
     let by_dpop = found.get("cnf").is_some_and(|cnf| cnf.get("jkt").is_some());
     let kind = if by_dpop { "DPoP" } else { "Bearer" };
     found.insert("token_type".into(), kind.into());
-    if let Some(user) = server.user(token.text("sub").unwrap_or("")).await? {
-        if user.disabled {
-            return Ok(None);
+    match server.user(token.text("sub").unwrap_or("")).await? {
+        Some(user) if user.disabled => return Ok(None),
+        Some(user) => {
+            found.insert("username".into(), user.username.into());
         }
-        found.insert("username".into(), user.username.into());
+        // Only people log in: without its account, a token with `auth_time` is nobody's.
+        None if token.claims.contains_key("auth_time") => return Ok(None),
+        None => {}
     }
     Ok(Some(found))
 }

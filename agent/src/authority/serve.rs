@@ -1,13 +1,21 @@
 //! TLS around the routes. Clients may show a certificate (RFC 8705); that they hold its
 //! key is proven here, whose it is and whether it counts is the routes' question.
 
-use std::{future::Future, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    future::Future,
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::{Result, anyhow};
 use axum::{Router, extract::Request};
+use hyper::server::conn::{http1, http2};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
-    server::conn::auto,
     service::TowerToHyperService,
 };
 use rustls::{
@@ -24,19 +32,58 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tower::ServiceExt as _;
 
-use super::Shared;
+use super::{Shared, people::network};
 use crate::app::Misconfigured;
 
 /// Connections at once; more wait to be accepted.
 const MAX_CONNECTIONS: usize = 4096;
+/// Of them from one address (IPv6: one /64), so that nobody alone takes all.
+const MAX_OF_ADDRESS: u32 = 128;
 /// For the TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// For a request's head.
 const HEAD: Duration = Duration::from_secs(10);
 /// For requests that are under way when the server stops, or a connection ends.
 const DRAIN: Duration = Duration::from_secs(5);
+/// How often the server's certificate is made, or read from its files, anew.
+const RENEW: Duration = Duration::from_secs(3_600);
 /// Longest life of a connection.
 const LIFE: Duration = Duration::from_secs(600);
+/// The same of HTTP/2, which has no limit for how long nothing is asked.
+const LIFE_H2: Duration = Duration::from_secs(60);
+
+/// Connections by network.
+#[derive(Default)]
+struct Crowd(Mutex<HashMap<IpAddr, u32>>);
+
+/// A connection that counts until this is dropped.
+struct Counted(Arc<Crowd>, IpAddr);
+
+impl Crowd {
+    /// `None` where the network has enough of them.
+    fn enter(self: &Arc<Self>, address: IpAddr) -> Option<Counted> {
+        let network = network(address);
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(network).or_insert(0);
+        if *count >= MAX_OF_ADDRESS {
+            return None;
+        }
+        *count += 1;
+        Some(Counted(self.clone(), network))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut counts = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.1);
+            }
+        }
+    }
+}
 
 /// Who is at the other end; an extension of every request.
 #[derive(Clone, Debug)]
@@ -51,12 +98,14 @@ pub async fn serve(
     routes: Router,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<()> {
-    let acceptor = TlsAcceptor::from(Arc::new(tls(&server)?));
+    let mut acceptor = TlsAcceptor::from(Arc::new(tls(&server)?));
+    let mut read = Instant::now();
     let listener = TcpListener::bind(server.config.listen)
         .await
         .map_err(|e| Misconfigured(format!("listen {}: {e}", server.config.listen)))?;
     tracing::info!(issuer = %server.config.issuer, listen = %listener.local_addr()?, "ready");
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let crowd = Arc::new(Crowd::default());
     let ending = watch::Sender::new(());
     tokio::pin!(stop);
     loop {
@@ -76,9 +125,20 @@ pub async fn serve(
             },
             () = &mut stop => break,
         };
+        let Some(counted) = crowd.enter(address.ip()) else {
+            tracing::debug!(%address, "too many connections of one address");
+            continue;
+        };
+        if read.elapsed() >= RENEW {
+            read = Instant::now();
+            match tls(&server) {
+                Ok(config) => acceptor = TlsAcceptor::from(Arc::new(config)),
+                Err(error) => tracing::error!(%error, "the last good certificate is shown"),
+            }
+        }
         let (acceptor, routes, end) = (acceptor.clone(), routes.clone(), ending.subscribe());
         tokio::spawn(async move {
-            let _place = place;
+            let _held = (place, counted);
             if let Err(error) = connection(acceptor, routes, stream, address, end).await {
                 tracing::debug!(%address, %error, "connection ended");
             }
@@ -97,7 +157,7 @@ async fn connection(
     routes: Router,
     stream: TcpStream,
     address: SocketAddr,
-    mut end: watch::Receiver<()>,
+    end: watch::Receiver<()>,
 ) -> Result<()> {
     stream.set_nodelay(true)?;
     let tls = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await??;
@@ -115,27 +175,43 @@ async fn connection(
         let (head, body) = request.into_parts();
         Request::from_parts(head, axum::body::Body::new(body))
     });
-    let mut builder = auto::Builder::new(TokioExecutor::new());
-    builder
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
-        .max_buf_size(64 << 10);
-    builder
-        .http2()
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(64)
-        .max_header_list_size(64 << 10)
-        .keep_alive_interval(HEAD);
-    let serving = builder.serve_connection(TokioIo::new(tls), TowerToHyperService::new(service));
+    let service = TowerToHyperService::new(service);
+    // Not by the first bytes: nothing limits how long those are waited for.
+    if tls.get_ref().1.alpn_protocol() == Some(b"h2") {
+        let serving = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(64)
+            .max_header_list_size(64 << 10)
+            .keep_alive_interval(HEAD)
+            .serve_connection(TokioIo::new(tls), service);
+        let close = http2::Connection::graceful_shutdown;
+        lives(serving, close, LIFE_H2, end).await
+    } else {
+        let serving = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEAD)
+            .max_buf_size(64 << 10)
+            .serve_connection(TokioIo::new(tls), service);
+        let close = http1::Connection::graceful_shutdown;
+        lives(serving, close, LIFE, end).await
+    }
+}
+
+/// Serves a connection until it ends, is `life` old or the server stops.
+async fn lives<C: Future<Output = hyper::Result<()>>>(
+    serving: C,
+    close: impl FnOnce(Pin<&mut C>),
+    life: Duration,
+    mut end: watch::Receiver<()>,
+) -> Result<()> {
     tokio::pin!(serving);
     let served = tokio::select! {
         served = &mut serving => served,
         () = async {
             // An error is the end of the server, too.
-            let _ended = tokio::time::timeout(LIFE, end.changed()).await;
+            let _ended = tokio::time::timeout(life, end.changed()).await;
         } => {
-            serving.as_mut().graceful_shutdown();
+            close(serving.as_mut());
             match tokio::time::timeout(DRAIN, serving).await {
                 Ok(served) => served,
                 Err(_elapsed) => return Ok(()),
@@ -250,5 +326,24 @@ impl ClientCertVerifier for Possession {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_network_does_not_take_all_places() {
+        let crowd = Arc::new(Crowd::default());
+        let enter = |address: &str| crowd.enter(address.parse().expect("an address"));
+        let mut held: Vec<_> = (0..MAX_OF_ADDRESS).map(|_| enter("2001:db8::1")).collect();
+        assert!(held.iter().all(Option::is_some));
+        assert!(enter("2001:db8::2").is_none());
+        assert!(enter("2001:db8:0:1::1").is_some() && enter("192.0.2.1").is_some());
+        held.pop();
+        assert!(enter("2001:db8::2").is_some());
+        drop(held);
+        assert!(crowd.0.lock().expect("a lock").is_empty());
     }
 }

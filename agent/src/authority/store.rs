@@ -132,9 +132,28 @@ impl Store {
             .chain(grants::TABLES)
             .chain(clients::TABLES);
         for table in tables {
-            sqlx::query::<Any>(*table).execute(&store.pool).await?;
+            store.make(table).await?;
         }
         Ok(store)
+    }
+
+    /// Makes a table or an index where it is missing. PostgreSQL's `IF NOT EXISTS` fails
+    /// where another replica makes the same one at that moment; it is there the next time.
+    pub(super) async fn make(&self, table: &'static str) -> Result<(), StoreError> {
+        let mut tries = 1;
+        loop {
+            let Err(error) = sqlx::query::<Any>(table).execute(&self.pool).await else {
+                return Ok(());
+            };
+            let code = error.as_database_error().and_then(|error| error.code());
+            // unique_violation, duplicate_table, duplicate_object
+            let raced = matches!(code.as_deref(), Some("23505" | "42P07" | "42710"));
+            if !raced || tries > 5 {
+                return Err(error.into());
+            }
+            tokio::time::sleep(Duration::from_millis(50) * tries).await;
+            tries += 1;
+        }
     }
 
     /// One that stops for good where `fault` first says so.

@@ -82,10 +82,7 @@ async fn told(
         let error = OAuthError::new(Code::InsufficientScope, "the scope openid is needed");
         return Err(error.with_challenge(SCOPE));
     }
-    let user = server
-        .store
-        .user(presented.text("sub").unwrap_or(""))
-        .await?;
+    let user = server.user(presented.text("sub").unwrap_or("")).await?;
     let user = user.filter(|user| !user.disabled);
     let user = user.ok_or_else(|| refused("no person's, or one whose account is disabled"))?;
     Ok(issue::about(&user, &scopes))

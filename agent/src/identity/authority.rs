@@ -25,7 +25,7 @@ use super::{
 };
 use crate::config;
 
-/// Lifetime of a server's certificate; a new one is made at each start.
+/// Lifetime of a server's certificate; a new one is made every hour.
 const SERVER_LIFETIME: Duration = Duration::from_secs(90 * 24 * 3_600);
 /// Lifetime of a root that the agent makes for itself.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);

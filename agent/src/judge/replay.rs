@@ -22,6 +22,9 @@ pub struct Replays {
 
 #[derive(Default)]
 struct Seen {
+    /// The latest second that was seen. What could no longer be used then is forgotten,
+    /// and refused: a request may have waited since its time was taken.
+    latest: u64,
     ids: HashSet<Id>,
     /// By the last second in which they could be used.
     by_end: BTreeMap<u64, Vec<Id>>,
@@ -50,6 +53,11 @@ impl Replays {
         let now = now.duration_since(UNIX_EPOCH).map_or(0, |n| n.as_secs());
         let id: Id = id[..16].try_into().expect("half of 32 bytes");
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = now.max(seen.latest);
+        seen.latest = now;
+        if last < now {
+            return Err(ProofError::Time);
+        }
         let kept = seen.by_end.split_off(&now);
         for old in std::mem::replace(&mut seen.by_end, kept)
             .into_values()
@@ -89,5 +97,7 @@ mod tests {
         assert_eq!(replays.first_use(c, at(110)), Err(ProofError::TooMany));
         assert_eq!(replays.first_use(c, at(111)), Ok(()));
         assert_eq!(replays.first_use(b, at(120)), Err(ProofError::Replayed));
+        // Forgotten by now, and judged with the time from before a wait.
+        assert_eq!(replays.first_use(a, at(109)), Err(ProofError::Time));
     }
 }

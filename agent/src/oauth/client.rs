@@ -25,7 +25,7 @@ use zeroize::Zeroizing;
 
 use self::slot::{Slot, Take};
 use super::{
-    Grant, GrantError, Prover, SubjectKind, Wanted,
+    Grant, GrantError, Prover, Server, SubjectKind, Wanted,
     endpoint::Endpoints,
     grant::{self, Given},
 };
@@ -39,8 +39,11 @@ use crate::{
 const SLOTS: u64 = 10_000;
 /// One that nobody asks for goes.
 const IDLE: Duration = Duration::from_secs(3_600);
-/// Grants under way at once, over all pods.
-const FLIGHTS: usize = 64;
+/// Grants under way at once at one server: a slow one keeps no other waiting.
+const FLIGHTS: usize = 32;
+/// Grants of one workload that are under way or wait. What comes beyond is refused at
+/// once: an application can make up subject tokens without end.
+const WAITING: usize = 128;
 /// What was exchanged for a user's token serves no longer: the user's may end earlier
 /// than its server thought.
 const FOR_A_USER: Duration = Duration::from_secs(300);
@@ -141,7 +144,8 @@ pub struct TokenClient {
     svids: Svids,
     witness: Witness,
     slots: Cache<Key, Arc<Slot>>,
-    flights: Semaphore,
+    flights: Cache<Server, Arc<Semaphore>>,
+    waiting: Cache<SpiffeId, Arc<Semaphore>>,
     now: Box<dyn Fn() -> Instant + Send + Sync>,
 }
 
@@ -157,7 +161,8 @@ impl TokenClient {
                 .max_capacity(SLOTS)
                 .time_to_idle(IDLE)
                 .build(),
-            flights: Semaphore::new(FLIGHTS),
+            flights: Cache::new(SLOTS),
+            waiting: Cache::new(SLOTS),
             now: Box::new(Instant::now),
         }
     }
@@ -201,9 +206,14 @@ impl TokenClient {
         tokio::spawn(async move {
             let began = Instant::now();
             let limit = call.wanted.timeout;
-            let given = match timeout(limit, client.fly(&call)).await {
-                Ok(given) => given,
-                Err(_elapsed) => Err(GrantError::Timeout(limit)),
+            let id = call.credentials.id.clone();
+            let places = (client.waiting).get_with(id, || Arc::new(Semaphore::new(WAITING)));
+            let given = match places.try_acquire() {
+                Ok(_place) => match timeout(limit, client.fly(&call)).await {
+                    Ok(given) => given,
+                    Err(_elapsed) => Err(GrantError::Timeout(limit)),
+                },
+                Err(_full) => Err(GrantError::Busy),
             };
             (client.witness)(&Report {
                 call: &call,
@@ -220,15 +230,18 @@ impl TokenClient {
     }
 
     async fn fly(&self, call: &Call) -> Result<Given, GrantError> {
-        let _one_of_few = self
-            .flights
-            .acquire()
-            .await
-            .map_err(|_| GrantError::Ended)?;
         let Some(server) = &call.wanted.server else {
             return self.own(call).await;
         };
-        let result = self.ask(call, server).await;
+        // The pod's file system may be slow: that is its own time.
+        let subject = match &call.subject {
+            Subject::None => None,
+            Subject::Token { token, .. } => Some(Zeroizing::clone(token)),
+            Subject::Pod(_, read) => Some(read().await.map_err(GrantError::Subject)?),
+        };
+        let flights = (self.flights).get_with(server.clone(), || Arc::new(Semaphore::new(FLIGHTS)));
+        let _one_of_few = flights.acquire().await.map_err(|_| GrantError::Ended)?;
+        let result = self.ask(call, server, subject).await;
         if matches!(
             result,
             Err(GrantError::Fetch(_) | GrantError::Answer { .. })
@@ -254,7 +267,12 @@ impl TokenClient {
         Ok((self.svids)(call.credentials.id.clone(), audience).await?)
     }
 
-    async fn ask(&self, call: &Call, server: &super::Server) -> Result<Given, GrantError> {
+    async fn ask(
+        &self,
+        call: &Call,
+        server: &Server,
+        subject: Option<Zeroizing<String>>,
+    ) -> Result<Given, GrantError> {
         let Call {
             wanted,
             credentials,
@@ -263,11 +281,6 @@ impl TokenClient {
         let limit = wanted.timeout;
         let endpoint = self.endpoints.of(server, &self.fetcher, limit).await?;
         let audience = &endpoint.audience;
-        let subject = match &call.subject {
-            Subject::None => None,
-            Subject::Token { token, .. } => Some(Zeroizing::clone(token)),
-            Subject::Pod(_, read) => Some(read().await.map_err(GrantError::Subject)?),
-        };
         let actor = match wanted.grant {
             Grant::TokenExchange { actor: true, .. } => {
                 Some(self.svid(call, Some(audience)).await?.token)

@@ -37,7 +37,8 @@ const MAX_SECRET: u64 = 4096;
     deny_unknown_fields
 )]
 pub enum ClientAuthentication {
-    /// `client_secret_basic` (RFC 6749 2.3.1): a file of mode 0600 with the secret.
+    /// `client_secret_basic` (RFC 6749 2.3.1): a file of mode 0600 with the secret, in
+    /// the directory of the object's namespace below `policies.secrets`.
     ClientSecretBasic { secret_file: PathBuf },
     /// `private_key_jwt` (OIDC Core 9): with the workload's own key and its certificate
     /// chain in `x5c`, or with a key from a file (PEM, PKCS #8, mode 0600).
@@ -98,6 +99,37 @@ impl ClientAuthentication {
     /// Whether a JWT-SVID has to be had first.
     pub fn needs_jwt_svid(&self) -> bool {
         matches!(self, Self::SpiffeJwt {})
+    }
+
+    /// With its files below the directory of a namespace: whoever writes policies may
+    /// not have the agent send other files of the node away.
+    pub fn below(self, secrets: &Path, namespace: &str) -> Result<Self, String> {
+        use std::path::Component;
+        let plain = |path: &Path| {
+            let mut parts = path.components();
+            path.as_os_str().as_encoded_bytes().first().is_some()
+                && parts.all(|part| matches!(part, Component::Normal(_)))
+        };
+        let within = |file: PathBuf| {
+            let directory = secrets.join(namespace);
+            match plain(&file) && plain(Path::new(namespace)) {
+                true => Ok(directory.join(file)),
+                false => Err(format!(
+                    "`{}` is no relative path without `..`; files are looked for in {}",
+                    file.display(),
+                    directory.display()
+                )),
+            }
+        };
+        Ok(match self {
+            Self::ClientSecretBasic { secret_file } => Self::ClientSecretBasic {
+                secret_file: within(secret_file)?,
+            },
+            Self::PrivateKeyJwt { key_file } => Self::PrivateKeyJwt {
+                key_file: key_file.map(within).transpose()?,
+            },
+            other => other,
+        })
     }
 
     /// Reads files anew each time, so that a rotated secret is taken at once.
@@ -236,6 +268,36 @@ mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    #[test]
+    fn policies_name_secrets_of_their_own_namespace_alone() {
+        let below = |file: &str, namespace: &str| {
+            let way = ClientAuthentication::ClientSecretBasic {
+                secret_file: file.into(),
+            };
+            way.below(Path::new("/secrets"), namespace)
+        };
+        let fine = ClientAuthentication::ClientSecretBasic {
+            secret_file: "/secrets/shop/as/secret".into(),
+        };
+        assert_eq!(below("as/secret", "shop"), Ok(fine));
+        for (file, namespace) in [
+            ("/var/lib/postern/root.key", "shop"),
+            ("../other/secret", "shop"),
+            ("as/../../other/secret", "shop"),
+            ("", "shop"),
+            (".", "shop"),
+            ("secret", ".."),
+            ("secret", ""),
+            ("secret", "/etc"),
+        ] {
+            let refused = below(file, namespace).expect_err(file);
+            assert!(
+                refused.contains("/secrets") || namespace == "/etc",
+                "{refused}"
+            );
+        }
+    }
 
     #[test]
     fn a_secret_is_sent_as_the_rfc_encodes_it_and_from_private_files_only() {

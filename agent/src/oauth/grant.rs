@@ -52,6 +52,8 @@ pub enum GrantError {
     Subject(String),
     #[error("no token within {0:?}")]
     Timeout(Duration),
+    #[error("too many tokens are being got for this workload")]
+    Busy,
     #[error("the agent ends")]
     Ended,
 }
@@ -74,6 +76,7 @@ impl GrantError {
             Self::Authentication(_) => "the agent cannot authenticate as the client".into(),
             Self::Identity(_) => "no JWT-SVID".into(),
             Self::Subject(_) => "no subject token".into(),
+            Self::Busy => "too many tokens are being got for this workload".into(),
             Self::Ended => "the agent ends".into(),
         }
     }

@@ -1,7 +1,7 @@
 //! From objects to what is evaluated. Everything that can be wrong with a policy is
 //! found here or while it is parsed, never when a connection is judged.
 
-use std::{borrow::Cow, collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, path::Path, sync::Arc};
 
 use super::{
     evaluate::{Address, Attribute, Clause, Condition, Match, PolicyRef, Rule, Test},
@@ -21,6 +21,8 @@ pub struct Mesh<'a> {
     pub root_namespace: &'a str,
     pub trust_domain: &'a TrustDomain,
     pub aliases: &'a [TrustDomain],
+    /// Where secrets are that policies name: a directory for each namespace.
+    pub secrets: &'a Path,
     pub requests: Reading,
 }
 

@@ -1,6 +1,6 @@
 //! OutboundToken, compiled: which requests of a workload get which token.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use http::{HeaderName, header};
 
@@ -40,7 +40,11 @@ pub struct Outbound {
 pub struct Ambiguous(Box<[PolicyRef; 2]>);
 
 impl Outbound {
-    pub(super) fn new(policy: PolicyRef, spec: OutboundToken) -> Result<Self, Wrong> {
+    pub(super) fn new(
+        policy: PolicyRef,
+        spec: OutboundToken,
+        secrets: &Path,
+    ) -> Result<Self, Wrong> {
         let wrong = |field, message: &str| {
             Err(Wrong {
                 field,
@@ -83,7 +87,12 @@ impl Outbound {
             }
         };
         let authentication = (spec.client_authentication)
-            .unwrap_or(ClientAuthentication::PrivateKeyJwt { key_file: None });
+            .unwrap_or(ClientAuthentication::PrivateKeyJwt { key_file: None })
+            .below(secrets, &policy.namespace)
+            .map_err(|message| Wrong {
+                field: "spec.clientAuthentication",
+                message,
+            })?;
         let public = authentication == ClientAuthentication::None {};
         if public && spec.grant == Grant::ClientCredentials {
             let why = "clientCredentials are for clients that prove who they are (RFC 6749 4.4)";

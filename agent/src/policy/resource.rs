@@ -3,7 +3,7 @@
 
 mod challenge;
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use http::{Method, Uri};
 use serde_json::{Map, Value, json};
@@ -108,7 +108,9 @@ impl ProtectedResource {
             }
             None => None,
         };
-        let introspection = spec.introspection.map(introspection).transpose()?;
+        let asked = spec.introspection;
+        let asked = asked.map(|asked| introspection(asked, mesh.secrets, &policy.namespace));
+        let introspection = asked.transpose()?;
         Ok(Self {
             policy,
             level,
@@ -304,7 +306,11 @@ impl Identifier {
     }
 }
 
-fn introspection(spec: schema::Introspection) -> Result<Introspection, Wrong> {
+fn introspection(
+    spec: schema::Introspection,
+    secrets: &Path,
+    namespace: &str,
+) -> Result<Introspection, Wrong> {
     let bounded = |field: &'static str, span: std::time::Duration, longest: u64| match span
         .as_secs_f64()
         <= longest as f64
@@ -326,7 +332,12 @@ fn introspection(spec: schema::Introspection) -> Result<Introspection, Wrong> {
             url: spec.endpoint.0,
             issuer: spec.issuer.0,
             client_id: spec.client_id.0,
-            authentication: spec.client_authentication,
+            authentication: (spec.client_authentication)
+                .below(secrets, namespace)
+                .map_err(|message| Wrong {
+                    field: "spec.introspection.clientAuthentication",
+                    message,
+                })?,
             audiences: spec.audiences.0.into_iter().map(|text| text.0).collect(),
             cache: bounded("spec.introspection.cache", spec.cache.0, LONGEST_CACHE)?,
             timeout: bounded(

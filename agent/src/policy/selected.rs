@@ -60,6 +60,8 @@ pub struct Selected {
     pub(super) bindings: Vec<Arc<Binding>>,
     pub(super) connects: Vec<Arc<Connect>>,
     pub(super) resource: Option<Arc<ProtectedResource>>,
+    /// Another of the same level: which of them counts is not said.
+    pub(super) contested: Option<PolicyRef>,
     pub(super) outbound: Vec<Arc<Outbound>>,
 }
 
@@ -180,6 +182,20 @@ impl Selected {
     /// The policy that such a rule is of.
     pub fn token_policy(&self, rule: usize) -> &PolicyRef {
         &self.token_policies[rule]
+    }
+
+    /// Two ProtectedResources of one level select the workload: no request passes.
+    pub fn contested(&self) -> Result<(), Denial> {
+        match (&self.contested, &self.resource) {
+            (Some(other), Some(resource)) => {
+                let why = format!(
+                    "{} selects the same workload; one of them must go",
+                    resource.policy
+                );
+                Err(Denial::Token(other.clone(), why))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What the workload is as an OAuth resource server, if it is one.

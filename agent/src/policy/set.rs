@@ -334,7 +334,7 @@ impl PolicySet {
                     });
                 };
                 let reach = compile::reach(&policy, spec.selector.take(), None, mesh);
-                let item = Outbound::new(policy, spec)?;
+                let item = Outbound::new(policy, spec, mesh.secrets)?;
                 let others = self.outbound.0.values().flatten();
                 for other in others.filter(|other| same_reach(&other.reach, &reach)) {
                     if let Some(host) = item.collides(&other.item) {
@@ -442,10 +442,23 @@ impl PolicySet {
             token_policies: Vec::new(),
             bindings: self.bindings.select(subject),
             connects: self.connects.select(subject),
-            resource: (self.resources.select(subject).into_iter())
-                .min_by_key(|resource| (resource.level, resource.policy.name.clone())),
+            resource: None,
+            contested: None,
             outbound: self.outbound.select(subject),
         };
+        let mut resources = self.resources.select(subject);
+        resources.sort_by_key(|one| (one.level, one.policy.name.clone()));
+        let mut resources = resources.into_iter();
+        selected.resource = resources.next();
+        // Neither may be passed over for the other.
+        selected.contested = (resources.next())
+            .filter(|next| {
+                selected
+                    .resource
+                    .as_ref()
+                    .is_some_and(|r| r.level == next.level)
+            })
+            .map(|next| next.policy.clone());
         for policy in self.authorizations.select(subject) {
             match policy.action {
                 _ if policy.dry_run => selected.told.push(policy),

@@ -21,6 +21,7 @@ fn load_with(text: &str, requests: Reading) -> Result<PolicySet, String> {
         root_namespace: "istio-system",
         trust_domain: &domain,
         aliases: &[alias],
+        secrets: Path::new("/secrets"),
         requests,
     };
     PolicySet::compile(objects, &mesh).map_err(|all| all[0].to_string())
@@ -59,6 +60,34 @@ const CART: Option<&str> = Some("spiffe://prod.example/ns/shop/sa/cart");
 fn allowed(text: &str, source: Option<&str>, ip: &str) -> bool {
     let set = load(text).unwrap_or_else(|e| panic!("{text}: {e}"));
     matches!(select(&set).opaque(&facts(source, ip)), Verdict::Allow(_))
+}
+
+/// Renaming one must not change what is asked of tokens.
+#[test]
+fn two_resources_of_one_level_let_no_request_pass() {
+    let one = |name: &str, selector: &str| {
+        format!(
+            "apiVersion: postern.dev/v1alpha1\nkind: ProtectedResource\n\
+             metadata: {{name: {name}, namespace: shop}}\nspec: {{{selector}}}\n---\n"
+        )
+    };
+    let web = one(
+        "strict",
+        "selector: {matchLabels: {app: web}}, tokens: {type: at+jwt}",
+    );
+    let tier = one("lax", "selector: {matchLabels: {tier: front}}");
+    let whole = one("whole", "");
+    for (text, passes) in [(web.clone() + &whole, true), (web + &tier + &whole, false)] {
+        let set = load(&text).expect("they load");
+        let labels = [("app", "web"), ("tier", "front")];
+        let selected = set.select(&Subject {
+            namespace: "shop".into(),
+            labels: labels.map(|(k, v)| (k.into(), v.into())).into(),
+            ..Subject::default()
+        });
+        let contested = selected.contested();
+        assert_eq!(contested.is_ok(), passes, "{contested:?}");
+    }
 }
 
 #[test]

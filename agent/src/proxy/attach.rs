@@ -48,6 +48,11 @@ pub struct Sent {
 struct Lacking(&'static str, Cow<'static, str>);
 
 impl Attacher {
+    /// Of the workload, now: tokens that are put on may be bound to it (RFC 8705 3).
+    pub fn certificate(&self) -> Option<[u8; 32]> {
+        self.pod.credentials.fingerprint()
+    }
+
     pub fn new(proxy: &Arc<Proxy>, pod: &Arc<LocalPod>, story: &Story, bare: bool) -> Self {
         let address = story.destination.address.unwrap_or(story.dialled);
         Self {

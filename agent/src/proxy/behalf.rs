@@ -12,19 +12,35 @@ use zeroize::Zeroizing;
 
 use crate::{jwt::Claims, trace::TraceId};
 
-/// Traces of one pod at once. Who comes beyond that is not remembered: calls on
+/// Users' traces of one pod at once. Who comes beyond that is not remembered: calls on
 /// their behalf are refused.
 const MOST: usize = 4_096;
+/// Traces of requests without a user. Beyond that no call is on anybody's behalf, for
+/// as long as one that was not noted could matter.
+const NOBODYS: usize = 65_536;
 /// What is done for a request may go on for a while after its answer.
 const AFTERWARDS: Duration = Duration::from_secs(30);
 
 /// One pod's.
 #[derive(Clone, Default)]
-pub struct Behalf(Arc<Mutex<HashMap<TraceId, Entry>>>);
+pub struct Behalf(Arc<Mutex<Traces>>);
 
+#[derive(Default)]
+struct Traces {
+    entries: HashMap<TraceId, Entry>,
+    /// How many of them are users'.
+    users: usize,
+    /// Until then requests may run whose traces were not noted.
+    blind: Option<Instant>,
+}
+
+/// It stands while requests of the trace run and for a while after, also when its
+/// user's token is over: who else came with the trace is not forgotten before.
 struct Entry {
-    user: User,
-    /// Another user came with the same trace: whose calls are made is not known.
+    /// `None`: a request without a user's token came first.
+    user: Option<User>,
+    /// Another user, or nobody known, came with the same trace: whose calls are made is
+    /// not known. A trace's id is no secret.
     ambiguous: bool,
     /// Requests of the trace that still run.
     running: u32,
@@ -38,6 +54,8 @@ pub struct User {
     pub token: Arc<Zeroizing<String>>,
     pub subject: Option<String>,
     issuer: Option<String>,
+    /// The client that it was made for, and what it may do: one user's tokens differ.
+    rights: Vec<String>,
     expires: Option<SystemTime>,
 }
 
@@ -61,13 +79,18 @@ impl User {
             token: Arc::new(token),
             subject: claims.subject().map(str::to_owned),
             issuer: claims.issuer().map(str::to_owned),
+            rights: rights(claims),
             expires: claims.expires(),
         }
     }
 
     fn is_same(&self, other: &Self) -> bool {
         match (&self.issuer, &self.subject) {
-            (Some(_), Some(_)) => self.issuer == other.issuer && self.subject == other.subject,
+            (Some(_), Some(_)) => {
+                self.issuer == other.issuer
+                    && self.subject == other.subject
+                    && self.rights == other.rights
+            }
             _ => self.token == other.token,
         }
     }
@@ -77,41 +100,83 @@ impl User {
     }
 }
 
+fn rights(claims: &Claims) -> Vec<String> {
+    let words = |name: &str| {
+        let mut words: Vec<String> = (claims.values(&[name.to_owned()]).into_iter())
+            .map(|word| format!("{name} {word}"))
+            .collect();
+        words.sort_unstable();
+        words
+    };
+    ["azp", "client_id", "scope", "scp"]
+        .into_iter()
+        .flat_map(words)
+        .collect()
+}
+
 impl Entry {
-    fn is_over(&self, now: (Instant, SystemTime)) -> bool {
-        let left = self.running == 0 && now.0.duration_since(self.ended) >= AFTERWARDS;
-        left || self.user.is_over(now.1)
+    fn is_over(&self, now: Instant) -> bool {
+        self.running == 0 && now.duration_since(self.ended) >= AFTERWARDS
+    }
+}
+
+impl Traces {
+    fn clean(&mut self, now: Instant) {
+        self.entries.retain(|_, entry| !entry.is_over(now));
+        self.users = (self.entries.values())
+            .filter(|entry| entry.user.is_some())
+            .count();
+    }
+
+    /// Whether there is room for another entry.
+    fn has_room(&mut self, of_user: bool, now: Instant) -> bool {
+        let full = |this: &Self| match of_user {
+            true => this.users >= MOST,
+            false => this.entries.len() - this.users >= NOBODYS,
+        };
+        if full(self) {
+            self.clean(now);
+        }
+        !full(self)
     }
 }
 
 impl Behalf {
-    fn entries(&self) -> MutexGuard<'_, HashMap<TraceId, Entry>> {
+    fn traces(&self) -> MutexGuard<'_, Traces> {
         self.0.lock().expect("no panic while it is held")
     }
 
-    /// To be called when a request is let in; it is remembered while the result lives,
-    /// and a while longer.
-    pub fn remember(&self, trace: TraceId, user: User) -> Option<Remembered> {
-        let now = (Instant::now(), SystemTime::now());
-        let mut entries = self.entries();
-        if let Some(entry) = entries.get_mut(&trace).filter(|entry| !entry.is_over(now)) {
-            entry.ambiguous |= !entry.user.is_same(&user);
-            entry.user = user;
+    /// To be called when a request is let in, with its user where that is known; it is
+    /// remembered while the result lives, and a while longer.
+    pub fn remember(&self, trace: TraceId, user: Option<User>) -> Option<Remembered> {
+        let now = Instant::now();
+        let mut traces = self.traces();
+        if let Some(entry) = (traces.entries.get_mut(&trace)).filter(|e| !e.is_over(now)) {
+            entry.ambiguous |= match (&entry.user, &user) {
+                (Some(known), Some(user)) => !known.is_same(user),
+                _ => true,
+            };
+            if entry.user.is_some() && user.is_some() {
+                entry.user = user;
+            }
             entry.running += 1;
         } else {
-            if entries.len() >= MOST {
-                entries.retain(|_, entry| !entry.is_over(now));
-            }
-            if entries.len() >= MOST {
+            if !traces.has_room(user.is_some(), now) {
+                if user.is_none() {
+                    traces.blind = Some(now + AFTERWARDS);
+                }
                 return None;
             }
             let entry = Entry {
+                ambiguous: user.is_none(),
                 user,
-                ambiguous: false,
                 running: 1,
-                ended: now.0,
+                ended: now,
             };
-            entries.insert(trace, entry);
+            let is_user = entry.user.is_some();
+            let old = traces.entries.insert(trace, entry);
+            traces.users += usize::from(is_user);
+            traces.users -= usize::from(old.is_some_and(|old| old.user.is_some()));
         }
         Some(Remembered {
             behalf: self.clone(),
@@ -121,29 +186,39 @@ impl Behalf {
 
     /// Whose calls of this trace are.
     pub fn find(&self, trace: TraceId) -> Result<User, Unknown> {
-        let now = (Instant::now(), SystemTime::now());
-        let entries = self.entries();
-        match entries.get(&trace).filter(|entry| !entry.is_over(now)) {
-            None => Err(Unknown::Trace),
-            Some(entry) if entry.ambiguous => Err(Unknown::Ambiguous),
-            Some(entry) => Ok(entry.user.clone()),
+        let now = Instant::now();
+        let traces = self.traces();
+        if traces.blind.is_some_and(|until| now < until) {
+            return Err(Unknown::Ambiguous);
+        }
+        let entry = traces.entries.get(&trace).filter(|e| !e.is_over(now));
+        let entry = entry.ok_or(Unknown::Trace)?;
+        match &entry.user {
+            _ if entry.ambiguous => Err(Unknown::Ambiguous),
+            Some(user) if !user.is_over(SystemTime::now()) => Ok(user.clone()),
+            _ => Err(Unknown::Trace),
         }
     }
 
     /// Wipes what is over. To be called now and then.
     pub fn sweep(&self) {
-        let now = (Instant::now(), SystemTime::now());
-        let mut entries = self.entries();
-        entries.retain(|_, entry| !entry.is_over(now));
-        if entries.is_empty() {
-            entries.shrink_to_fit();
+        let (now, time) = (Instant::now(), SystemTime::now());
+        let mut traces = self.traces();
+        traces.clean(now);
+        for user in traces.entries.values_mut().filter_map(|e| e.user.as_mut()) {
+            if user.is_over(time) {
+                user.token = Arc::default();
+            }
+        }
+        if traces.entries.is_empty() {
+            traces.entries.shrink_to_fit();
         }
     }
 }
 
 impl Drop for Remembered {
     fn drop(&mut self) {
-        if let Some(entry) = self.behalf.entries().get_mut(&self.trace) {
+        if let Some(entry) = self.behalf.traces().entries.get_mut(&self.trace) {
             entry.running = entry.running.saturating_sub(1);
             entry.ended = Instant::now();
         }
@@ -169,28 +244,62 @@ mod tests {
     fn a_trace_is_one_users_or_nobodys() {
         let behalf = Behalf::default();
         assert_eq!(behalf.find(trace(1)).err(), Some(Unknown::Trace));
-        let first = behalf.remember(trace(1), user("alice", "a1"));
+        let first = behalf.remember(trace(1), Some(user("alice", "a1")));
         // The same user with a newer token.
-        let _second = behalf.remember(trace(1), user("alice", "a2"));
+        let _second = behalf.remember(trace(1), Some(user("alice", "a2")));
         drop(first);
         let found = behalf.find(trace(1)).expect("known");
         assert_eq!(
             (found.token.as_str(), found.subject.as_deref()),
             ("a2", Some("alice"))
         );
-        let _mallory = behalf.remember(trace(1), user("mallory", "m"));
+        let _mallory = behalf.remember(trace(1), Some(user("mallory", "m")));
         assert_eq!(behalf.find(trace(1)).err(), Some(Unknown::Ambiguous));
-        let _again = behalf.remember(trace(1), user("mallory", "m"));
+        let _again = behalf.remember(trace(1), Some(user("mallory", "m")));
         assert_eq!(behalf.find(trace(1)).err(), Some(Unknown::Ambiguous));
         assert_eq!(behalf.find(trace(2)).err(), Some(Unknown::Trace));
+    }
+
+    /// A trace's id is known to whoever was called with it.
+    #[test]
+    fn who_comes_without_a_user_makes_a_trace_nobodys() {
+        let behalf = Behalf::default();
+        let _alice = behalf.remember(trace(1), Some(user("alice", "a")));
+        let _nobody = behalf.remember(trace(1), None);
+        assert_eq!(behalf.find(trace(1)).err(), Some(Unknown::Ambiguous));
+        let _nobody = behalf.remember(trace(2), None);
+        let _alice = behalf.remember(trace(2), Some(user("alice", "a")));
+        assert_eq!(behalf.find(trace(2)).err(), Some(Unknown::Ambiguous));
+        // One user, two clients.
+        let claims = |client: &str| {
+            let claims = json!({"iss": "i", "sub": "alice", "client_id": client, "scope": "a b"});
+            User::new(Zeroizing::new(client.into()), &Claims::of_test(claims, &[]))
+        };
+        let _first = behalf.remember(trace(3), Some(claims("one")));
+        assert!(behalf.find(trace(3)).is_ok());
+        let _second = behalf.remember(trace(3), Some(claims("two")));
+        assert_eq!(behalf.find(trace(3)).err(), Some(Unknown::Ambiguous));
+    }
+
+    /// Else the next who comes with the trace would have it to himself, while others
+    /// of it still run.
+    #[test]
+    fn a_token_that_ends_does_not_end_what_is_known_of_its_trace() {
+        let behalf = Behalf::default();
+        let mut mallory = user("mallory", "m");
+        mallory.expires = Some(SystemTime::now());
+        let _runs_on = behalf.remember(trace(1), Some(mallory));
+        behalf.sweep();
+        let _alice = behalf.remember(trace(1), Some(user("alice", "a")));
+        assert_eq!(behalf.find(trace(1)).err(), Some(Unknown::Ambiguous));
     }
 
     #[test]
     fn it_is_forgotten_after_its_time_and_never_more_than_so_many() {
         let behalf = Behalf::default();
-        let held = behalf.remember(trace(1), user("alice", "a"));
+        let held = behalf.remember(trace(1), Some(user("alice", "a")));
         let back = |behalf: &Behalf| {
-            for entry in behalf.entries().values_mut() {
+            for entry in behalf.traces().entries.values_mut() {
                 entry.ended = Instant::now()
                     .checked_sub(AFTERWARDS)
                     .expect("up for half a minute");
@@ -203,15 +312,20 @@ mod tests {
         back(&behalf);
         assert_eq!(behalf.find(trace(1)).err(), Some(Unknown::Trace));
         behalf.sweep();
-        assert!(behalf.entries().is_empty());
+        assert!(behalf.traces().entries.is_empty());
         let mut late = user("bob", "b");
         late.expires = Some(SystemTime::now());
-        let _held = behalf.remember(trace(2), late);
+        let _held = behalf.remember(trace(2), Some(late));
         assert_eq!(behalf.find(trace(2)).err(), Some(Unknown::Trace));
-        let held: Vec<_> = (10..=9 + MOST as u32)
-            .map(|n| behalf.remember(trace(n), user("alice", "a")))
+        // That one counts while its request runs.
+        let held: Vec<_> = (11..=9 + MOST as u32)
+            .map(|n| behalf.remember(trace(n), Some(user("alice", "a"))))
             .collect();
         assert!(held.iter().all(Option::is_some));
-        assert!(behalf.remember(trace(9), user("alice", "a")).is_none());
+        assert!(
+            behalf
+                .remember(trace(9), Some(user("alice", "a")))
+                .is_none()
+        );
     }
 }

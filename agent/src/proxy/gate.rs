@@ -27,7 +27,7 @@ use crate::{
     kernel::ClientEntry,
     policy::{Denial, Facts, Permitted, PolicyRef, Selected},
     request::{Edits, Reply, Request},
-    trace::{TRACEPARENT, Trace},
+    trace::{TRACEPARENT, Trace, mentioned},
 };
 
 pub struct RequestGate {
@@ -106,7 +106,13 @@ impl Gate for RequestGate {
         // Before the judgement: policy may change in between.
         let changed = about.proxy.changed.subscribe();
         let selected = about.proxy.selected(&about.pod);
+        let mut facts = about.facts.clone();
+        if let Some(attacher) = &self.attacher {
+            // On this node no handshake says it once and for all.
+            facts.certificate = attacher.certificate();
+        }
         let mut held = HeldRequest::new(about.clone(), request, changed, sent);
+        held.facts.clone_from(&facts);
         let destination = Destination {
             identity: Some(about.pod.identity()),
             credentials: Some(&about.pod.credentials),
@@ -114,7 +120,7 @@ impl Gate for RequestGate {
         let judged = (about.proxy.judge)
             .request(
                 &selected,
-                &about.facts,
+                &facts,
                 destination,
                 about.client,
                 request,
@@ -149,9 +155,7 @@ impl Gate for RequestGate {
                     held.answered(reply.status);
                     return Err(reply);
                 }
-                if let Some(claims) = &claims {
-                    held.remember(&selected, request, claims);
-                }
+                held.remember(&selected, request, claims.as_deref());
                 let _first = self.passed.set(permitted.by().cloned());
                 merge(&mut attached, edits);
                 Ok(Pass {
@@ -170,7 +174,6 @@ impl Gate for RequestGate {
                         held.record.verdict = Told::Allow;
                         held.record.policy = Some(policy.clone());
                         held.record.reason.clear();
-                        let _first = self.passed.set(Some(policy.clone()));
                     }
                     Why::Malformed(_) => {}
                 }
@@ -234,6 +237,7 @@ pub struct HeldRequest {
     began: Instant,
     record: RequestRecord,
     /// As it was judged, to be judged again.
+    facts: Facts,
     head: OwnedHead,
     /// Those that it was allowed with.
     claims: Option<Arc<Claims>>,
@@ -274,6 +278,7 @@ impl HeldRequest {
         record.trace = Trace::of(request, &TRACEPARENT).map(|trace| trace.id.to_string());
         Self {
             record,
+            facts: about.facts.clone(),
             head: OwnedHead {
                 method: request.method.to_owned(),
                 path: request.path.to_owned(),
@@ -291,22 +296,29 @@ impl HeldRequest {
     }
 
     /// Whose token it came with, where the pod calls others on users' behalf.
-    fn remember(&mut self, selected: &Selected, request: &Request<'_>, claims: &jwt::Claims) {
+    fn remember(
+        &mut self,
+        selected: &Selected,
+        request: &Request<'_>,
+        claims: Option<&jwt::Claims>,
+    ) {
         for header in selected.on_behalf() {
-            if let Some(trace) = Trace::of(request, header)
-                && let Some(token) = jwt::original(selected.tokens(), request, claims)
-            {
-                let user = User::new(token, claims);
-                (self.remembered).extend(self.about.pod.behalf.remember(trace.id, user));
+            let strict = Trace::of(request, header).map(|trace| trace.id);
+            let mut user = claims.and_then(|claims| {
+                let token = jwt::original(selected.tokens(), request, claims)?;
+                Some(User::new(token, claims))
+            });
+            for trace in mentioned(request, header) {
+                // Whoever comes with a trace and is not known makes it nobody's.
+                let user = user.take_if(|_| strict == Some(trace));
+                (self.remembered).extend(self.about.pod.behalf.remember(trace, user));
             }
         }
     }
 
     /// Whether policy denies it now.
     fn denial(&self) -> Option<Denial> {
-        let About {
-            proxy, pod, facts, ..
-        } = &*self.about;
+        let About { proxy, pod, .. } = &*self.about;
         let OwnedHead {
             method,
             path,
@@ -321,7 +333,7 @@ impl HeldRequest {
         };
         let selected = proxy.selected(pod);
         let (claims, now) = (self.claims.as_ref(), SystemTime::now());
-        (proxy.judge).no_longer(&selected, facts, &request, claims, now)
+        (proxy.judge).no_longer(&selected, &self.facts, &request, claims, now)
     }
 
     fn revoke(&mut self, reason: String, policy: Option<PolicyRef>) {

@@ -234,6 +234,23 @@ async fn other_errors_are_told_to_the_client() {
 }
 
 #[tokio::test]
+async fn a_trusted_name_that_anybody_can_use_is_asked_for() {
+    let world = World::with(|config| {
+        for client in &mut config.clients {
+            client.trusted |= client.id == "native";
+        }
+    })
+    .await;
+    let mut browser = world.browser();
+    browser.logged_in("alice", ALICE).await;
+    let native = [("client_id", "native")];
+    for redirect in ["http://127.0.0.1:9/cb", "com.example.app:/cb"] {
+        let query = authorize(&[&native[..], &[("redirect_uri", redirect)]].concat());
+        assert!(is_consent(&browser.get(&query).await), "{redirect}");
+    }
+}
+
+#[tokio::test]
 async fn prompt_and_max_age() {
     let world = World::new().await;
     let mut browser = world.browser();

@@ -50,7 +50,7 @@ impl JoinToken {
 
 pub async fn make_tables(store: &Store) -> Result<(), StoreError> {
     for table in TABLES {
-        sqlx::query::<Any>(table).execute(&store.pool).await?;
+        store.make(table).await?;
     }
     Ok(())
 }

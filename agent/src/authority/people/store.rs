@@ -1,7 +1,7 @@
 //! What the store keeps of people: accounts, failures, sessions, consents, and which
 //! forms were answered.
 
-use sqlx::{Any, Row as _, any::AnyRow};
+use sqlx::{Any, AnyConnection, Row as _, any::AnyRow};
 
 use super::{
     super::store::{Store, StoreError, User},
@@ -77,29 +77,37 @@ impl Store {
         Ok(done.rows_affected() == 1)
     }
 
-    /// False where nobody has this id. A disabled account loses its sessions at once.
+    /// False where nobody has this id. A disabled account loses its sessions and all
+    /// that came of them for good: they do not return with the account.
     pub async fn set_disabled(&self, id: &str, disabled: bool) -> Result<bool, StoreError> {
+        let mut transaction = self.pool.begin().await?;
         let done = sqlx::query::<Any>("UPDATE users SET disabled = $2 WHERE id = $1")
             .bind(id.to_owned())
             .bind(i64::from(disabled))
-            .execute(&self.pool)
+            .execute(&mut *transaction)
             .await?;
         if disabled {
-            self.end_sessions(id).await?;
+            end_all(&mut transaction, id).await?;
         }
+        transaction.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
     /// A new password: the lock is off, and who was logged in with the old one is not
-    /// any more. False where nobody has this id.
+    /// any more, nor has what came of it. False where nobody has this id.
     pub async fn set_password(&self, id: &str, password_hash: &str) -> Result<bool, StoreError> {
+        let mut transaction = self.pool.begin().await?;
         let done = sqlx::query::<Any>("UPDATE users SET password_hash = $2 WHERE id = $1")
             .bind(id.to_owned())
             .bind(password_hash.to_owned())
-            .execute(&self.pool)
+            .execute(&mut *transaction)
             .await?;
-        self.end_sessions(id).await?;
-        self.forgive(id).await?;
+        end_all(&mut transaction, id).await?;
+        sqlx::query::<Any>("DELETE FROM lockouts WHERE subject = $1")
+            .bind(id.to_owned())
+            .execute(&mut *transaction)
+            .await?;
+        transaction.commit().await?;
         Ok(done.rows_affected() == 1)
     }
 
@@ -233,14 +241,6 @@ impl Store {
         Ok(())
     }
 
-    async fn end_sessions(&self, subject: &str) -> Result<(), StoreError> {
-        sqlx::query::<Any>("DELETE FROM sessions WHERE subject = $1")
-            .bind(subject.to_owned())
-            .execute(&self.pool)
-            .await?;
-        Ok(())
-    }
-
     /// Takes a form's nonce; true for one caller only. It is remembered until `expires`,
     /// when the form is void anyway.
     pub(in super::super) async fn answer_once(
@@ -327,6 +327,22 @@ impl Store {
         transaction.commit().await?;
         Ok(())
     }
+}
+
+/// Ends a person's sessions, codes and families. Codes first: an exchange that is under
+/// way finds that it may not end.
+async fn end_all(connection: &mut AnyConnection, subject: &str) -> Result<(), StoreError> {
+    for statement in [
+        "DELETE FROM codes WHERE subject = $1 AND used < 2",
+        "UPDATE families SET revoked = 1 WHERE subject = $1",
+        "DELETE FROM sessions WHERE subject = $1",
+    ] {
+        sqlx::query::<Any>(statement)
+            .bind(subject.to_owned())
+            .execute(&mut *connection)
+            .await?;
+    }
+    Ok(())
 }
 
 fn user(row: &AnyRow) -> Result<User, StoreError> {

@@ -20,14 +20,20 @@ impl Store {
         Ok(self.write_one(query).await? == 1)
     }
 
-    /// Whether there was one. Its refresh tokens are void with it.
+    /// Whether there was one. Its codes and refresh tokens are void with it, and nobody's
+    /// consent is left for another of this name.
     pub async fn remove_client(&self, id: &str) -> Result<bool, StoreError> {
         let mut transaction = self.pool.begin().await?;
         let query = sqlx::query::<Any>("DELETE FROM clients WHERE id = $1").bind(id.to_owned());
         let removed = self.write(&mut transaction, query).await?;
-        let query = sqlx::query::<Any>("UPDATE families SET revoked = 1 WHERE client = $1")
-            .bind(id.to_owned());
-        self.write(&mut transaction, query).await?;
+        for statement in [
+            "DELETE FROM codes WHERE client = $1 AND used < 2",
+            "UPDATE families SET revoked = 1 WHERE client = $1",
+            "DELETE FROM consents WHERE client = $1",
+        ] {
+            let query = sqlx::query::<Any>(statement).bind(id.to_owned());
+            self.write(&mut transaction, query).await?;
+        }
         self.commit(transaction).await?;
         Ok(removed == 1)
     }

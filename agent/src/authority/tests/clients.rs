@@ -116,6 +116,28 @@ async fn guessing_is_slowed_down_for_the_guesser_alone() {
 }
 
 #[tokio::test]
+async fn guesses_count_whose_answers_nobody_waits_for() {
+    let kit = Kit::new().await;
+    for n in 0..10 {
+        let guess = basic("app", &format!("guess{n}"));
+        let asked = with_header(&kit, &guess, &[CREDENTIALS]);
+        let answered = tokio::time::timeout(Duration::ZERO, asked).await;
+        assert!(answered.is_err(), "it hung up");
+    }
+    let answer = kit.token(&[CREDENTIALS]).await;
+    assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
+}
+
+#[tokio::test]
+async fn many_right_ones_at_once_are_not_guesses() {
+    let kit = Kit::new().await;
+    let asked = (0..30).map(|_| kit.token(&[CREDENTIALS]));
+    for answer in futures_util::future::join_all(asked).await {
+        answer.ok();
+    }
+}
+
+#[tokio::test]
 async fn private_key_jwt_proves_the_key_once_and_for_this_server() {
     let key = SigningKey::generate(Algorithm::Es256).expect("a key");
     let kit = Kit::with(|config, directory| {
@@ -271,7 +293,12 @@ async fn a_workload_proves_itself_by_chain_by_connection_and_by_jwt_svid() {
             .await
             .refused("invalid_client");
     }
+    let claims = json!({
+        "sub": WORKLOAD, "aud": [ISSUER, "https://another.test"], "exp": now + 300,
+    });
+    let wide = kit.server.keys.sign("JWT", &claims).expect("signed");
     for wrong in [
+        wide,
         jwt_svid(WORKLOAD, "https://another.test", "JWT"),
         jwt_svid("spiffe://cluster.local/ns/shop/sa/till", ISSUER, "JWT"),
         jwt_svid(WORKLOAD, ISSUER, "at+jwt"),
@@ -361,7 +388,19 @@ async fn clients_of_the_store_come_and_go() {
     let listed = kit.store().clients().await.expect("listed");
     assert_eq!(listed, std::slice::from_ref(&stored));
     kit.token_as("stored", &[CREDENTIALS]).await.ok();
+    let (code, _verifier) = kit.code("stored", &["read"]).await;
+    let agreed = (vec!["https://api.test".to_owned()], vec!["read".to_owned()]);
+    let add = kit
+        .store()
+        .add_consent("ada", "stored", &agreed.0, &agreed.1);
+    add.await.expect("added");
     assert!(kit.store().remove_client("stored").await.expect("removed"));
+    let code = super::super::keys::hash(&code);
+    assert!(!kit.store().has_code(&code).await.expect("asked"));
+    let left = kit
+        .store()
+        .has_consent("ada", "stored", &agreed.0, &agreed.1);
+    assert!(!left.await.expect("asked"));
     assert!(!kit.store().remove_client("stored").await.expect("gone"));
     kit.token_as("stored", &[CREDENTIALS])
         .await

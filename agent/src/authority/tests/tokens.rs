@@ -7,7 +7,9 @@ use http::{StatusCode, header};
 use serde_json::{Map, Value, json};
 use std::time::Duration;
 
-use super::kit::{Answer, CALLBACK, ISSUER, Kit, PERSON, claims, client, posted, with_secret};
+use super::kit::{
+    Answer, CALLBACK, ISSUER, Kit, PERSON, claims, client, posted, secret_hash, with_secret,
+};
 use crate::{
     authority::{clients::Grant, issue::random},
     jwt::{Algorithm, SigningKey},
@@ -100,6 +102,53 @@ async fn a_client_revokes_its_own() {
         .await
         .ok();
     assert!(!kit.active("opaque", &opaque).await);
+}
+
+#[tokio::test]
+async fn people_of_the_configuration_are_people() {
+    let eve = json!({"id": "eve", "username": "eve", "passwordHash": secret_hash()});
+    let eve = serde_json::from_value(eve).expect("a person");
+    let kit = Kit::with(|config, _| config.users = vec![eve]).await;
+    let to_eve = |code: &mut crate::authority::Code| code.subject = "eve".into();
+    let (code, verifier) = kit.code_with("app", &["openid"], to_eve).await;
+    let answer = kit.redeem("app", &code, &verifier).await.ok();
+    let bearer = format!("Bearer {}", answer.text("access_token"));
+    let told = userinfo(&kit, &[("authorization", &bearer)]).await.ok();
+    assert_eq!(told.body["sub"], "eve");
+}
+
+#[tokio::test]
+async fn tokens_of_a_person_who_is_gone_are_inactive() {
+    let kit = Kit::new().await;
+    let answer = kit.login(&["openid"]).await;
+    let (access, refresh) = (answer.text("access_token"), answer.text("refresh_token"));
+    assert!(kit.active("app", &access).await);
+    sqlx::query::<sqlx::Any>("DELETE FROM users")
+        .execute(&kit.store().pool)
+        .await
+        .expect("the store");
+    assert!(!kit.active("app", &access).await);
+    kit.refresh(&refresh).await.refused("invalid_grant");
+}
+
+#[tokio::test]
+async fn a_new_password_or_a_disabled_account_ends_everything() {
+    for disable in [false, true] {
+        let kit = Kit::new().await;
+        let refresh = kit.login(&["openid"]).await.text("refresh_token");
+        let (code, verifier) = kit.code("app", &["openid"]).await;
+        let store = kit.store();
+        match disable {
+            true => {
+                assert!(store.set_disabled(PERSON, true).await.expect("the store"));
+                assert!(store.set_disabled(PERSON, false).await.expect("the store"));
+            }
+            false => assert!(store.set_password(PERSON, "x").await.expect("the store")),
+        }
+        kit.refresh(&refresh).await.refused("invalid_grant");
+        let late = kit.redeem("app", &code, &verifier).await;
+        late.refused("invalid_grant");
+    }
 }
 
 async fn userinfo(kit: &Kit, headers: &[(&str, &str)]) -> Answer {

@@ -77,6 +77,7 @@ fn select(text: &str) -> Selected {
         root_namespace: "istio-system",
         trust_domain: &TrustDomain::default(),
         aliases: &[],
+        secrets: Path::new("/"),
         requests: Reading::default(),
     };
     let objects = load_text(Path::new("p.yaml"), text).unwrap_or_else(|e| panic!("{e}: {text}"));

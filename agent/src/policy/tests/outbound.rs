@@ -245,7 +245,7 @@ fn what_can_be_meant_is_taken() {
             ", ports: ['8080'], audiences: [back], resources: ['https://back', 'urn:x:y'], scopes: [orders.read]",
         ),
         credentials(", header: {name: x-token, prefix: ''}, application: keep, timeout: 500ms"),
-        credentials(", clientAuthentication: {clientSecretBasic: {secretFile: /s}}"),
+        credentials(", clientAuthentication: {clientSecretBasic: {secretFile: s}}"),
         exchange("{subject: inbound, actor: workload}", ", onBehalfOf: {}"),
         exchange(
             "{subject: serviceAccount}",

@@ -63,6 +63,23 @@ async fn a_service_account_token_joins_the_node_that_it_is_bound_to() {
 }
 
 #[tokio::test]
+async fn a_revoked_node_joins_by_a_newer_token_alone() {
+    let (authority, key) = cluster().await;
+    let now = authority.server.clock.seconds();
+    let revoked = tokens::revoke_node(&authority.server.store, "node1", now).await;
+    revoked.expect("the store");
+    let mut undated = claims(now);
+    undated.as_object_mut().expect("an object").remove("iat");
+    for old in [claims(now), undated] {
+        let token = key.sign("JWT", &old).expect("signs");
+        assert_eq!(authority.join("node1", &token, &csr().1).await.status, 401);
+    }
+    authority.advance(Duration::from_secs(1)).await;
+    let token = key.sign("JWT", &claims(now + 1)).expect("signs");
+    assert_eq!(authority.join("node1", &token, &csr().1).await.status, 200);
+}
+
+#[tokio::test]
 async fn other_tokens_of_the_cluster_do_not() {
     let (authority, key) = cluster().await;
     let now = authority.server.clock.seconds();

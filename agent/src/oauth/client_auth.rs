@@ -107,8 +107,7 @@ impl ClientAuthentication {
         use std::path::Component;
         let plain = |path: &Path| {
             let mut parts = path.components();
-            path.as_os_str().as_encoded_bytes().first().is_some()
-                && parts.all(|part| matches!(part, Component::Normal(_)))
+            !path.as_os_str().is_empty() && parts.all(|part| matches!(part, Component::Normal(_)))
         };
         let within = |file: PathBuf| {
             let directory = secrets.join(namespace);

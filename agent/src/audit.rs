@@ -5,7 +5,10 @@
 //! queue full, or a disk that takes no more, is counted, and the loss is written
 //! as a record of kind `gap` as soon as writing works again.
 
+mod join;
+mod processes;
 mod record;
+mod seen;
 
 use std::{
     fs::OpenOptions,
@@ -21,10 +24,13 @@ use std::{
     time::Duration,
 };
 
+pub use join::{Ends, Join, Key, Seen};
+pub use processes::{Exec, Processes};
 pub use record::{
-    AuthorityRecord, Bytes, Connection, GrantRecord, Lost, OutboundRecord, Peer, Process, Record,
-    Reporter, RequestRecord, TokenRecord, Transport, Verdict, event,
+    AuthorityRecord, Bytes, Connection, Fault, GrantRecord, Lost, OutboundRecord, Peer, Record,
+    Reporter, RequestRecord, Requests, TokenRecord, Transport, Verdict,
 };
+pub use seen::{Direction, Flow, FlowEvent, FlowProtocol, Process, ProcessEvent, Socket};
 
 /// How often a loss is looked for when nothing else is written.
 const IDLE: Duration = Duration::from_secs(1);

@@ -27,5 +27,5 @@ pub use remote::Remote;
 pub(crate) use remote::pem;
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
 pub use tls::{
-    Bundle, Credentials, Session, fingerprint, peer_identity, read_certificates, valid_for,
+    Bundle, Credentials, Session, fingerprint, hex, peer_identity, read_certificates, valid_for,
 };

@@ -39,7 +39,7 @@ use tokio::{
 };
 
 use crate::{
-    audit::Audit,
+    audit::{Audit, Ends, Join, Key, Processes},
     config::Transport,
     identity::TrustDomain,
     judge::Judge,
@@ -89,6 +89,9 @@ pub struct Proxy {
     /// TLS handshakes that peers may have under way.
     pub handshakes: Semaphore,
     pub audit: Audit,
+    /// Where stories of connections meet their applications' sockets.
+    pub join: Join,
+    pub processes: Processes,
     pub metrics: Metrics,
 }
 
@@ -150,6 +153,7 @@ async fn last_hop(
     proxy: &Proxy,
     _permitted: &Permitted,
     pod: &LocalPod,
+    ends: &Ends,
     destination: SocketAddr,
     client: SocketAddr,
 ) -> io::Result<(TcpStream, ClientEntry)> {
@@ -166,12 +170,20 @@ async fn last_hop(
     };
     let socket = socket(&pod.netns, Some(source), destination)?;
     // Before the connect: the application may look as soon as it accepts.
+    let (netns, source) = (pod.netns.cookie, socket.local_addr()?);
     let entry = proxy
         .kernel
-        .show_client(pod.netns.cookie, socket.local_addr()?, client)
+        .show_client(netns, source, client)
         .map_err(io::Error::other)?;
-    let stream = connect(socket, destination, proxy.transport.connect_timeout.0).await?;
-    Ok((stream, entry))
+    let key = Key::Hop { netns, source };
+    proxy.join.expect(ends, key);
+    match connect(socket, destination, proxy.transport.connect_timeout.0).await {
+        Ok(stream) => Ok((stream, entry)),
+        Err(error) => {
+            proxy.join.never_mind(ends, key);
+            Err(error)
+        }
+    }
 }
 
 /// Closes with a reset, so that the peer cannot take it for an orderly end.

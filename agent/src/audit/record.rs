@@ -6,10 +6,10 @@ use aws_lc_rs::digest::{SHA256, digest};
 use serde::Serialize;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+use super::seen::{Flow, Process, ProcessEvent, Socket};
 use crate::{
-    identity::{Session, SpiffeId},
+    identity::{Session, SpiffeId, hex},
     jwt::{Claims, Confirmation},
-    kernel::{Event, EventKind},
     policy::PolicyRef,
     workload::Workload,
 };
@@ -22,8 +22,12 @@ pub enum Record {
     Request(Box<RequestRecord>),
     /// A token that the agent got for a workload, or failed to.
     Token(Box<GrantRecord>),
-    /// What the kernel saw of an enrolled pod.
-    Event(Box<KernelEvent>),
+    /// What the kernel saw of an enrolled pod, and is none of the agent's business.
+    Flow(Box<Flow>),
+    /// What the kernel saw, and the agent should have carried.
+    Bypass(Box<Flow>),
+    /// A process of an enrolled pod.
+    Process(Box<ProcessEvent>),
     /// Something is missing from this log.
     Gap {
         lost: Lost,
@@ -62,8 +66,6 @@ pub struct Connection {
     #[serde(serialize_with = "rfc3339")]
     pub started: SystemTime,
     pub duration_ms: u64,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub process: Option<Process>,
     pub source: Peer,
     pub destination: Peer,
     /// The address that the application dialled.
@@ -82,8 +84,78 @@ pub struct Connection {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls: Option<Session>,
     pub bytes: Bytes,
-    /// How it ended, and whose doing that was.
+    #[serde(flatten)]
+    pub requests: Requests,
+    /// How it ended.
     pub end: String,
+    /// Whose doing that was.
+    pub fault: Fault,
+}
+
+/// Requests of a connection, where they were read.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Requests {
+    #[serde(rename = "requests", skip_serializing_if = "is_none")]
+    pub count: u64,
+    /// Those that were refused.
+    #[serde(skip_serializing_if = "is_none")]
+    pub denied: u64,
+    #[serde(flatten)]
+    last: Option<Last>,
+}
+
+/// The last of them: where there was one only, the connection's record tells it all.
+#[derive(Clone, Debug, Serialize)]
+struct Last {
+    request: Asked,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token: Option<TokenRecord>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trace: Option<String>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Asked {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    method: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    host: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    path: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<u16>,
+}
+
+impl Requests {
+    pub fn add(&mut self, record: &RequestRecord) {
+        self.count += 1;
+        self.denied += u64::from(record.verdict == Verdict::Deny);
+        self.last = Some(Last {
+            request: Asked {
+                method: record.method.clone(),
+                host: record.host.clone(),
+                path: record.path.clone(),
+                status: record.status,
+            },
+            token: record.token.clone(),
+            trace: record.trace.clone(),
+        });
+    }
+}
+
+/// Whose doing an end was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fault {
+    /// It ended in order.
+    None,
+    Source,
+    Destination,
+    Policy,
+    /// This agent's, or the one at the other end.
+    Agent,
+    /// What lies between the nodes.
+    Network,
 }
 
 /// One HTTP request: as the destination's agent judged it, or as the source's agent
@@ -252,7 +324,7 @@ pub struct AuthorityRecord {
 const MAX_SCOPES: usize = 64;
 
 /// Whom a verified token was about: never the token itself.
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct TokenRecord {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub iss: Option<String>,
@@ -292,11 +364,9 @@ impl TokenRecord {
             scope: (claims.scopes().into_iter().take(MAX_SCOPES))
                 .map(str::to_owned)
                 .collect(),
-            jti: claims.id().map(|id| {
-                let digest = digest(&SHA256, id.as_bytes());
-                let prefix = digest.as_ref().iter().take(8);
-                prefix.map(|byte| format!("{byte:02x}")).collect()
-            }),
+            jti: claims
+                .id()
+                .map(|id| hex(&digest(&SHA256, id.as_bytes()).as_ref()[..8])),
             cnf: (claims.confirmations().iter())
                 .map(|confirmation| match confirmation {
                     Confirmation::Certificate(_) => "x5t#S256",
@@ -338,18 +408,6 @@ pub enum Verdict {
     Failed,
 }
 
-/// The process that called `connect`.
-#[derive(Clone, Debug, Serialize)]
-pub struct Process {
-    pub pid: u32,
-    pub uid: u32,
-    pub comm: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub exe: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cgroup: Option<String>,
-}
-
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Peer {
@@ -364,6 +422,12 @@ pub struct Peer {
     pub namespace: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub workload: Option<String>,
+    /// That of the application on this node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub process: Option<Process>,
+    /// Its socket, as the kernel saw it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<Socket>,
 }
 
 impl Peer {
@@ -378,6 +442,7 @@ impl Peer {
             pod: workload.map(|w| w.name.clone()),
             namespace: workload.map(|w| w.namespace.clone()),
             workload: workload.map(|w| w.owner.clone()),
+            ..Self::default()
         }
     }
 }
@@ -389,64 +454,6 @@ pub struct Bytes {
     pub sent: u64,
     /// From destination to source.
     pub received: u64,
-}
-
-#[derive(Debug, Serialize)]
-pub struct KernelEvent {
-    pub pod: String,
-    pub namespace: String,
-    /// 0 and empty where the kernel was not in the process's own context.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub pid: u32,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub comm: String,
-    #[serde(flatten)]
-    what: What,
-}
-
-#[derive(Debug, Serialize)]
-#[serde(tag = "event", rename_all = "lowercase")]
-enum What {
-    Socket {
-        cookie: u64,
-        local: SocketAddr,
-        remote: SocketAddr,
-        old: &'static str,
-        new: &'static str,
-    },
-    Exec {
-        uid: u32,
-        path: String,
-    },
-    Exit,
-}
-
-/// The record of a kernel event.
-pub fn event(event: Event, workload: &Workload) -> Record {
-    let what = match event.kind {
-        EventKind::Socket {
-            cookie,
-            local,
-            remote,
-            old,
-            new,
-        } => What::Socket {
-            cookie,
-            local,
-            remote,
-            old,
-            new,
-        },
-        EventKind::Exec { uid, path } => What::Exec { uid, path },
-        EventKind::Exit => What::Exit,
-    };
-    Record::Event(Box::new(KernelEvent {
-        pod: workload.name.clone(),
-        namespace: workload.namespace.clone(),
-        pid: event.pid,
-        comm: event.comm,
-        what,
-    }))
 }
 
 #[derive(Serialize)]
@@ -485,10 +492,10 @@ fn is_none(id: &u64) -> bool {
     *id == 0
 }
 
-fn is_zero(pid: &u32) -> bool {
-    *pid == 0
+pub(super) fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
-fn rfc3339<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
+pub(super) fn rfc3339<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
     to.serialize_str(&timestamp(*time))
 }

@@ -411,6 +411,11 @@ pub fn fingerprint(certificate: &CertificateDer<'_>) -> [u8; 32] {
     digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// How long a leaf is still valid.
 pub fn valid_for(leaf: &CertificateDer<'_>) -> Duration {
     let parsed = x509_parser::parse_x509_certificate(leaf);
@@ -423,10 +428,14 @@ pub fn valid_for(leaf: &CertificateDer<'_>) -> Duration {
 
 /// What a finished handshake agreed on, for the record.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Session {
     pub version: &'static str,
     pub group: &'static str,
     pub cipher: &'static str,
+    /// SHA-256 of the other side's certificate, hexadecimal.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub peer_certificate: Option<String>,
 }
 
 impl Session {
@@ -441,6 +450,10 @@ impl Session {
                 .negotiated_cipher_suite()
                 .and_then(|suite| suite.suite().as_str())
                 .unwrap_or("unknown"),
+            peer_certificate: connection
+                .peer_certificates()
+                .and_then(|chain| chain.first())
+                .map(|leaf| hex(&fingerprint(leaf))),
         }
     }
 }

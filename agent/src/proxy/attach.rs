@@ -10,9 +10,12 @@ use std::{
 use http::{HeaderName, HeaderValue, StatusCode, header};
 use zeroize::Zeroizing;
 
-use super::{LocalPod, Proxy, story::Story};
+use super::{
+    LocalPod, Proxy,
+    story::{Story, Told},
+};
 use crate::{
-    audit::{OutboundRecord, Peer, Record, Reporter, RequestRecord, Verdict},
+    audit::{OutboundRecord, Peer, Record, Reporter, RequestRecord, Transport, Verdict},
     oauth::{Call, Got, Grant, Subject, SubjectKind, is_token},
     policy::Outbound,
     request::{Edits, Reply, Request},
@@ -32,6 +35,8 @@ pub struct Attacher {
     bare: bool,
     source: Peer,
     destination: Peer,
+    /// `None` where the destination's requests are counted.
+    requests: Option<Told>,
     /// What records name the connection by, and what it speaks.
     begun: OnceLock<(u64, &'static str)>,
 }
@@ -62,6 +67,7 @@ impl Attacher {
             bare,
             source: story.source.peer(),
             destination: story.destination.peer(),
+            requests: (story.transport != Transport::Local).then(|| story.requests.clone()),
             begun: OnceLock::new(),
         }
     }
@@ -292,6 +298,9 @@ impl Drop for Sent {
         }
         self.record.duration_ms = self.began.elapsed().as_millis() as u64;
         let record = Box::new(std::mem::take(&mut self.record));
+        if let Some(requests) = &self.about.requests {
+            requests.add(&record);
+        }
         self.about.proxy.audit.record(Record::Request(record));
     }
 }

@@ -20,6 +20,7 @@ use super::{
     story::{Ending, Story},
 };
 use crate::{
+    audit::Fault,
     kernel::ClientEntry,
     lifecycle::Watcher,
     policy::{Facts, Layer, Permitted, Selected, Verdict},
@@ -117,7 +118,7 @@ impl Delivery<'_> {
                 self.send(end, stream, client, permitted, live).await
             }
             Ok(end) => self.carry(end, stream, &permitted, Some(live)).await,
-            Err(error) => Ending::Failed(format!("the tunnel: {error}")),
+            Err(error) => Ending::Failed(Fault::Network, format!("the tunnel: {error}")),
         }
     }
 
@@ -138,6 +139,7 @@ impl Delivery<'_> {
                 permitted,
                 address: self.facts.destination,
                 client: self.client,
+                ends: self.story.ends.clone(),
             },
             attacher: self.attacher.expect("looked at by the caller"),
             story: self.story,
@@ -183,7 +185,7 @@ impl Delivery<'_> {
         }
         let mut source = match arrived.open() {
             Ok(end) => Io::new(end, BytesMut::new()),
-            Err(error) => return Ending::Failed(format!("the tunnel: {error}")),
+            Err(error) => return Ending::Failed(Fault::Network, format!("the tunnel: {error}")),
         };
         let limits = self.proxy.http.clone();
         let first = async {
@@ -215,7 +217,10 @@ impl Delivery<'_> {
             Ok(protocol) => protocol,
             Err(error) => {
                 source.reset();
-                return Ending::Failed(format!("before its first request: {error}"));
+                return Ending::Failed(
+                    Fault::Source,
+                    format!("before its first request: {error}"),
+                );
             }
         };
         if protocol != Protocol::NotHttp {
@@ -228,7 +233,10 @@ impl Delivery<'_> {
             // Nobody may choose not to be read.
             Err(error) if self.proxy.selected(self.pod).asks_for_sni() => {
                 source.reset();
-                return Ending::Failed(format!("policy asks for its server's name: {error}"));
+                return Ending::Failed(
+                    Fault::Source,
+                    format!("policy asks for its server's name: {error}"),
+                );
             }
             Err(_) => {}
         }
@@ -259,7 +267,7 @@ impl Delivery<'_> {
         let (end, prefix) = source.into_end();
         if let Err(error) = application.write_all(&prefix).await {
             end.reset();
-            return Ending::Failed(format!("the application: {error}"));
+            return Ending::Failed(Fault::Destination, format!("the application: {error}"));
         }
         self.story.counters.add_sent(prefix.len());
         self.carry(end, application, &permitted, Some(live)).await
@@ -319,16 +327,19 @@ impl Delivery<'_> {
             biased;
             denial = live.denied() => Ending::Denied(denial),
             () = drain.time_is_up() => Ending::Drained,
-            () = idle => Ending::Refused("no request was permitted for a minute".into()),
+            () = idle => Ending::Refused(
+                Fault::Policy,
+                "no request was permitted for a minute".into(),
+            ),
             done = http => match done {
                 Ok(()) => Ending::Closed,
-                Err(error) => Ending::Failed(error.to_string()),
+                Err(error) => Ending::Failed(error.fault(), error.to_string()),
             },
         };
         match gate.passed() {
             Some(by) if !dialled => story.opened(by.as_ref()),
             None if !dialled && matches!(ending, Ending::Closed) => {
-                return Ending::Refused("no request was permitted".into());
+                return Ending::Refused(Fault::Policy, "no request was permitted".into());
             }
             _ => {}
         }
@@ -352,12 +363,23 @@ impl Delivery<'_> {
 
     async fn dial(&self, permitted: &Permitted) -> io::Result<(TcpStream, ClientEntry)> {
         let destination = self.facts.destination;
-        last_hop(self.proxy, permitted, self.pod, destination, self.client).await
+        last_hop(
+            self.proxy,
+            permitted,
+            self.pod,
+            &self.story.ends,
+            destination,
+            self.client,
+        )
+        .await
     }
 
     fn unreachable(&self, error: &io::Error) -> Ending {
         let destination = self.facts.destination;
-        Ending::Failed(format!("the application at {destination}: {error}"))
+        Ending::Failed(
+            Fault::Destination,
+            format!("the application at {destination}: {error}"),
+        )
     }
 }
 

@@ -18,10 +18,10 @@ use super::{
     http::{Gate, Held, Io, Pass},
     last_hop,
     splice::End,
-    story::Story,
+    story::{Story, Told as Requests},
 };
 use crate::{
-    audit::{Peer, Record, RequestRecord, TokenRecord, Verdict as Told},
+    audit::{Ends, Peer, Record, RequestRecord, TokenRecord, Verdict as Told},
     judge::{Allowed, Destination, Why, merge},
     jwt::{self, Claims},
     kernel::ClientEntry,
@@ -50,6 +50,8 @@ struct About {
     protocol: &'static str,
     source: Peer,
     destination: Peer,
+    ends: Ends,
+    requests: Requests,
 }
 
 impl RequestGate {
@@ -76,6 +78,8 @@ impl RequestGate {
                 protocol: story.protocol.unwrap_or_default(),
                 source: story.source.peer(),
                 destination: story.destination.peer(),
+                ends: story.ends.clone(),
+                requests: story.requests.clone(),
             }),
             shown: Mutex::new(shown.into_iter().collect()),
             passed: OnceLock::new(),
@@ -189,9 +193,11 @@ impl Gate for RequestGate {
             pod,
             facts,
             client,
+            ends,
             ..
         } = &*self.about;
-        let (stream, entry) = last_hop(proxy, permitted, pod, facts.destination, *client).await?;
+        let (stream, entry) =
+            last_hop(proxy, permitted, pod, ends, facts.destination, *client).await?;
         let mut shown = self.shown.lock().expect("no panic while it is held");
         // An earlier connection to the application is gone, or about to go.
         let old = shown.len().saturating_sub(3);
@@ -227,6 +233,7 @@ impl About {
         self.proxy
             .metrics
             .request(self.protocol, record.verdict, record.status);
+        self.requests.add(&record);
         self.proxy.audit.record(Record::Request(Box::new(record)));
     }
 }

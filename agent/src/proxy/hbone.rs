@@ -23,6 +23,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{HBONE_PORT, LocalPod, Proxy, dial, splice::End};
 use crate::{
+    audit::Fault,
     config::Transport,
     identity::{Session, SpiffeId, peer_identity},
 };
@@ -48,6 +49,18 @@ pub enum HboneError {
     Denied(StatusCode),
     #[error("the destination's agent answered {0}")]
     Status(StatusCode),
+}
+
+impl HboneError {
+    /// Whose doing it was.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Tunnel { .. } | Self::Broke(_) => Fault::Network,
+            Self::WrongIdentity { .. } | Self::Status(_) => Fault::Destination,
+            Self::Silent => Fault::Agent,
+            Self::Denied(_) => Fault::Policy,
+        }
+    }
 }
 
 /// What one stream may have waiting to be sent, bytes.

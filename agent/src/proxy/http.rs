@@ -18,6 +18,7 @@ mod tests;
 use std::{future::Future, time::Duration};
 
 use crate::{
+    audit::Fault,
     config::Http,
     request::{Edits, Reply, Request},
 };
@@ -42,6 +43,17 @@ pub enum HttpError {
     Response(&'static str),
     #[error("the permission ended while the request ran")]
     Revoked,
+}
+
+impl HttpError {
+    /// Whose doing it was.
+    pub fn fault(&self) -> Fault {
+        match self {
+            Self::Malformed(_) | Self::Client(_) => Fault::Source,
+            Self::Application(_) | Self::Response(_) => Fault::Destination,
+            Self::Revoked => Fault::Policy,
+        }
+    }
 }
 
 /// Bounds of what a client may ask of the agent.

@@ -21,7 +21,7 @@ use super::{
     story::{Ending, Story},
 };
 use crate::{
-    audit::{Reporter, Transport},
+    audit::{Fault, Reporter, Transport},
     identity::{Session, SpiffeId, fingerprint, peer_identity, valid_for},
     lifecycle::Watcher,
     policy::Facts,
@@ -53,7 +53,10 @@ pub async fn plaintext(
             dialled,
         );
         story.destination.workload = Some(pod.workload.load_full());
-        return story.finish(Ending::Refused("not handed over here by the kernel".into()));
+        return story.finish(Ending::Refused(
+            Fault::Source,
+            "not handed over here by the kernel".into(),
+        ));
     }
     let _ = stream.set_nodelay(true);
     let probe = proxy.kernel.is_probe(client, dialled);
@@ -122,7 +125,7 @@ pub async fn tunnel(
             story.source.workload = proxy.table.load().pod(client.ip()).cloned();
             story.destination.identity = Some(pod.identity().clone());
             story.destination.workload = Some(pod.workload.load_full());
-            return story.finish(Ending::Failed(why));
+            return story.finish(Ending::Failed(Fault::Source, why));
         }
     };
     drop(handshake);
@@ -235,7 +238,7 @@ async fn stream_of(
             "{} {asked:?} is not a CONNECT to this workload",
             request.method()
         );
-        return story.finish(Ending::Refused(why));
+        return story.finish(Ending::Refused(Fault::Source, why));
     };
     // Believed only as far as the packets' own source confirms it.
     let client = forwarded(&request)
@@ -256,9 +259,8 @@ async fn stream_of(
     if !proxy.trust_domains.contains(&caller.peer.trust_domain) {
         answer(&mut respond, StatusCode::UNAUTHORIZED);
         let domain = &caller.peer.trust_domain;
-        return story.finish(Ending::Refused(format!(
-            "trust domain {domain} is not known"
-        )));
+        let why = format!("trust domain {domain} is not known");
+        return story.finish(Ending::Refused(Fault::Policy, why));
     }
     let mut facts = Facts::new(Some(caller.peer), client.ip(), destination);
     facts.certificate = Some(caller.certificate);

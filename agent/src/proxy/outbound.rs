@@ -13,11 +13,11 @@ use super::{
     is_agent_port, reset,
     source::{Opened, Sending, Upstream},
     splice::End,
-    story::{Ending, Story, process},
+    story::{Ending, Story},
 };
 use crate::{
-    audit::{Reporter, Transport},
-    kernel::from_abi,
+    audit::{Fault, Key, Reporter, Transport},
+    kernel::{from_abi, text},
     lifecycle::Watcher,
     policy::{Caller, Denial, Facts},
     workload::{Target, Workload},
@@ -40,7 +40,10 @@ pub async fn carry(
         reset(stream);
         let mut story = Story::new(&proxy, Reporter::Source, Transport::Plaintext, source, to);
         story.source.workload = pod.map(|pod| pod.workload.load_full());
-        return story.finish(Ending::Refused("not steered here by the kernel".into()));
+        return story.finish(Ending::Refused(
+            Fault::Source,
+            "not steered here by the kernel".into(),
+        ));
     };
     let address = SocketAddr::new(
         from_abi(dialled.destination),
@@ -57,11 +60,13 @@ pub async fn carry(
         client,
         address,
     );
-    story.process = Some(process(&dialled));
+    proxy.join.expect(&story.ends, Key::Dialled(dialled.cookie));
+    let process = (proxy.processes).of(dialled.tgid, dialled.uid, &text(&dialled.comm));
+    story.source.process = Some(process);
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
     let judged = route(&proxy, &mut story, address)
-        .map_err(Ending::Failed)
+        .map_err(|(fault, why)| Ending::Failed(fault, why))
         .and_then(|route| match may_connect(&proxy, pod, &story) {
             Ok(()) => Ok(route),
             Err(denial) => Err(Ending::Denied(denial)),
@@ -89,7 +94,8 @@ pub async fn carry(
             tokio::select! {
                 ending = run => ending,
                 () = now_sends_tokens(&proxy, pod, port, changed), if unread => {
-                    Ending::Refused("its requests may need a token now, and it is not read".into())
+                    let why = "its requests may need a token now, and it is not read";
+                    Ending::Refused(Fault::Policy, why.into())
                 }
             }
         }
@@ -117,7 +123,7 @@ async fn now_sends_tokens(
 /// Whether ConnectPolicy lets this process go where the connection leads. A process
 /// that is gone already has no executable: it matches no rule that names one.
 fn may_connect(proxy: &Proxy, pod: &LocalPod, story: &Story) -> Result<(), Denial> {
-    let process = story.process.as_ref();
+    let process = story.source.process.as_ref();
     proxy.selected(pod).connect(&Caller {
         executable: process.and_then(|p| p.exe.as_deref()),
         uid: process.map_or(u32::MAX, |p| p.uid),
@@ -135,7 +141,12 @@ enum Route {
     Direct(SocketAddr),
 }
 
-fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route, String> {
+fn route(
+    proxy: &Proxy,
+    story: &mut Story,
+    dialled: SocketAddr,
+) -> Result<Route, (Fault, String)> {
+    let unknown = |why: &str| (Fault::Destination, why.to_owned());
     let target = proxy.table.load().target(dialled);
     let (address, workload) = match target {
         Some(Target::Pod(workload)) => (dialled, Some(workload)),
@@ -143,10 +154,10 @@ fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route,
             story.service = Some(port.service.name.clone());
             let endpoint = port
                 .pick(dialled.ip())
-                .ok_or("the service has no ready endpoint")?;
+                .ok_or_else(|| unknown("the service has no ready endpoint"))?;
             (endpoint.address, endpoint.workload.clone())
         }
-        None => return Err("the destination is no longer known".into()),
+        None => return Err(unknown("the destination is no longer known")),
     };
     story.destination.address = Some(address);
     story.destination.workload = workload.clone();
@@ -154,7 +165,8 @@ fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route,
         return Ok(Route::Direct(address));
     };
     if is_agent_port(address.port()) {
-        return Err(format!("port {} is the agent's", address.port()));
+        let why = format!("port {} is the agent's", address.port());
+        return Err((Fault::Source, why));
     }
     story.destination.identity = Some(workload.identity(&proxy.trust_domains[0]));
     if workload.node != proxy.audit.node() {
@@ -164,7 +176,10 @@ fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route,
     story.transport = Transport::Local;
     match proxy.pods.load().at(address.ip()) {
         Some(pod) => Ok(Route::Local(pod.clone(), address)),
-        None => Err("the destination is a pod of this node that is not enrolled yet".into()),
+        None => {
+            let why = "the destination is a pod of this node that is not enrolled yet";
+            Err((Fault::Agent, why.into()))
+        }
     }
 }
 

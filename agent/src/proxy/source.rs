@@ -25,6 +25,7 @@ use super::{
     story::{Ending, Story},
 };
 use crate::{
+    audit::{Ends, Fault},
     identity::{Session, SpiffeId},
     kernel::ClientEntry,
     lifecycle::Watcher,
@@ -49,6 +50,7 @@ pub enum Upstream {
         permitted: Permitted,
         address: SocketAddr,
         client: SocketAddr,
+        ends: Ends,
     },
     /// Out of the mesh.
     Direct {
@@ -92,9 +94,9 @@ impl Upstream {
                     guard: Guard::Lease(lease),
                 }),
                 Err(error @ hbone::HboneError::Denied(_)) => {
-                    Err(Ending::Refused(error.to_string()))
+                    Err(Ending::Refused(Fault::Policy, error.to_string()))
                 }
-                Err(error) => Err(Ending::Failed(error.to_string())),
+                Err(error) => Err(Ending::Failed(error.fault(), error.to_string())),
             },
             Self::Application {
                 proxy,
@@ -102,13 +104,17 @@ impl Upstream {
                 permitted,
                 address,
                 client,
-            } => match last_hop(proxy, permitted, pod, *address, *client).await {
+                ends,
+            } => match last_hop(proxy, permitted, pod, ends, *address, *client).await {
                 Ok((stream, entry)) => Ok(Opened {
                     end: End::Tcp(stream),
                     session: None,
                     guard: Guard::Client(entry),
                 }),
-                Err(error) => Err(Ending::Failed(format!("{address}: {error}"))),
+                Err(error) => Err(Ending::Failed(
+                    Fault::Destination,
+                    format!("{address}: {error}"),
+                )),
             },
             Self::Direct {
                 pod,
@@ -120,7 +126,10 @@ impl Upstream {
                     session: None,
                     guard: Guard::None,
                 }),
-                Err(error) => Err(Ending::Failed(format!("{address}: {error}"))),
+                Err(error) => Err(Ending::Failed(
+                    Fault::Destination,
+                    format!("{address}: {error}"),
+                )),
             },
         }
     }
@@ -161,7 +170,9 @@ impl Sending<'_> {
             denial = denied(&mut live) => Err(Ending::Denied(denial)),
             () = drain.time_is_up() => Err(Ending::Drained),
             found = looked => {
-                found.map_err(|e| Ending::Failed(format!("before its first request: {e}")))
+                found.map_err(|e| {
+                    Ending::Failed(Fault::Source, format!("before its first request: {e}"))
+                })
             }
         };
         let protocol = match protocol {
@@ -198,7 +209,7 @@ impl Sending<'_> {
             () = drain.time_is_up() => Ending::Drained,
             done = http => match done {
                 Ok(()) => Ending::Closed,
-                Err(error) => Ending::Failed(error.to_string()),
+                Err(error) => Ending::Failed(error.fault(), error.to_string()),
             },
         }
     }
@@ -234,8 +245,10 @@ async fn opaque(
     let passed = tokio::time::timeout(limits.head_timeout, passing).await;
     (source, destination) = match passed {
         Ok(Ok(ends)) => ends,
-        Ok(Err(error)) => return Ending::Failed(error.to_string()),
-        Err(_elapsed) => return Ending::Failed("its first bytes were not taken".into()),
+        Ok(Err(error)) => return Ending::Failed(Fault::Network, error.to_string()),
+        Err(_elapsed) => {
+            return Ending::Failed(Fault::Network, "its first bytes were not taken".into());
+        },
     };
     story.counters.add_sent(asked);
     story.counters.add_received(answered);
@@ -307,7 +320,7 @@ impl Gate for SourceGate {
     async fn dial(&self, (): &()) -> io::Result<Io> {
         let opened = self.upstream.open().await;
         let Opened { end, guard, .. } = opened.map_err(|ending| match ending {
-            Ending::Refused(why) | Ending::Failed(why) => io::Error::other(why),
+            Ending::Refused(_, why) | Ending::Failed(_, why) => io::Error::other(why),
             _ => io::ErrorKind::ConnectionRefused.into(),
         })?;
         let mut guards = self.guards.lock().expect("no panic while it is held");

@@ -3,20 +3,20 @@
 
 use std::{
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Instant, SystemTime},
 };
 
-use postern_ebpf::Dial;
-
 use super::{
     Proxy,
-    splice::{Broken, Counters},
+    splice::{Broken, Counters, Side},
 };
 use crate::{
-    audit::{Connection, Peer, Process, Record, Reporter, Transport, Verdict},
+    audit::{
+        Connection, Ends, Fault, Peer, Process, Reporter, RequestRecord, Requests, Transport,
+        Verdict,
+    },
     identity::{Session, SpiffeId},
-    kernel::text,
     policy::{Denial, PolicyRef},
     telemetry::ConnectionLabels,
     workload::{NamespacedName, Workload},
@@ -28,7 +28,6 @@ pub struct Story {
     started: SystemTime,
     pub reporter: Reporter,
     pub transport: Transport,
-    pub process: Option<Process>,
     pub source: Party,
     pub destination: Party,
     pub dialled: SocketAddr,
@@ -43,6 +42,9 @@ pub struct Story {
     pub told: Vec<PolicyRef>,
     pub tls: Option<Session>,
     pub counters: Arc<Counters>,
+    /// Its applications' sockets, which the kernel tells of.
+    pub ends: Ends,
+    pub requests: Told,
     /// Whether `opened` was counted, so that `closed` is.
     open: Option<ConnectionLabels>,
 }
@@ -53,17 +55,32 @@ pub struct Party {
     pub address: Option<SocketAddr>,
     pub identity: Option<SpiffeId>,
     pub workload: Option<Arc<Workload>>,
+    pub process: Option<Process>,
+}
+
+/// Requests that were told, gathered for the record of their connection.
+#[derive(Clone, Default)]
+pub struct Told(Arc<Mutex<Requests>>);
+
+impl Told {
+    pub fn add(&self, record: &RequestRecord) {
+        self.0.lock().expect("no panic while it is held").add(record);
+    }
 }
 
 impl Party {
     pub fn peer(&self) -> Peer {
         let workload = self.workload.as_deref();
-        match self.address {
+        let peer = match self.address {
             Some(address) => Peer::new(address, self.identity.clone(), workload),
             None => Peer {
                 identity: self.identity.clone(),
                 ..Peer::default()
             },
+        };
+        Peer {
+            process: self.process.clone(),
+            ..peer
         }
     }
 }
@@ -75,10 +92,10 @@ pub enum Ending {
     Broken(Broken),
     /// By policy, before or while it ran.
     Denied(Denial),
-    /// The other agent refused it.
-    Refused(String),
-    /// It never came about.
-    Failed(String),
+    /// The other agent refused it, or this one for what it is.
+    Refused(Fault, String),
+    /// It never came about, or went wrong.
+    Failed(Fault, String),
     /// The agent shut down.
     Drained,
 }
@@ -97,7 +114,6 @@ impl Story {
             started: SystemTime::now(),
             reporter,
             transport,
-            process: None,
             source: Party {
                 address: Some(source),
                 ..Party::default()
@@ -115,6 +131,8 @@ impl Story {
             told: Vec::new(),
             tls: None,
             counters: Arc::default(),
+            ends: Ends::default(),
+            requests: Told::default(),
             open: None,
         }
     }
@@ -137,19 +155,25 @@ impl Story {
     }
 
     pub fn finish(mut self, ending: Ending) {
-        let end = match ending {
-            Ending::Closed => "closed".to_owned(),
-            Ending::Drained => "ended by the agent's shutdown".to_owned(),
-            Ending::Broken(broken) => broken.to_string(),
-            Ending::Failed(why) => why,
-            Ending::Refused(why) => {
+        let (fault, end) = match ending {
+            Ending::Closed => (Fault::None, "closed".to_owned()),
+            Ending::Drained => (Fault::Agent, "ended by the agent's shutdown".to_owned()),
+            Ending::Broken(broken) => {
+                let fault = match broken.side {
+                    Side::Source => Fault::Source,
+                    Side::Destination => Fault::Destination,
+                };
+                (fault, broken.to_string())
+            }
+            Ending::Failed(fault, why) => (fault, why),
+            Ending::Refused(fault, why) => {
                 self.verdict = Verdict::Deny;
-                why
+                (fault, why)
             }
             Ending::Denied(denial) => {
                 self.verdict = Verdict::Deny;
                 self.policy = Some(denial.policy().clone());
-                denial.to_string()
+                (Fault::Policy, denial.to_string())
             }
         };
         let bytes = self.counters.get();
@@ -176,16 +200,19 @@ impl Story {
             transport = ?self.transport, verdict = ?self.verdict, dialled = %self.dialled, end,
             "connection ended"
         );
-        self.proxy
-            .audit
-            .record(Record::Connection(Box::new(Connection {
+        let requests = (self.requests.0)
+            .lock()
+            .expect("no panic while it is held")
+            .clone();
+        self.proxy.join.ended(
+            &self.ends,
+            Connection {
                 id: self.id,
                 protocol: self.protocol,
                 reporter: self.reporter,
                 transport: self.transport,
                 started: self.started,
                 duration_ms: self.began.elapsed().as_millis() as u64,
-                process: self.process,
                 source: self.source.peer(),
                 destination: self.destination.peer(),
                 dialled: self.dialled,
@@ -195,8 +222,11 @@ impl Story {
                 told: self.told,
                 tls: self.tls,
                 bytes,
+                requests,
                 end,
-            })));
+                fault,
+            },
+        );
     }
 
     fn labels(&self, reporter: Reporter, denied: bool) -> ConnectionLabels {
@@ -210,23 +240,5 @@ impl Story {
             matches!(self.transport, Transport::Hbone | Transport::Local),
             denied,
         )
-    }
-}
-
-/// Who called `connect`, as the kernel noted it and `/proc` still tells.
-pub fn process(dial: &Dial) -> Process {
-    let proc = |what: &str| format!("/proc/{}/{what}", dial.tgid);
-    let exe = std::fs::read_link(proc("exe")).ok();
-    let cgroups = std::fs::read_to_string(proc("cgroup")).unwrap_or_default();
-    Process {
-        pid: dial.tgid,
-        uid: dial.uid,
-        comm: text(&dial.comm),
-        exe: exe.map(|path| path.to_string_lossy().into_owned()),
-        // The v2 line begins with "0::" (cgroups(7)).
-        cgroup: cgroups
-            .lines()
-            .find_map(|l| l.strip_prefix("0::"))
-            .map(str::to_owned),
     }
 }

@@ -129,9 +129,10 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         problems: Mutex::new(vec!["starting".into()]),
     });
     serve(endpoints, state.clone(), log, &watcher);
-    if let Some(why) = &kernel.blind {
-        tracing::warn!(why, "no kernel events: the audit log has connections only");
-    } else if config.audit.events {
+    for blind in &kernel.blind {
+        tracing::warn!(blind.part, blind.why, "{}", blind.without);
+    }
+    if config.audit.events {
         tokio::spawn(observe::kernel_events(
             proxy.clone(),
             events,
@@ -242,6 +243,14 @@ impl StatusSource for State {
             ("lost_socket_events", Counter::LostSocket),
             ("lost_exec_events", Counter::LostExec),
             ("lost_exit_events", Counter::LostExit),
+            ("lost_datagram_events", Counter::LostDatagram),
+            ("lost_raw_events", Counter::LostRaw),
+            ("limited_socket_events", Counter::LimitedSocket),
+            ("limited_exec_events", Counter::LimitedExec),
+            ("limited_exit_events", Counter::LimitedExit),
+            ("limited_datagram_events", Counter::LimitedDatagram),
+            ("limited_raw_events", Counter::LimitedRaw),
+            ("untracked_sockets", Counter::UntrackedSocket),
             ("steered", Counter::Steered),
             ("refused_unknown_workload", Counter::RefusedUnknown),
             ("refused_map_full", Counter::RefusedFull),

@@ -227,6 +227,23 @@ pub struct Kernel {
     pub max_connections: u32,
     /// Size of the event ring, bytes; a power of two, at least one page.
     pub ring_bytes: RingBytes,
+    /// How functions of the kernel are probed for the audit log.
+    pub probes: Probes,
+    /// Events of TCP sockets that one pod may cause each second; of four seconds at
+    /// once. What is beyond is counted.
+    pub sockets_per_second: Count,
+    /// The same for each other kind of event: UDP flows, raw sockets, programs that
+    /// start, processes that end.
+    pub events_per_second: Count,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Probes {
+    /// By fentry and fexit; by kprobes what cannot be probed so.
+    Auto,
+    Fentry,
+    Kprobe,
 }
 
 /// The audit log.
@@ -389,6 +406,9 @@ impl Default for Kernel {
             max_workloads: 4_096,
             max_connections: 131_072,
             ring_bytes: RingBytes(1 << 20),
+            probes: Probes::Auto,
+            sockets_per_second: Count(5_000),
+            events_per_second: Count(1_000),
         }
     }
 }

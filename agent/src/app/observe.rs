@@ -14,10 +14,17 @@ use crate::{
     proxy::Proxy,
 };
 
-const LOSSES: [(Counter, Lost); 3] = [
+const LOSSES: [(Counter, Lost); 10] = [
     (Counter::LostSocket, Lost::KernelSocket),
     (Counter::LostExec, Lost::KernelExec),
     (Counter::LostExit, Lost::KernelExit),
+    (Counter::LostDatagram, Lost::KernelUdp),
+    (Counter::LostRaw, Lost::KernelRaw),
+    (Counter::LimitedSocket, Lost::KernelRate),
+    (Counter::LimitedExec, Lost::KernelRate),
+    (Counter::LimitedExit, Lost::KernelRate),
+    (Counter::LimitedDatagram, Lost::KernelRate),
+    (Counter::LimitedRaw, Lost::KernelRate),
 ];
 /// How often losses are looked for.
 const INTERVAL: Duration = Duration::from_secs(1);

@@ -9,7 +9,7 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use crate::{
     identity::{Session, SpiffeId},
     jwt::{Claims, Confirmation},
-    kernel::{Event, EventKind},
+    kernel::{Event, EventKind, Role, Task, errno_name},
     policy::PolicyRef,
     workload::Workload,
 };
@@ -47,6 +47,10 @@ pub enum Lost {
     KernelSocket,
     KernelExec,
     KernelExit,
+    KernelUdp,
+    KernelRaw,
+    /// Events beyond what is told of one pod.
+    KernelRate,
 }
 
 /// One connection, as the agent at one of its ends saw it.
@@ -395,58 +399,81 @@ pub struct Bytes {
 pub struct KernelEvent {
     pub pod: String,
     pub namespace: String,
-    /// 0 and empty where the kernel was not in the process's own context.
-    #[serde(skip_serializing_if = "is_zero")]
-    pub pid: u32,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    pub comm: String,
+    cgroup: u64,
     #[serde(flatten)]
-    what: What,
-}
-
-#[derive(Debug, Serialize)]
-#[serde(tag = "event", rename_all = "lowercase")]
-enum What {
-    Socket {
-        cookie: u64,
-        local: SocketAddr,
-        remote: SocketAddr,
-        old: &'static str,
-        new: &'static str,
-    },
-    Exec {
-        uid: u32,
-        path: String,
-    },
-    Exit,
+    what: serde_json::Value,
 }
 
 /// The record of a kernel event.
 pub fn event(event: Event, workload: &Workload) -> Record {
-    let what = match event.kind {
-        EventKind::Socket {
-            cookie,
-            local,
-            remote,
-            old,
-            new,
-        } => What::Socket {
-            cookie,
-            local,
-            remote,
-            old,
-            new,
-        },
-        EventKind::Exec { uid, path } => What::Exec { uid, path },
-        EventKind::Exit => What::Exit,
-    };
     Record::Event(Box::new(KernelEvent {
         pod: workload.name.clone(),
         namespace: workload.namespace.clone(),
-        pid: event.pid,
-        comm: event.comm,
-        what,
+        cgroup: event.cgroup,
+        what: what(event.kind),
     }))
+}
+
+fn what(kind: EventKind) -> serde_json::Value {
+    use serde_json::json;
+    let task = |task: &Task| json!({"pid": task.pid, "uid": task.uid, "comm": task.comm, "cgroup": task.cgroup});
+    match kind {
+        EventKind::Closed(life) => json!({
+            "event": "closed", "cookie": life.cookie, "local": life.local, "remote": life.remote,
+            "role": match life.role { Role::Dialled => "dialled", Role::Accepted => "accepted" },
+            "dialled": life.dialled, "task": life.task.as_ref().map(task), "opened": life.opened,
+            "established": life.established, "sent": life.sent, "received": life.received,
+            "retransmits": life.retransmits, "srttUs": life.srtt_us, "errno": errno_name(life.errno),
+        }),
+        EventKind::Failed {
+            cookie,
+            remote,
+            task: by,
+            errno,
+        } => json!({
+            "event": "failed", "cookie": cookie, "remote": remote, "task": task(&by), "errno": errno_name(errno),
+        }),
+        EventKind::Listen {
+            cookie,
+            local,
+            task: by,
+        } => json!({
+            "event": "listen", "cookie": cookie, "local": local, "task": by.as_ref().map(task),
+        }),
+        EventKind::Datagram {
+            cookie,
+            local,
+            remote,
+            task: by,
+        } => json!({
+            "event": "datagram", "cookie": cookie, "local": local, "remote": remote, "task": task(&by),
+        }),
+        EventKind::Raw {
+            cookie,
+            packet,
+            protocol,
+            task: by,
+        } => json!({
+            "event": "raw", "cookie": cookie, "packet": packet, "protocol": protocol, "task": task(&by),
+        }),
+        EventKind::Exec {
+            task: by,
+            parent,
+            path,
+            argv,
+            truncated,
+        } => json!({
+            "event": "exec", "task": task(&by), "parent": parent, "path": path,
+            "argv": String::from_utf8_lossy(&argv), "truncated": truncated,
+        }),
+        EventKind::Exit {
+            task: by,
+            code,
+            signal,
+        } => json!({
+            "event": "exit", "task": task(&by), "code": code, "signal": signal,
+        }),
+    }
 }
 
 #[derive(Serialize)]
@@ -483,10 +510,6 @@ fn timestamp(time: SystemTime) -> String {
 
 fn is_none(id: &u64) -> bool {
     *id == 0
-}
-
-fn is_zero(pid: &u32) -> bool {
-    *pid == 0
 }
 
 fn rfc3339<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {

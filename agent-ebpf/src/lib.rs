@@ -7,6 +7,10 @@
 
 #![no_std]
 
+mod observed;
+
+pub use observed::*;
+
 /// An address: IPv6, or IPv4 as v4-mapped IPv6, in network order.
 pub type Address = [u32; 4];
 
@@ -15,7 +19,7 @@ pub const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// Changes whenever a type, a map or a meaning in this file changes. It is part
 /// of the pin path, so that agents of different ABIs never share a map.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Directories that may hold pods: two kubelets, or two layouts, on one host.
 pub const PODS_ROOTS: usize = 4;
@@ -146,7 +150,7 @@ pub const LISTENER_HBONE: u32 = 1;
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counter {
-    /// Events that found the ring full, by kind of event.
+    /// Events that found the ring full: of TCP sockets, of programs started and ended.
     LostSocket = 0,
     LostExec = 1,
     LostExit = 2,
@@ -160,81 +164,21 @@ pub enum Counter {
     DroppedNoListener = 6,
     /// Connects refused because the protocol cannot be carried (MPTCP).
     RefusedProtocol = 7,
+    /// Events that found the ring full: of UDP flows, and of raw and packet sockets.
+    LostDatagram = 8,
+    LostRaw = 9,
+    /// Events beyond what is told of one pod, by kind.
+    LimitedSocket = 10,
+    LimitedExec = 11,
+    LimitedExit = 12,
+    LimitedDatagram = 13,
+    LimitedRaw = 14,
+    /// TCP sockets that `SOCKETS` had no room for: their end is told, but neither
+    /// process nor beginning.
+    UntrackedSocket = 15,
 }
 
-pub const COUNTERS: u32 = 8;
-
-/// Begins every event in the ring.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct EventHeader {
-    /// One of the `EVENT_` constants; the reader skips what it does not know.
-    pub kind: u32,
-    pub tgid: u32,
-    /// `CLOCK_MONOTONIC`, nanoseconds.
-    pub at: u64,
-    pub netns: u64,
-    pub cgroup: u64,
-    pub comm: [u8; 16],
-}
-
-pub const EVENT_SOCKET: u32 = 1;
-pub const EVENT_EXEC: u32 = 2;
-pub const EVENT_EXIT: u32 = 3;
-
-/// A TCP socket changed its state (`sock:inet_sock_set_state`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SocketEvent {
-    pub header: EventHeader,
-    pub cookie: u64,
-    pub local: Address,
-    pub remote: Address,
-    pub local_port: u32,
-    pub remote_port: u32,
-    /// `TCP_ESTABLISHED` and so on, `include/net/tcp_states.h`.
-    pub old_state: u32,
-    pub new_state: u32,
-}
-
-pub const PATH_LEN: usize = 256;
-
-/// A process replaced its program (`sched:sched_process_exec`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExecEvent {
-    pub header: EventHeader,
-    pub uid: u32,
-    /// Bytes used in `path`, without the closing zero.
-    pub path_len: u32,
-    pub path: [u8; PATH_LEN],
-}
-
-/// A process ended (`sched:sched_process_exit`).
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ExitEvent {
-    pub header: EventHeader,
-}
-
-/// Where fields lie in this kernel's structures, read from its BTF by the agent
-/// and set before load. The kernel's own layout differs between versions.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offsets {
-    pub sock_net: u32,
-    pub sock_family: u32,
-    pub sock_daddr: u32,
-    pub sock_rcv_saddr: u32,
-    pub sock_dport: u32,
-    pub sock_num: u32,
-    pub sock_v6_daddr: u32,
-    pub sock_v6_rcv_saddr: u32,
-    pub net_cookie: u32,
-    pub task_nsproxy: u32,
-    pub nsproxy_net: u32,
-    pub binprm_filename: u32,
-}
+pub const COUNTERS: u32 = 16;
 
 macro_rules! sizes {
     ($($ty:ident = $size:literal),* $(,)?) => {
@@ -256,9 +200,16 @@ sizes! {
     Client = 20,
     Probe = 40,
     Listener = 20,
-    Offsets = 48,
-    EventHeader = 48,
-    SocketEvent = 104,
-    ExecEvent = 312,
-    ExitEvent = 48,
+    EventHeader = 32,
+    Task = 32,
+    Tracked = 88,
+    ClosedEvent = 176,
+    SocketEvent = 120,
+    ExecEvent = 96,
+    ExitEvent = 72,
+    Flow = 48,
+    Bucket = 24,
+    Limits = 16,
+    Call = 16,
+    Offsets = 168,
 }

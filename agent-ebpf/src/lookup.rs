@@ -66,7 +66,7 @@ pub fn inbound(ctx: &SkLookupContext) -> u32 {
 
 /// `::1`, or 127.0.0.0/8 as v4-mapped.
 #[inline(always)]
-fn is_loopback(address: Address) -> bool {
+pub fn is_loopback(address: Address) -> bool {
     const NET: u32 = 0x7f00_0000;
     address == [0, 0, 0, 1_u32.to_be()]
         || (is_mapped(address) && u32::from_be(address[3]) & 0xff00_0000 == NET)

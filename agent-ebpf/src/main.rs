@@ -1,5 +1,5 @@
 //! The kernel programs. Each entry point is its attribute and one call; what it
-//! does is in the module of the same theme. No program fails open in silence:
+//! does is in the module of the same theme; those of observers are in `probes`. No program fails open in silence:
 //! every refusal is counted, every pass has its reason beside it.
 
 #![no_std]
@@ -11,13 +11,12 @@ mod lookup;
 mod maps;
 mod observe;
 mod peername;
+mod probes;
 mod sockops;
 
 use aya_ebpf::{
-    macros::{btf_tracepoint, cgroup_sock, cgroup_sock_addr, sk_lookup, sock_ops},
-    programs::{
-        BtfTracePointContext, SkLookupContext, SockAddrContext, SockContext, SockOpsContext,
-    },
+    macros::{cgroup_sock, cgroup_sock_addr, sk_lookup, sock_ops},
+    programs::{SkLookupContext, SockAddrContext, SockContext, SockOpsContext},
 };
 
 #[cgroup_sock_addr(connect4)]
@@ -53,21 +52,6 @@ pub fn postern_release(ctx: SockContext) -> i32 {
 #[sk_lookup]
 pub fn postern_lookup(ctx: SkLookupContext) -> u32 {
     lookup::inbound(&ctx)
-}
-
-#[btf_tracepoint(function = "inet_sock_set_state")]
-pub fn postern_state(ctx: BtfTracePointContext) -> i32 {
-    observe::socket_state(&ctx)
-}
-
-#[btf_tracepoint(function = "sched_process_exec")]
-pub fn postern_exec(ctx: BtfTracePointContext) -> i32 {
-    observe::process_exec(&ctx)
-}
-
-#[btf_tracepoint(function = "sched_process_exit")]
-pub fn postern_exit(ctx: BtfTracePointContext) -> i32 {
-    observe::process_exit(&ctx)
 }
 
 #[cfg(not(test))]

@@ -1,15 +1,18 @@
 //! All maps. Sizes here are the defaults; the agent sets those of its
 //! configuration before it loads. A map is LRU only where losing an entry is
-//! safe: `ORIGINS` and `PROBES`, where it turns a probe away under STRICT.
+//! safe: `ORIGINS` and `PROBES`, where it turns a probe away under STRICT, and those of
+//! observers, where something is told once more.
 
 use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash},
 };
 use postern_ebpf::{
-    COUNTERS as COUNTER_COUNT, Client, Config, Counter, Dial, Endpoint, Listener, MeshKey, Probe,
-    Workload,
+    Bucket, COUNTERS as COUNTER_COUNT, Call, Client, Config, Counter, Dial, Endpoint, Flow,
+    Listener, MeshKey, Probe, Tracked, Workload,
 };
+
+use crate::observe::processes::ExecScratch;
 
 /// Allocate entries when they are needed, not all at once.
 const NO_PREALLOC: u32 = aya_ebpf::bindings::BPF_F_NO_PREALLOC;
@@ -52,6 +55,34 @@ pub static PROBES: LruHashMap<Probe, u64> = LruHashMap::with_max_entries(4_096, 
 /// The agent's listening sockets.
 #[map]
 pub static LISTENERS: SockHash<Listener> = SockHash::with_max_entries(8_192, 0);
+
+/// Open TCP sockets of enrolled pods by cookie.
+#[map]
+pub static SOCKETS: HashMap<u64, Tracked> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+
+/// Sockets whose connect has failed and was told, until `connect` says so itself.
+#[map]
+pub static TOLD: LruHashMap<u64, u32> = LruHashMap::with_max_entries(4_096, 0);
+
+/// UDP flows that were told, to the time (`CLOCK_MONOTONIC`, ns) of their last packet.
+#[map]
+pub static DATAGRAMS: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(16_384, 0);
+
+/// Raw and packet sockets that were told, by cookie.
+#[map]
+pub static RAWS: LruHashMap<u64, u32> = LruHashMap::with_max_entries(1_024, 0);
+
+/// When each pod may have used up its events of a kind.
+#[map]
+pub static BUCKETS: LruHashMap<Bucket, u64> = LruHashMap::with_max_entries(16_384, 0);
+
+/// Calls of `inet_stream_connect` that kprobes wait for, by thread.
+#[map]
+pub static CALLS: LruHashMap<u64, Call> = LruHashMap::with_max_entries(8_192, 0);
+
+/// Where an exec event is put together.
+#[map]
+pub static EXEC: PerCpuArray<ExecScratch> = PerCpuArray::with_max_entries(1, 0);
 
 /// Kernel events of enrolled pods.
 #[map]

@@ -1,53 +1,99 @@
 //! Observers: what the kernel itself saw of enrolled pods, for the audit log.
-//! They decide nothing, so they fail open; an event that finds the ring full is
-//! counted by kind.
+//! They decide nothing, so they fail open. An event that finds the ring full, or is
+//! more than is told of one pod, is counted by kind.
+//!
+//! The agent's own sockets in a pod's namespace are nobody's business: they carry
+//! what the pod's sockets were seen to do.
+
+pub mod datagrams;
+pub mod processes;
+pub mod sockets;
 
 use aya_ebpf::{
-    helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_current_task, bpf_get_socket_cookie, bpf_ktime_get_ns,
-    },
+    helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_task, bpf_ktime_get_ns},
     helpers::{
         bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-        bpf_probe_read_kernel, bpf_probe_read_kernel_str_bytes,
+        bpf_probe_read_kernel,
     },
-    programs::BtfTracePointContext,
+    maps::ring_buf::RingBufEntry,
 };
 use postern_ebpf::{
-    Address, Counter, EVENT_EXEC, EVENT_EXIT, EVENT_SOCKET, EventHeader, ExecEvent, ExitEvent,
-    Offsets, PATH_LEN, SocketEvent,
+    Address, BURST_SECONDS, Bucket, Config, Counter, EventHeader, Limits, Offsets, Task,
 };
 
 use crate::{
     context::{Caller, caller, mapped},
-    maps::{EVENTS, WORKLOADS, config, count},
+    maps::{BUCKETS, CGROUPS, EVENTS, WORKLOADS, count},
 };
-
-const IGNORED: i32 = 0;
-const AF_INET: u16 = 2;
-const AF_INET6: u16 = 10;
 
 /// Set by the agent before load, from the kernel's BTF.
 #[unsafe(no_mangle)]
-static OFFSETS: Offsets = Offsets {
+pub static OFFSETS: Offsets = Offsets {
     sock_net: 0,
     sock_family: 0,
+    sock_state: 0,
+    sock_flags: 0,
     sock_daddr: 0,
     sock_rcv_saddr: 0,
     sock_dport: 0,
     sock_num: 0,
     sock_v6_daddr: 0,
     sock_v6_rcv_saddr: 0,
+    sock_cookie: 0,
+    sock_protocol: 0,
+    sock_err: 0,
+    sock_cgroup: 0,
+    inet_sport: 0,
+    packet_num: 0,
+    tcp_bytes_sent: 0,
+    tcp_bytes_retrans: 0,
+    tcp_bytes_received: 0,
+    tcp_segs_out: 0,
+    tcp_total_retrans: 0,
+    tcp_srtt_us: 0,
+    socket_sk: 0,
+    msg_name: 0,
     net_cookie: 0,
+    cgroup_kn: 0,
+    kernfs_id: 0,
+    cgroup_parent: 0,
     task_nsproxy: 0,
     nsproxy_net: 0,
+    task_flags: 0,
+    task_exit_code: 0,
+    task_real_parent: 0,
+    task_tgid: 0,
+    task_comm: 0,
+    task_mm: 0,
+    task_signal: 0,
+    signal_group_exec: 0,
+    mm_arg_start: 0,
+    mm_arg_end: 0,
     binprm_filename: 0,
+    accept_arguments: 0,
 };
 
+/// Set by the agent before load, from its configuration.
+#[unsafe(no_mangle)]
+static LIMITS: Limits = Limits {
+    socket: 0,
+    other: 0,
+};
+
+/// Reads what the agent has set before load: a constant to the verifier.
 #[inline(always)]
-fn offsets() -> Offsets {
-    // SAFETY: a static; volatile, because the agent changes it before load.
-    unsafe { (&raw const OFFSETS).read_volatile() }
+pub fn set<T: Copy>(value: &'static T) -> T {
+    // SAFETY: a reference; volatile, because the compiler sees what it is set to here.
+    unsafe { (&raw const *value).read_volatile() }
 }
+
+/// One of [`OFFSETS`].
+macro_rules! offset {
+    ($field:ident) => {
+        $crate::observe::set(&$crate::observe::OFFSETS.$field)
+    };
+}
+pub(crate) use offset;
 
 /// Reads a field of a kernel structure.
 ///
@@ -59,153 +105,314 @@ unsafe fn field<T>(base: u64, offset: u32) -> Option<T> {
     unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const T) }.ok()
 }
 
+/// The pod that an event is about.
+#[derive(Clone, Copy)]
+pub struct Subject {
+    pub netns: u64,
+    /// As [`EventHeader::cgroup`].
+    pub cgroup: u64,
+}
+
+/// `sk` of a `struct socket`.
 #[inline(always)]
-pub fn socket_state(ctx: &BtfTracePointContext) -> i32 {
-    let _seen = try_socket_state(ctx);
-    IGNORED
+pub fn socket_sk(socket: u64) -> Option<u64> {
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    unsafe { field(socket, offset!(socket_sk)) }
+}
+
+/// A socket's cookie, 0 where nobody has asked for one yet.
+#[inline(always)]
+pub fn cookie(sk: u64) -> u64 {
+    // SAFETY: as above.
+    unsafe { field(sk, offset!(sock_cookie)) }.unwrap_or(0)
 }
 
 #[inline(always)]
-fn try_socket_state(ctx: &BtfTracePointContext) -> Option<()> {
-    let sock: *const u8 = ctx.arg(0);
-    let (old_state, new_state): (u32, u32) = (ctx.arg(1), ctx.arg(2));
-    let at = offsets();
-    let base = sock as u64;
+fn socket_netns(sk: u64) -> Option<u64> {
     // SAFETY: offsets and types are those of the running kernel's BTF.
     unsafe {
-        let net: u64 = field(base, at.sock_net)?;
-        let netns: u64 = field(net, at.net_cookie)?;
-        // Runs in any context (softirq too), so only the namespace can tell.
-        if WORKLOADS.get(netns)?.enrolled == 0 {
-            return None;
-        }
-        let family: u16 = field(base, at.sock_family)?;
-        let (local, remote): (Address, Address) = match family {
-            AF_INET => (
-                mapped(field(base, at.sock_rcv_saddr)?),
-                mapped(field(base, at.sock_daddr)?),
-            ),
-            AF_INET6 => (
-                field(base, at.sock_v6_rcv_saddr)?,
-                field(base, at.sock_v6_daddr)?,
-            ),
-            _ => return None,
-        };
-        let local_port: u16 = field(base, at.sock_num)?;
-        let remote_port: u16 = field(base, at.sock_dport)?;
-        let cookie = bpf_get_socket_cookie(sock.cast_mut().cast());
-        let Some(mut entry) = EVENTS.reserve::<SocketEvent>(0) else {
-            count(Counter::LostSocket);
-            return None;
-        };
-        let mut header = header(EVENT_SOCKET, netns);
-        // In softirq the current process is whichever was interrupted.
-        if current_netns() != Some(netns) {
-            header.tgid = 0;
-            header.cgroup = 0;
-            header.comm = [0; 16];
-        }
-        entry.write(SocketEvent {
-            header,
-            cookie,
-            local,
-            remote,
-            local_port: u32::from(local_port),
-            remote_port: u32::from(u16::from_be(remote_port)),
-            old_state,
-            new_state,
-        });
-        entry.submit(0);
+        let net: u64 = field(sk, offset!(sock_net))?;
+        field(net, offset!(net_cookie))
     }
-    Some(())
 }
 
+/// The cgroup that a socket was made in; an accepted one has its listener's.
 #[inline(always)]
-pub fn process_exec(ctx: &BtfTracePointContext) -> i32 {
-    let _seen = try_process_exec(ctx);
-    IGNORED
+fn socket_cgroup(sk: u64) -> Option<u64> {
+    // SAFETY: as above.
+    unsafe { field(sk, offset!(sock_cgroup)) }
 }
 
+/// # Safety
+/// `cgroup` is the address of a cgroup.
 #[inline(always)]
-fn try_process_exec(ctx: &BtfTracePointContext) -> Option<()> {
-    let netns = enrolled_process()?;
-    let binprm: *const u8 = ctx.arg(2);
-    let Some(mut entry) = EVENTS.reserve::<ExecEvent>(0) else {
-        count(Counter::LostExec);
-        return None;
-    };
-    let event = entry.as_mut_ptr();
-    // SAFETY: the entry is ours until submitted, and every byte of it is written.
+unsafe fn cgroup_id(cgroup: u64) -> Option<u64> {
+    // SAFETY: as above, and the caller's promise.
     unsafe {
-        (*event).header = header(EVENT_EXEC, netns);
-        (*event).uid = bpf_get_current_uid_gid() as u32;
-        (*event).path_len = 0;
-        (*event).path = [0; PATH_LEN];
-        if let Some(name) = field::<u64>(binprm as u64, offsets().binprm_filename)
-            && let Ok(path) = bpf_probe_read_kernel_str_bytes(name as *const u8, &mut (*event).path)
-        {
-            (*event).path_len = path.len() as u32;
+        let node: u64 = field(cgroup, offset!(cgroup_kn))?;
+        field(node, offset!(kernfs_id))
+    }
+}
+
+/// How far above a socket's cgroup its pod's is looked for: a container's, one that it
+/// made itself, and one more.
+const LEVELS_ABOVE: usize = 4;
+
+/// The enrolled pod that a socket belongs to, whoever runs: softirq is nobody.
+#[inline(always)]
+fn owner(config: &Config, sk: u64) -> Option<(Subject, Agents)> {
+    let netns = socket_netns(sk)?;
+    let mut at = socket_cgroup(sk)?;
+    // SAFETY: what `sk_cgrp_data` points to is a cgroup.
+    let own = unsafe { cgroup_id(at)? };
+    let agents = Agents::tell(config, own);
+    if matches!(agents, Agents::Yes) {
+        return None;
+    }
+    if netns != config.node_netns {
+        // SAFETY: the map's values are only replaced whole, by the agent.
+        if let Some(workload) = unsafe { WORKLOADS.get(netns) } {
+            let subject = Subject { netns, cgroup: own };
+            return (workload.enrolled == 1).then_some((subject, agents));
         }
     }
-    entry.submit(0);
-    Some(())
-}
-
-#[inline(always)]
-pub fn process_exit(_ctx: &BtfTracePointContext) -> i32 {
-    let _seen = try_process_exit();
-    IGNORED
-}
-
-#[inline(always)]
-fn try_process_exit() -> Option<()> {
-    let pid_tgid = bpf_get_current_pid_tgid();
-    if pid_tgid as u32 != (pid_tgid >> 32) as u32 {
-        return None; // a thread, not the process
+    for _ in 0..LEVELS_ABOVE {
+        // SAFETY: a cgroup begins with its `cgroup_subsys_state`, as its parent does.
+        at = unsafe { field(at, offset!(cgroup_parent))? };
+        // SAFETY: as above; zero above the root, which reads as nothing.
+        let cgroup = unsafe { cgroup_id(at)? };
+        // SAFETY: the map's values are only replaced whole, by the agent.
+        if let Some(workload) = unsafe { CGROUPS.get(cgroup) } {
+            return (workload.enrolled == 1).then_some((Subject { netns, cgroup }, agents));
+        }
     }
-    let netns = enrolled_process()?;
-    let Some(mut entry) = EVENTS.reserve::<ExitEvent>(0) else {
-        count(Counter::LostExit);
-        return None;
-    };
-    entry.write(ExitEvent {
-        header: header(EVENT_EXIT, netns),
-    });
-    entry.submit(0);
-    Some(())
+    None
 }
 
-/// The network namespace of the current process, if it belongs to an enrolled workload.
+/// Whether a socket is the agent's own.
+#[derive(Clone, Copy)]
+enum Agents {
+    Yes,
+    No,
+    /// Pods share the agent's cgroup: on hosts where their cgroups are v1 only. Then
+    /// its process is asked for, where there is one.
+    Unsure,
+}
+
+impl Agents {
+    #[inline(always)]
+    fn tell(config: &Config, cgroup: u64) -> Self {
+        if config.pods_by_netns_only == 1 || config.agent_cgroup == 0 {
+            if cgroup == config.agent_cgroup || config.agent_cgroup == 0 {
+                return Self::Unsure;
+            }
+            return Self::No;
+        }
+        if cgroup == config.agent_cgroup {
+            Self::Yes
+        } else {
+            Self::No
+        }
+    }
+}
+
+/// Whether the agent itself is running.
 #[inline(always)]
-fn enrolled_process() -> Option<u64> {
-    let netns = current_netns()?;
-    match caller(config()?, netns) {
-        Caller::Known(workload, _) if workload.enrolled == 1 => Some(netns),
+fn is_agent(config: &Config) -> bool {
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    // SAFETY: a helper without arguments.
+    tgid == config.agent_tgid && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup
+}
+
+/// The enrolled pod that the current process belongs to, given a namespace: its own or
+/// its socket's.
+#[inline(always)]
+fn calling(config: &Config, netns: u64) -> Option<Subject> {
+    match caller(config, netns) {
+        Caller::Known(workload, pod) if workload.enrolled == 1 && !is_agent(config) => {
+            // SAFETY: a helper without arguments.
+            let own = unsafe { bpf_get_current_cgroup_id() };
+            let cgroup = if pod == 0 { own } else { pod };
+            Some(Subject { netns, cgroup })
+        }
         _ => None,
     }
 }
 
 #[inline(always)]
 fn current_netns() -> Option<u64> {
-    let at = offsets();
     // SAFETY: offsets and types are those of the running kernel's BTF.
     unsafe {
-        let nsproxy: u64 = field(bpf_get_current_task(), at.task_nsproxy)?;
-        let net: u64 = field(nsproxy, at.nsproxy_net)?;
-        field(net, at.net_cookie)
+        let nsproxy: u64 = field(bpf_get_current_task(), offset!(task_nsproxy))?;
+        let net: u64 = field(nsproxy, offset!(nsproxy_net))?;
+        field(net, offset!(net_cookie))
+    }
+}
+
+/// The current process.
+#[inline(always)]
+fn task() -> Task {
+    Task {
+        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        uid: bpf_get_current_uid_gid() as u32,
+        // SAFETY: a helper without arguments.
+        cgroup: unsafe { bpf_get_current_cgroup_id() },
+        comm: bpf_get_current_comm().unwrap_or_default(),
     }
 }
 
 #[inline(always)]
-fn header(kind: u32, netns: u64) -> EventHeader {
+fn now() -> u64 {
+    // SAFETY: a helper without arguments.
+    unsafe { bpf_ktime_get_ns() }
+}
+
+const AF_INET: u16 = 2;
+const AF_INET6: u16 = 10;
+
+/// An address and its port, in host order.
+#[derive(Clone, Copy)]
+struct At {
+    address: Address,
+    port: u32,
+}
+
+/// Both ends of a socket, as it has them.
+#[inline(always)]
+fn ends(sk: u64) -> Option<(At, At)> {
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    unsafe {
+        let (local, remote) = match field(sk, offset!(sock_family))? {
+            AF_INET => (
+                mapped(field(sk, offset!(sock_rcv_saddr))?),
+                mapped(field(sk, offset!(sock_daddr))?),
+            ),
+            AF_INET6 => (
+                field(sk, offset!(sock_v6_rcv_saddr))?,
+                field(sk, offset!(sock_v6_daddr))?,
+            ),
+            _ => return None,
+        };
+        // Not `skc_num`: it is gone by the time that a TCP socket is closed.
+        let (near, far): (u16, u16) = (
+            field(sk, offset!(inet_sport))?,
+            field(sk, offset!(sock_dport))?,
+        );
+        let at = |address, port| At {
+            address,
+            port: u32::from(u16::from_be(port)),
+        };
+        Some((at(local, near), at(remote, far)))
+    }
+}
+
+/// A `sockaddr` that the kernel has copied.
+#[inline(always)]
+fn sockaddr(at: u64) -> Option<At> {
+    // SAFETY: `sockaddr_in` and `sockaddr_in6` begin with family and port.
+    unsafe {
+        let address = match field(at, 0)? {
+            AF_INET => mapped(field(at, 4)?),
+            AF_INET6 => field(at, 8)?,
+            _ => return None,
+        };
+        let port: u16 = field(at, 2)?;
+        Some(At {
+            address,
+            port: u32::from(u16::from_be(port)),
+        })
+    }
+}
+
+/// What is limited, and counted, together.
+#[derive(Clone, Copy)]
+enum Kind {
+    Socket,
+    Exec,
+    Exit,
+    Datagram,
+    Raw,
+}
+
+impl Kind {
+    #[inline(always)]
+    fn lost(self) -> Counter {
+        match self {
+            Self::Socket => Counter::LostSocket,
+            Self::Exec => Counter::LostExec,
+            Self::Exit => Counter::LostExit,
+            Self::Datagram => Counter::LostDatagram,
+            Self::Raw => Counter::LostRaw,
+        }
+    }
+
+    #[inline(always)]
+    fn limited(self) -> Counter {
+        match self {
+            Self::Socket => Counter::LimitedSocket,
+            Self::Exec => Counter::LimitedExec,
+            Self::Exit => Counter::LimitedExit,
+            Self::Datagram => Counter::LimitedDatagram,
+            Self::Raw => Counter::LimitedRaw,
+        }
+    }
+}
+
+/// Room in the ring for an event; what there is none for is counted.
+#[inline(always)]
+fn room<T: 'static>(config: &Config, subject: Subject, kind: Kind) -> Option<RingBufEntry<T>> {
+    if !allowed(config, subject, kind) {
+        return None;
+    }
+    let entry = EVENTS.reserve::<T>(0);
+    if entry.is_none() {
+        count(kind.lost());
+    }
+    entry
+}
+
+/// A token bucket, kept as the time at which it is full again (GCRA, ITU-T I.371). Two
+/// CPUs may both take the last token: the limit bounds the cost, it is no promise.
+#[inline(always)]
+fn allowed(config: &Config, subject: Subject, kind: Kind) -> bool {
+    let interval = set(match kind {
+        Kind::Socket => &LIMITS.socket,
+        _ => &LIMITS.other,
+    });
+    let bucket = Bucket {
+        netns: subject.netns,
+        cgroup: if subject.netns == config.node_netns {
+            subject.cgroup
+        } else {
+            0
+        },
+        kind: kind as u32,
+        _pad: 0,
+    };
+    let now = now();
+    let Some(full) = BUCKETS.get_ptr_mut(bucket) else {
+        let _full = BUCKETS.insert(bucket, now + interval, 0);
+        return true;
+    };
+    // SAFETY: a word of a map; a write that is lost lets one event more through.
+    unsafe {
+        let from = if *full > now { *full } else { now };
+        if from - now > BURST_SECONDS * 1_000_000_000 {
+            count(kind.limited());
+            return false;
+        }
+        *full = from + interval;
+    }
+    true
+}
+
+#[inline(always)]
+fn header(kind: u32, subject: Subject) -> EventHeader {
     EventHeader {
         kind,
-        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
-        // SAFETY: helpers without arguments.
-        at: unsafe { bpf_ktime_get_ns() },
-        netns,
-        // SAFETY: as above.
-        cgroup: unsafe { bpf_get_current_cgroup_id() },
-        comm: bpf_get_current_comm().unwrap_or_default(),
+        _pad: 0,
+        at: now(),
+        netns: subject.netns,
+        cgroup: subject.cgroup,
     }
 }

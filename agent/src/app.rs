@@ -1,5 +1,6 @@
 //! Builds the parts and joins them; the only one who knows all of them.
 
+mod bypass;
 mod observe;
 mod reload;
 mod tokens;
@@ -20,11 +21,11 @@ use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc, watch},
+    sync::{Semaphore, mpsc, oneshot, watch},
 };
 
 use crate::{
-    audit::{Audit, Record},
+    audit::{Audit, Join, Processes, Record},
     config::{Config, Unknown},
     fetch::Trust,
     judge::Judge,
@@ -88,6 +89,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let (cgroup, mounts) = hook_cgroup(&config)?;
     let (kernel, events) =
         Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
+    let sees = config.audit.events && kernel.sees_sockets();
     let mut trust_domains = vec![config.trust_domain.clone()];
     trust_domains.extend(config.trust_domain_aliases.clone());
     let identities = Arc::new(identities);
@@ -108,6 +110,8 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         tokens,
         handshakes: Semaphore::new(MAX_HANDSHAKES),
         audit: audit.clone(),
+        join: Join::new(audit.clone(), sees),
+        processes: Processes::default(),
         metrics,
     });
     let (trigger, watcher) = drain();
@@ -129,15 +133,20 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         problems: Mutex::new(vec!["starting".into()]),
     });
     serve(endpoints, state.clone(), log, &watcher);
-    if let Some(why) = &kernel.blind {
-        tracing::warn!(why, "no kernel events: the audit log has connections only");
-    } else if config.audit.events {
-        tokio::spawn(observe::kernel_events(
-            proxy.clone(),
-            events,
-            watcher.clone(),
-        ));
+    for blind in &kernel.blind {
+        tracing::warn!(blind.part, blind.why, "{}", blind.without);
     }
+    let (seen_enough, enough) = oneshot::channel();
+    let observer = config.audit.events.then(|| {
+        let events = observe::kernel_events(proxy.clone(), events, enough);
+        tokio::spawn(events)
+    });
+    tokio::spawn(bypass::watch(
+        proxy.clone(),
+        state.agent_cgroup,
+        config.enforce.bypass,
+        watcher.clone(),
+    ));
     let (wake, woken) = mpsc::channel(1);
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
@@ -156,6 +165,11 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let limit = config.drain.timeout.0;
     if !trigger.drain(limit).await {
         tracing::warn!(left = proxy.connections.len(), "time to drain is up");
+    }
+    // The sockets of the last connections are still to be told of.
+    let _no_observer = seen_enough.send(());
+    if let Some(observer) = observer {
+        let _panicked = observer.await;
     }
     audit.record(Record::Agent {
         event: "stopped",
@@ -242,6 +256,14 @@ impl StatusSource for State {
             ("lost_socket_events", Counter::LostSocket),
             ("lost_exec_events", Counter::LostExec),
             ("lost_exit_events", Counter::LostExit),
+            ("lost_datagram_events", Counter::LostDatagram),
+            ("lost_raw_events", Counter::LostRaw),
+            ("limited_socket_events", Counter::LimitedSocket),
+            ("limited_exec_events", Counter::LimitedExec),
+            ("limited_exit_events", Counter::LimitedExit),
+            ("limited_datagram_events", Counter::LimitedDatagram),
+            ("limited_raw_events", Counter::LimitedRaw),
+            ("untracked_sockets", Counter::UntrackedSocket),
             ("steered", Counter::Steered),
             ("refused_unknown_workload", Counter::RefusedUnknown),
             ("refused_map_full", Counter::RefusedFull),

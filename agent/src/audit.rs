@@ -89,6 +89,16 @@ impl Audit {
         ))
     }
 
+    /// One whose records a test looks at.
+    #[cfg(test)]
+    fn of_queue(node: &str, queue: SyncSender<Record>) -> Self {
+        Self {
+            node: node.into(),
+            queue,
+            losses: Arc::default(),
+        }
+    }
+
     pub fn node(&self) -> &str {
         &self.node
     }

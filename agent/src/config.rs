@@ -37,6 +37,7 @@ pub struct Config {
     /// Directory for what must outlive the agent, mode 0700.
     pub state: PathBuf,
     pub enrol: Enrol,
+    pub enforce: Enforce,
     pub workloads: Workloads,
     pub policies: Policies,
     pub identity: Identity,
@@ -74,6 +75,24 @@ pub enum Unknown {
     Refuse,
     /// Fail open: the connection goes out as the application made it.
     Allow,
+}
+
+/// What is done about what goes around the agent.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct Enforce {
+    /// A TCP connection of an enrolled pod that no agent carries, because it is older
+    /// than the pod's place in the mesh.
+    pub bypass: Bypass,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Bypass {
+    /// It goes on, and is recorded.
+    Record,
+    /// It is ended: its application sees ECONNABORTED.
+    Cut,
 }
 
 /// Where Pod, Service, EndpointSlice and Namespace objects come from.
@@ -227,6 +246,23 @@ pub struct Kernel {
     pub max_connections: u32,
     /// Size of the event ring, bytes; a power of two, at least one page.
     pub ring_bytes: RingBytes,
+    /// How functions of the kernel are probed for the audit log.
+    pub probes: Probes,
+    /// Events of TCP sockets that one pod may cause each second; of four seconds at
+    /// once. What is beyond is counted.
+    pub sockets_per_second: Count,
+    /// The same for each other kind of event: UDP flows, raw sockets, programs that
+    /// start, processes that end.
+    pub events_per_second: Count,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Probes {
+    /// By fentry and fexit; by kprobes what cannot be probed so.
+    Auto,
+    Fentry,
+    Kprobe,
 }
 
 /// The audit log.
@@ -272,6 +308,7 @@ impl Default for Config {
             trust_domain_aliases: Vec::new(),
             state: "/var/lib/postern".into(),
             enrol: Enrol::default(),
+            enforce: Enforce::default(),
             workloads: Workloads::default(),
             policies: Policies::default(),
             identity: Identity::default(),
@@ -292,6 +329,14 @@ impl Default for Enrol {
         Self {
             default: Mesh::Disabled,
             unknown: Unknown::Refuse,
+        }
+    }
+}
+
+impl Default for Enforce {
+    fn default() -> Self {
+        Self {
+            bypass: Bypass::Record,
         }
     }
 }
@@ -389,6 +434,9 @@ impl Default for Kernel {
             max_workloads: 4_096,
             max_connections: 131_072,
             ring_bytes: RingBytes(1 << 20),
+            probes: Probes::Auto,
+            sockets_per_second: Count(5_000),
+            events_per_second: Count(1_000),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use crate::{
     config::Config,
-    kernel::{cgroup_mounts, find_pods_roots, probe},
+    kernel::{available, cgroup_mounts, diag, find_pods_roots},
 };
 
 /// One finding.
@@ -65,15 +65,27 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         }
         Err(error) => find(false, true, format!("/proc/self/mounts: {error}")),
     }
-    match probe::Btf::of_kernel()
-        .map_err(|e| e.to_string())
-        .and_then(|b| probe::offsets(&b))
-    {
-        Ok(_) => find(true, false, "BTF: kernel events are recorded".into()),
-        Err(why) => find(
+    for (part, way) in available(config.kernel.probes) {
+        let name = part.name;
+        match way {
+            Ok(way) => find(true, false, format!("audit of {name}: by {way}")),
+            Err(why) => find(
+                false,
+                false,
+                format!("audit of {name}: {why}: {}", part.without),
+            ),
+        }
+    }
+    match diag::can_destroy() {
+        Ok(()) => find(
+            true,
+            false,
+            "sockets can be destroyed (SOCK_DESTROY)".into(),
+        ),
+        Err(error) => find(
             false,
             false,
-            format!("{why}: no kernel events in the audit log"),
+            format!("SOCK_DESTROY: {error}: connections that are not to be cannot be cut"),
         ),
     }
     let bpffs = Path::new("/sys/fs/bpf").is_dir();

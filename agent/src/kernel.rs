@@ -1,27 +1,28 @@
 //! The kernel side, seen from the agent: `load` brings programs, links and maps
 //! into the kernel or adopts those that are pinned, `maps` is what is read and
-//! written at run time, `events` decodes the ring. `cgroup` and `netns` are the
-//! two kernel objects that a pod is known by, `btf` finds fields in its structures.
+//! written at run time, `observers` is what pods are seen by, `events` decodes the ring,
+//! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
+//! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
+//! by, `btf` finds fields in its structures.
 
 mod btf;
 mod cgroup;
 mod container;
+pub mod diag;
 mod events;
+mod inherit;
 mod load;
 mod maps;
 mod netns;
+mod observers;
 
 pub use cgroup::{
     CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
     processes,
 };
 pub use container::read_in_pod;
-pub use events::{Event, EventKind, decode, text};
+pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};
 pub use load::{Kernel, KernelError, cleanup, own_cgroup};
-pub use maps::{ClientEntry, from_abi, to_abi};
+pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
-
-/// What this kernel offers, for `postern doctor`.
-pub mod probe {
-    pub use super::btf::{Btf, offsets};
-}
+pub use observers::{Blind, available};

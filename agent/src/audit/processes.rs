@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, VecDeque},
-    path::Path,
+    path::{Path, PathBuf},
     sync::Mutex,
     time::{Duration, Instant},
 };
@@ -11,7 +11,10 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 
 use super::seen::{Parent, Process};
-use crate::{identity::hex, kernel::text};
+use crate::{
+    identity::hex,
+    kernel::{cgroup_id, cgroup_mounts, text},
+};
 
 /// Processes that are known at once; the oldest are forgotten first.
 const MOST: usize = 32_768;
@@ -39,7 +42,12 @@ struct Known {
     order: VecDeque<(u32, u64)>,
     ended: VecDeque<(Instant, u32, u64)>,
     next: u64,
+    /// Paths of containers' cgroups, by id.
+    cgroups: HashMap<u64, String>,
 }
+
+/// Cgroups that are known at once.
+const MOST_CGROUPS: usize = 4_096;
 
 impl Processes {
     /// A process has a new program. Says who it is now.
@@ -92,6 +100,20 @@ impl Processes {
         look(pid, uid, comm)
     }
 
+    /// Path of a cgroup in the v2 tree: by a process in it, or below its pod's directories.
+    pub fn cgroup(&self, id: u64, pid: u32, dirs: &[PathBuf]) -> Option<String> {
+        if let Some(path) = self.lock().cgroups.get(&id) {
+            return Some(path.clone());
+        }
+        let found = cgroup_of(pid).or_else(|| below(dirs, id))?;
+        let mut known = self.lock();
+        if known.cgroups.len() >= MOST_CGROUPS {
+            known.cgroups.clear();
+        }
+        known.cgroups.insert(id, found.clone());
+        Some(found)
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Known> {
         self.0.lock().expect("no panic while it is held")
     }
@@ -129,12 +151,7 @@ impl Known {
 fn look(pid: u32, uid: u32, comm: &str) -> Process {
     let proc = |what: &str| format!("/proc/{pid}/{what}");
     let exe = std::fs::read_link(proc("exe")).ok();
-    let cgroups = std::fs::read_to_string(proc("cgroup")).unwrap_or_default();
-    // The v2 line begins with "0::" (cgroups(7)).
-    let cgroup = cgroups
-        .lines()
-        .find_map(|line| line.strip_prefix("0::"))
-        .map(str::to_owned);
+    let cgroup = cgroup_of(pid);
     let argv = std::fs::read(proc("cmdline")).unwrap_or_default();
     Process {
         pid,
@@ -146,6 +163,35 @@ fn look(pid: u32, uid: u32, comm: &str) -> Process {
         cgroup,
         parent: parent(&proc("stat")),
     }
+}
+
+/// The v2 line begins with "0::" (cgroups(7)).
+fn cgroup_of(pid: u32) -> Option<String> {
+    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let own = cgroups.lines().find_map(|line| line.strip_prefix("0::"));
+    own.map(str::to_owned)
+}
+
+/// The directory with this id, in or below a pod's.
+fn below(dirs: &[PathBuf], id: u64) -> Option<String> {
+    let found = dirs.iter().find_map(|dir| directory(dir, id, 3))?;
+    let mounts = cgroup_mounts().ok()?;
+    let path = mounts
+        .iter()
+        .filter(|mount| mount.v2)
+        .find_map(|mount| found.strip_prefix(&mount.path).ok())?;
+    Some(format!("/{}", path.display()))
+}
+
+fn directory(dir: &Path, id: u64, depth: u32) -> Option<PathBuf> {
+    if cgroup_id(dir).is_ok_and(|own| own == id) {
+        return Some(dir.to_owned());
+    }
+    let deeper = depth.checked_sub(1)?;
+    let entries = std::fs::read_dir(dir).ok()?.flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .find_map(|entry| directory(&entry.path(), id, deeper))
 }
 
 /// The fourth field of `/proc/PID/stat`; the second may hold anything, in parentheses

@@ -51,6 +51,10 @@ pub enum Lost {
     KernelSocket,
     KernelExec,
     KernelExit,
+    KernelUdp,
+    KernelRaw,
+    /// Events beyond what is told of one pod.
+    KernelRate,
 }
 
 /// One connection, as the agent at one of its ends saw it.

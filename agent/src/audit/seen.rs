@@ -6,7 +6,7 @@ use std::{net::SocketAddr, time::SystemTime};
 use serde::Serialize;
 
 use super::record::{is_zero, rfc3339};
-use crate::identity::SpiffeId;
+use crate::{identity::SpiffeId, workload::Workload};
 
 /// A process, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
@@ -42,8 +42,9 @@ pub struct Parent {
 pub struct Socket {
     /// `SO_COOKIE`: never used twice while the node runs.
     pub cookie: u64,
-    /// Payload bytes that the other side has acknowledged.
+    /// Payload bytes, each once, whether acknowledged or not.
     pub sent: u64,
+    /// Payload bytes that came in order, whether they were read or not.
     pub received: u64,
     #[serde(skip_serializing_if = "is_zero")]
     pub retransmits: u32,
@@ -124,6 +125,34 @@ pub struct Flow {
     /// Of a bypass: whether it was ended (`enforce.bypass: cut`).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cut: Option<bool>,
+}
+
+impl Flow {
+    pub fn new(
+        event: FlowEvent,
+        protocol: FlowProtocol,
+        workload: &Workload,
+        identity: SpiffeId,
+    ) -> Self {
+        Self {
+            event,
+            protocol,
+            direction: Direction::Outbound,
+            pod: workload.name.clone(),
+            namespace: workload.namespace.clone(),
+            workload: workload.owner.clone(),
+            identity,
+            local: None,
+            remote: None,
+            dialled: None,
+            process: None,
+            socket: None,
+            started: None,
+            duration_ms: None,
+            why: None,
+            cut: None,
+        }
+    }
 }
 
 /// A process of an enrolled pod began or ended.

@@ -12,6 +12,7 @@ const MAGIC: u16 = 0xeb9f;
 mod kind {
     pub const STRUCT: u32 = 4;
     pub const UNION: u32 = 5;
+    pub const FUNC: u32 = 12;
 
     pub fn extra(kind: u32, vlen: usize) -> Option<usize> {
         Some(match kind {
@@ -85,6 +86,17 @@ impl Btf {
         found
     }
 
+    /// How many arguments a function of the kernel takes; `None`: there is none of this
+    /// name, or it is inlined everywhere.
+    pub fn arguments(&self, function: &str) -> Option<u32> {
+        let found = self.types.iter().skip(1).find(|at| {
+            let name = word(&self.data, **at).map(|name| self.name(name));
+            self.kind(**at) == Some(kind::FUNC) && name == Some(function.as_bytes())
+        });
+        let prototype = *self.types.get(word(&self.data, found? + 8)? as usize)?;
+        Some(word(&self.data, prototype + 4)? & 0xffff)
+    }
+
     fn kind(&self, at: usize) -> Option<u32> {
         Some(word(&self.data, at + 4)? >> 24 & 0x1f)
     }
@@ -116,27 +128,77 @@ impl Btf {
     }
 }
 
-/// The offsets that the observers need; `Err` names the field that is missing.
+/// The offsets that the observers need; `Err` names what is missing.
 pub fn offsets(btf: &Btf) -> Result<Offsets, String> {
-    let structs = btf.structs(&["sock", "net", "task_struct", "nsproxy", "linux_binprm"]);
+    let structs = btf.structs(&[
+        "sock",
+        "inet_sock",
+        "tcp_sock",
+        "packet_sock",
+        "socket",
+        "msghdr",
+        "net",
+        "sock_cgroup_data",
+        "cgroup",
+        "cgroup_subsys_state",
+        "kernfs_node",
+        "task_struct",
+        "signal_struct",
+        "mm_struct",
+        "nsproxy",
+        "linux_binprm",
+    ]);
     let of = |of: &str, field: &str| {
         let at = structs.get(of);
         at.and_then(|at| btf.member(*at, field))
             .ok_or_else(|| format!("struct {of} has no {field}"))
     };
+    if of("cgroup", "self")? != 0 {
+        return Err("struct cgroup does not begin with self".into());
+    }
     Ok(Offsets {
         sock_net: of("sock", "skc_net")?,
         sock_family: of("sock", "skc_family")?,
+        sock_state: of("sock", "skc_state")?,
+        sock_flags: of("sock", "skc_flags")?,
         sock_daddr: of("sock", "skc_daddr")?,
         sock_rcv_saddr: of("sock", "skc_rcv_saddr")?,
         sock_dport: of("sock", "skc_dport")?,
         sock_num: of("sock", "skc_num")?,
         sock_v6_daddr: of("sock", "skc_v6_daddr")?,
         sock_v6_rcv_saddr: of("sock", "skc_v6_rcv_saddr")?,
+        sock_cookie: of("sock", "skc_cookie")?,
+        sock_protocol: of("sock", "sk_protocol")?,
+        sock_err: of("sock", "sk_err")?,
+        sock_cgroup: of("sock", "sk_cgrp_data")? + of("sock_cgroup_data", "cgroup")?,
+        inet_sport: of("inet_sock", "inet_sport")?,
+        packet_num: of("packet_sock", "num")?,
+        tcp_bytes_sent: of("tcp_sock", "bytes_sent")?,
+        tcp_bytes_retrans: of("tcp_sock", "bytes_retrans")?,
+        tcp_bytes_received: of("tcp_sock", "bytes_received")?,
+        tcp_segs_out: of("tcp_sock", "segs_out")?,
+        tcp_total_retrans: of("tcp_sock", "total_retrans")?,
+        tcp_srtt_us: of("tcp_sock", "srtt_us")?,
+        socket_sk: of("socket", "sk")?,
+        msg_name: of("msghdr", "msg_name")?,
         net_cookie: of("net", "net_cookie")?,
+        cgroup_kn: of("cgroup", "kn")?,
+        kernfs_id: of("kernfs_node", "id")?,
+        cgroup_parent: of("cgroup_subsys_state", "parent")?,
         task_nsproxy: of("task_struct", "nsproxy")?,
         nsproxy_net: of("nsproxy", "net_ns")?,
+        task_flags: of("task_struct", "flags")?,
+        task_exit_code: of("task_struct", "exit_code")?,
+        task_real_parent: of("task_struct", "real_parent")?,
+        task_tgid: of("task_struct", "tgid")?,
+        task_comm: of("task_struct", "comm")?,
+        task_mm: of("task_struct", "mm")?,
+        task_signal: of("task_struct", "signal")?,
+        signal_group_exec: of("signal_struct", "group_exec_task")?,
+        mm_arg_start: of("mm_struct", "arg_start")?,
+        mm_arg_end: of("mm_struct", "arg_end")?,
         binprm_filename: of("linux_binprm", "filename")?,
+        accept_arguments: btf.arguments("inet_csk_accept").unwrap_or(0),
     })
 }
 
@@ -151,7 +213,7 @@ mod tests {
     /// `struct sock { struct sock_common __sk_common; }`, whose `skc_family` lies
     /// behind an unnamed union at byte 8.
     #[test]
-    fn finds_members_behind_unnamed_ones() {
+    fn finds_functions_and_members_behind_unnamed_ones() {
         let mut strings = vec![0u8];
         let mut string = |s: &str| {
             let at = strings.len() as u32;
@@ -160,12 +222,15 @@ mod tests {
             at
         };
         let (sock, common, family) = (string("sock"), string("__sk_common"), string("skc_family"));
+        let accept = string("accept");
         let of_kind = |kind: u32, vlen: u32| kind << 24 | vlen;
         let types: Vec<u32> = [
             vec![sock, of_kind(kind::STRUCT, 1), 16, common, 2, 0],
             vec![0, of_kind(kind::STRUCT, 1), 16, 0, 3, 64],
             vec![0, of_kind(kind::UNION, 1), 8, family, 4, 16],
             vec![0, of_kind(1, 0), 2, 16],
+            vec![accept, of_kind(kind::FUNC, 0), 6],
+            vec![0, of_kind(13, 2), 4, 0, 1, 0, 4],
         ]
         .concat();
         let mut data = MAGIC.to_le_bytes().to_vec();
@@ -183,6 +248,8 @@ mod tests {
         let at = btf.structs(&["sock"])["sock"];
         assert_eq!(btf.member(at, "skc_family"), Some(10));
         assert_eq!(btf.member(at, "skc_net"), None);
+        assert_eq!(btf.arguments("accept"), Some(2));
+        assert_eq!(btf.arguments("sock"), None, "not a function");
         assert!(Btf::parse(vec![1, 2, 3]).is_none());
     }
 }

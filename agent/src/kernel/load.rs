@@ -6,6 +6,7 @@
 //! links. At no time is a hook missing.
 
 use std::{
+    collections::HashMap,
     fs::{self, File},
     io,
     os::fd::AsFd,
@@ -28,6 +29,7 @@ use super::{
     btf::{self, Btf},
     maps::{Maps, named},
     netns::Netns,
+    observers::{self, Blind},
 };
 use crate::config;
 
@@ -72,13 +74,16 @@ pub struct Kernel {
     ebpf: Mutex<Ebpf>,
     links: PathBuf,
     maps_dir: PathBuf,
-    /// Why there are no kernel events, if there are none.
-    pub blind: Option<String>,
+    /// What is not seen of pods, and why.
+    pub blind: Vec<Blind>,
+    /// Sockets that an earlier agent followed, by namespace, until it is known which of
+    /// them are still open.
+    pub(super) inherited: Mutex<HashMap<u64, Vec<u64>>>,
     /// Released when the agent ends, however it ends.
     _lock: nix::fcntl::Flock<File>,
 }
 
-const MAPS: [&str; 12] = [
+const MAPS: [&str; 13] = [
     "CONFIG",
     "WORKLOADS",
     "CGROUPS",
@@ -89,6 +94,7 @@ const MAPS: [&str; 12] = [
     "ORIGINS",
     "PROBES",
     "LISTENERS",
+    "SOCKETS",
     "EVENTS",
     "COUNTERS",
 ];
@@ -101,12 +107,6 @@ const SOCK_ADDR: [&str; 4] = [
 const SOCK_OPS: &str = "postern_sockops";
 const RELEASE: &str = "postern_release";
 const LOOKUP: &str = "postern_lookup";
-const OBSERVERS: [(&str, &str); 3] = [
-    ("postern_state", "inet_sock_set_state"),
-    ("postern_exec", "sched_process_exec"),
-    ("postern_exit", "sched_process_exit"),
-];
-
 impl Kernel {
     /// Loads the programs and attaches them to the cgroup, taking over what an
     /// earlier agent left pinned.
@@ -138,9 +138,11 @@ impl Kernel {
             .map_err(|e| e.to_string())
             .and_then(|b| btf::offsets(&b));
         let known = offsets.as_ref().copied().unwrap_or_default();
+        let limits = observers::limits(config);
         let mut loader = EbpfLoader::new();
         loader
             .override_global("OFFSETS", &known, true)
+            .override_global("LIMITS", &limits, true)
             .map_max_entries("MESH", config.max_destinations)
             .map_max_entries("WORKLOADS", config.max_workloads)
             .map_max_entries("CGROUPS", config.max_workloads)
@@ -149,6 +151,7 @@ impl Kernel {
             .map_max_entries("DIALS", config.max_connections)
             .map_max_entries("FLOWS", config.max_connections)
             .map_max_entries("CLIENTS", config.max_connections)
+            .map_max_entries("SOCKETS", config.max_connections)
             .map_max_entries("EVENTS", config.ring_bytes.0);
         for name in MAPS {
             loader.map_pin_path(name, pins.join(name));
@@ -165,7 +168,8 @@ impl Kernel {
             ebpf: Mutex::new(ebpf),
             links,
             maps_dir: pins,
-            blind: offsets.err(),
+            blind: Vec::new(),
+            inherited: Mutex::default(),
             _lock: lock,
         };
         kernel.forget_connections()?;
@@ -180,13 +184,21 @@ impl Kernel {
             })?;
         }
         kernel.attach_hooks(&root)?;
-        if observe
-            && kernel.blind.is_none()
-            && let Err(error) = kernel.attach_observers()
-        {
-            kernel.blind = Some(error.to_string());
+        if observe {
+            kernel.inherit_sockets();
+            let ebpf = kernel.ebpf.get_mut();
+            let ebpf = ebpf.expect("no panic while programs are held");
+            kernel.blind = match offsets {
+                Ok(_known) => observers::attach(ebpf, config.probes),
+                Err(why) => observers::all_blind(&why),
+            };
         }
         Ok((Arc::new(kernel), events))
+    }
+
+    /// Whether the ends of sockets are told of.
+    pub fn sees_sockets(&self) -> bool {
+        !self.blind.iter().any(|blind| blind.part == "sockets")
     }
 
     /// Puts this agent's hooks in the place of an earlier one's, once the maps say all
@@ -261,22 +273,6 @@ impl Kernel {
         })
     }
 
-    /// Not pinned: without an agent nobody reads what they see.
-    fn attach_observers(&mut self) -> Result<(), KernelError> {
-        let btf = aya::Btf::from_sys_fs().map_err(EbpfError::from)?;
-        let ebpf = self
-            .ebpf
-            .get_mut()
-            .expect("no panic while programs are held");
-        for (name, tracepoint) in OBSERVERS {
-            let program: &mut aya::programs::BtfTracePoint = program(ebpf, name)?;
-            let fail = |source| KernelError::Program { name, source };
-            program.load(tracepoint, &btf).map_err(fail)?;
-            program.attach().map_err(fail)?;
-        }
-        Ok(())
-    }
-
     /// Hands a pod's inbound connections to the agent from now on.
     pub fn attach_lookup(&self, netns: &Netns) -> Result<(), KernelError> {
         let mut ebpf = self.ebpf.lock().expect("no panic while programs are held");
@@ -289,7 +285,9 @@ impl Kernel {
         let link = program.take_link(id).map_err(fail)?;
         let name = lookup_name(netns.cookie);
         pin(&name, &self.links, FdLink::from(link))?;
-        replace_pin(&name, &self.links)
+        replace_pin(&name, &self.links)?;
+        self.forget_closed(netns);
+        Ok(())
     }
 
     /// Leaves a pod's inbound connections to itself.
@@ -300,6 +298,10 @@ impl Kernel {
     /// Removes the look-ups of namespaces that an earlier agent served and this one
     /// does not.
     pub fn keep_lookups(&self, cookies: &[u64]) {
+        if let Ok(own) = Netns::own() {
+            self.forget_closed(&own);
+        }
+        self.forget_inherited(|netns| cookies.contains(&netns));
         let keep: Vec<String> = cookies.iter().map(|cookie| lookup_name(*cookie)).collect();
         for entry in fs::read_dir(&self.links).into_iter().flatten().flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
@@ -314,7 +316,10 @@ fn lookup_name(cookie: u64) -> String {
     format!("lookup-{cookie}")
 }
 
-fn program<'a, T>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut T, KernelError>
+pub(super) fn program<'a, T>(
+    ebpf: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut T, KernelError>
 where
     &'a mut T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
 {

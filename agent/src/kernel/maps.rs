@@ -13,7 +13,7 @@ use aya::{
 };
 use postern_ebpf::{
     Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE, LISTENER_PLAINTEXT,
-    Listener, MESH_LOCAL, MESH_REMOTE, MeshKey, Probe, Workload,
+    Listener, MESH_LOCAL, MESH_REMOTE, MeshKey, Probe, Tracked, Workload,
 };
 
 use socket2::Socket;
@@ -45,7 +45,7 @@ fn endpoint(netns: u64, address: SocketAddr) -> Endpoint {
     }
 }
 
-type Guarded<K, V> = Mutex<HashMap<MapData, K, V>>;
+pub(super) type Guarded<K, V> = Mutex<HashMap<MapData, K, V>>;
 
 pub struct Maps {
     config: Mutex<Array<MapData, Config>>,
@@ -57,6 +57,7 @@ pub struct Maps {
     clients: Guarded<Endpoint, Client>,
     probes: Guarded<Probe, u64>,
     listeners: Mutex<SockHash<MapData, Listener>>,
+    pub(super) sockets: Guarded<u64, Tracked>,
     counters: PerCpuArray<MapData, u64>,
 }
 
@@ -72,6 +73,7 @@ impl Maps {
             clients: Mutex::new(named(ebpf, "CLIENTS")?),
             probes: Mutex::new(named(ebpf, "PROBES")?),
             listeners: Mutex::new(named(ebpf, "LISTENERS")?),
+            sockets: Mutex::new(named(ebpf, "SOCKETS")?),
             counters: named(ebpf, "COUNTERS")?,
         })
     }
@@ -86,7 +88,7 @@ where
 }
 
 /// No code panics while it holds a map.
-fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no panic while a map is held")
 }
 
@@ -95,12 +97,20 @@ fn failed(name: &'static str) -> impl Fn(MapError) -> KernelError {
 }
 
 /// Removes what may not be there.
-fn forget<K: Pod, V: Pod>(map: &Guarded<K, V>, key: &K) {
+pub(super) fn forget<K: Pod, V: Pod>(map: &Guarded<K, V>, key: &K) {
     let _absent = hold(map).remove(key);
 }
 
 /// The maps that metrics report the fill of.
-pub const FILLED: [&str; 6] = ["MESH", "WORKLOADS", "CGROUPS", "DIALS", "FLOWS", "CLIENTS"];
+pub const FILLED: [&str; 7] = [
+    "MESH",
+    "WORKLOADS",
+    "CGROUPS",
+    "DIALS",
+    "FLOWS",
+    "CLIENTS",
+    "SOCKETS",
+];
 
 impl Kernel {
     pub fn configure(&self, config: Config) -> Result<(), KernelError> {
@@ -243,7 +253,7 @@ impl Kernel {
     }
 
     /// Entries in each of [`FILLED`].
-    pub fn fill(&self) -> [(&'static str, usize); 6] {
+    pub fn fill(&self) -> [(&'static str, usize); 7] {
         let maps = &self.maps;
         let counts = [
             hold(&maps.mesh).keys().count(),
@@ -252,6 +262,7 @@ impl Kernel {
             hold(&maps.dials).keys().count(),
             hold(&maps.flows).keys().count(),
             hold(&maps.clients).keys().count(),
+            hold(&maps.sockets).keys().count(),
         ];
         std::array::from_fn(|i| (FILLED[i], counts[i]))
     }
@@ -261,7 +272,7 @@ impl Kernel {
 const PROBE_LIFETIME: u64 = 5_000_000_000;
 
 /// `CLOCK_MONOTONIC`, nanoseconds, as `bpf_ktime_get_ns` has it.
-fn monotonic() -> u64 {
+pub fn monotonic() -> u64 {
     let now = nix::time::clock_gettime(nix::time::ClockId::CLOCK_MONOTONIC);
     now.map_or(0, |now| {
         now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64

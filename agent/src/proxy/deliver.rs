@@ -217,10 +217,7 @@ impl Delivery<'_> {
             Ok(protocol) => protocol,
             Err(error) => {
                 source.reset();
-                return Ending::Failed(
-                    Fault::Source,
-                    format!("before its first request: {error}"),
-                );
+                return Ending::Failed(Fault::Source, format!("before its first request: {error}"));
             }
         };
         if protocol != Protocol::NotHttp {

@@ -141,11 +141,7 @@ enum Route {
     Direct(SocketAddr),
 }
 
-fn route(
-    proxy: &Proxy,
-    story: &mut Story,
-    dialled: SocketAddr,
-) -> Result<Route, (Fault, String)> {
+fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route, (Fault, String)> {
     let unknown = |why: &str| (Fault::Destination, why.to_owned());
     let target = proxy.table.load().target(dialled);
     let (address, workload) = match target {

@@ -248,7 +248,7 @@ async fn opaque(
         Ok(Err(error)) => return Ending::Failed(Fault::Network, error.to_string()),
         Err(_elapsed) => {
             return Ending::Failed(Fault::Network, "its first bytes were not taken".into());
-        },
+        }
     };
     story.counters.add_sent(asked);
     story.counters.add_received(answered);

@@ -64,7 +64,10 @@ pub struct Told(Arc<Mutex<Requests>>);
 
 impl Told {
     pub fn add(&self, record: &RequestRecord) {
-        self.0.lock().expect("no panic while it is held").add(record);
+        self.0
+            .lock()
+            .expect("no panic while it is held")
+            .add(record);
     }
 }
 

@@ -1,0 +1,358 @@
+//! TCP sockets from the connect, or the handshake's end, to their close. Each is
+//! followed in `SOCKETS` and told once, when all is known; the kernel counts its bytes
+//! anyway.
+
+use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_get_socket_cookie};
+use core::ffi::c_void;
+use postern_ebpf::{
+    ACCEPTED, ClosedEvent, Config, Counter, DIALLED, EVENT_CLOSED, EVENT_FAILED, EVENT_LISTEN,
+    SocketEvent, Task, Tracked,
+};
+
+use super::{
+    Agents, At, Kind, calling, ends, field, header, is_agent, now, offset, owner, room, sockaddr,
+    socket_netns, task,
+};
+use crate::maps::{DIALS, SOCKETS, TOLD, config, count};
+
+/// `include/net/tcp_states.h`.
+mod tcp {
+    pub const ESTABLISHED: u32 = 1;
+    pub const SYN_SENT: u32 = 2;
+    pub const SYN_RECV: u32 = 3;
+    pub const CLOSE: u32 = 7;
+    pub const LISTEN: u32 = 10;
+}
+
+const IPPROTO_TCP: u16 = 6;
+const IPPROTO_MPTCP: u16 = 262;
+/// `SOCK_DONE` of `enum sock_flags`: the peer's FIN has come.
+const SOCK_DONE: u64 = 1 << 1;
+/// `include/linux/sched.h`: a thread of the kernel's own.
+const PF_KTHREAD: u32 = 0x0020_0000;
+const NOBODY: Task = Task {
+    tgid: 0,
+    uid: 0,
+    cgroup: 0,
+    comm: [0; 16],
+};
+
+mod errno {
+    pub const EPERM: i32 = 1;
+    pub const EISCONN: i32 = 106;
+    pub const EALREADY: i32 = 114;
+    pub const EINPROGRESS: i32 = 115;
+}
+
+/// `sock:inet_sock_set_state`: before the state changes.
+#[inline(always)]
+pub fn state(sk: *mut c_void, old: u32, new: u32) -> Option<()> {
+    let at = sk as u64;
+    if protocol(at)? != IPPROTO_TCP {
+        return None;
+    }
+    let config = config()?;
+    match (old, new) {
+        (tcp::CLOSE, tcp::SYN_SENT) => dialling(config, sk),
+        (tcp::CLOSE, tcp::LISTEN) => listening(config, sk),
+        (_, tcp::ESTABLISHED) => established(config, sk, old),
+        (tcp::LISTEN | tcp::CLOSE, _) => None,
+        (_, tcp::CLOSE) => closed(config, at, old),
+        _ => None,
+    }
+}
+
+/// Within `connect`, or a kernel thread's doing (MPTCP's further subflows).
+#[inline(always)]
+fn dialling(config: &Config, sk: *mut c_void) -> Option<()> {
+    let (subject, agents) = owner(config, sk as u64)?;
+    if matches!(agents, Agents::Unsure) && is_agent(config) {
+        return None;
+    }
+    // SAFETY: the tracepoint's own argument; a helper that takes it.
+    let cookie = unsafe { bpf_get_socket_cookie(sk) };
+    let _absent = TOLD.remove(cookie);
+    // The hook before has changed where it goes.
+    // SAFETY: the entry is copied out; it is written once, before.
+    let (dialled, dialled_port) = match unsafe { DIALS.get(cookie) } {
+        Some(dial) => (dial.destination, dial.destination_port),
+        None => ([0; 4], 0),
+    };
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let flags: u32 = unsafe { field(bpf_get_current_task(), offset!(task_flags))? };
+    let tracked = Tracked {
+        task: if flags & PF_KTHREAD == 0 {
+            task()
+        } else {
+            NOBODY
+        },
+        dialled,
+        netns: subject.netns,
+        cgroup: subject.cgroup,
+        opened: now(),
+        dialled_port,
+        role: DIALLED,
+        established: 0,
+        _pad: 0,
+    };
+    track(cookie, &tracked);
+    Some(())
+}
+
+/// In softirq, where it is a child of a listener.
+#[inline(always)]
+fn established(config: &Config, sk: *mut c_void, old: u32) -> Option<()> {
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let known: u64 = unsafe { field(sk as u64, offset!(sock_cookie))? };
+    if known != 0
+        && let Some(tracked) = SOCKETS.get_ptr_mut(known)
+    {
+        // SAFETY: a word of a map.
+        unsafe { (*tracked).established = 1 };
+        return Some(());
+    }
+    if old != tcp::SYN_RECV {
+        return None;
+    }
+    let (subject, _) = owner(config, sk as u64)?;
+    // SAFETY: the tracepoint's own argument; a helper that takes it.
+    let cookie = unsafe { bpf_get_socket_cookie(sk) };
+    track(cookie, &accepted(subject.netns, subject.cgroup, NOBODY));
+    Some(())
+}
+
+#[inline(always)]
+fn accepted(netns: u64, cgroup: u64, task: Task) -> Tracked {
+    Tracked {
+        task,
+        dialled: [0; 4],
+        netns,
+        cgroup,
+        opened: now(),
+        dialled_port: 0,
+        role: ACCEPTED,
+        established: 1,
+        _pad: 0,
+    }
+}
+
+#[inline(always)]
+fn track(cookie: u64, tracked: &Tracked) {
+    if SOCKETS.insert(cookie, tracked, 0).is_err() {
+        count(Counter::UntrackedSocket);
+    }
+}
+
+/// `inet_csk_accept` returned a socket.
+#[inline(always)]
+pub fn accept(sk: u64, cookie: impl FnOnce() -> u64) -> Option<()> {
+    if sk == 0 || protocol(sk)? != IPPROTO_TCP {
+        return None;
+    }
+    let config = config()?;
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    let (known, state): (u64, u8) = unsafe {
+        (
+            field(sk, offset!(sock_cookie))?,
+            field(sk, offset!(sock_state))?,
+        )
+    };
+    if let Some(tracked) = SOCKETS.get_ptr_mut(known) {
+        if is_agent(config) {
+            // Only where its cgroup could not tell.
+            let _absent = SOCKETS.remove(known);
+        } else {
+            // SAFETY: the entry is the socket's own, and only this writes its task.
+            unsafe { (*tracked).task = task() };
+        }
+    } else if u32::from(state) == tcp::SYN_RECV && !is_agent(config) {
+        // Taken from the queue before the softirq that put it there was done.
+        let (subject, _) = owner(config, sk)?;
+        let cookie = cookie();
+        if cookie != 0 {
+            track(cookie, &accepted(subject.netns, subject.cgroup, task()));
+        }
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn listening(config: &Config, sk: *mut c_void) -> Option<()> {
+    let (subject, agents) = owner(config, sk as u64)?;
+    if matches!(agents, Agents::Unsure) && is_agent(config) {
+        return None;
+    }
+    let (local, _) = ends(sk as u64)?;
+    // SAFETY: the tracepoint's own argument; a helper that takes it.
+    let cookie = unsafe { bpf_get_socket_cookie(sk) };
+    let mut entry = room::<SocketEvent>(config, subject, Kind::Socket)?;
+    entry.write(SocketEvent {
+        header: header(EVENT_LISTEN, subject),
+        cookie,
+        local: local.address,
+        remote: [0; 4],
+        local_port: local.port,
+        remote_port: 0,
+        protocol: 0,
+        errno: 0,
+        task: task(),
+    });
+    entry.submit(0);
+    Some(())
+}
+
+#[inline(always)]
+fn closed(config: &Config, sk: u64, old: u32) -> Option<()> {
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let cookie: u64 = unsafe { field(sk, offset!(sock_cookie))? };
+    let tracked = match SOCKETS.get_ptr_mut(cookie) {
+        // SAFETY: copied out before it is removed.
+        Some(tracked) => unsafe { *tracked },
+        None => untracked(config, sk, old)?,
+    };
+    let _absent = SOCKETS.remove(cookie);
+    // SAFETY: as above.
+    let left: u32 = unsafe { field(sk, offset!(tcp_segs_out))? };
+    if old == tcp::SYN_SENT && left == 0 {
+        // `connect` has not returned yet, and only it knows why.
+        return None;
+    }
+    if tracked.established == 0 {
+        // Of what `connect` returns then, nothing is to be told again.
+        let _full = TOLD.insert(cookie, 1, 0);
+    }
+    if tracked.role == ACCEPTED
+        && tracked.task.tgid == 0
+        && matches!(owner(config, sk)?.1, Agents::Unsure)
+    {
+        // Nobody accepted it: it may have been for the agent.
+        return None;
+    }
+    tell(config, sk, cookie, &tracked)
+}
+
+/// The close of a socket that is not in `SOCKETS`. Its end is known all the same.
+#[inline(always)]
+fn untracked(config: &Config, sk: u64, old: u32) -> Option<Tracked> {
+    if old == tcp::SYN_RECV {
+        return None; // it never came to be
+    }
+    let (subject, agents) = owner(config, sk)?;
+    if matches!(agents, Agents::Unsure) {
+        return None;
+    }
+    let (local, remote) = ends(sk)?;
+    let mut tracked = accepted(subject.netns, subject.cgroup, NOBODY);
+    tracked.opened = 0;
+    // A guess: servers have the lower ports.
+    if old == tcp::SYN_SENT || local.port > remote.port {
+        tracked.role = DIALLED;
+    }
+    tracked.established = u32::from(old != tcp::SYN_SENT);
+    Some(tracked)
+}
+
+#[inline(always)]
+fn tell(config: &Config, sk: u64, cookie: u64, tracked: &Tracked) -> Option<()> {
+    let subject = super::Subject {
+        netns: tracked.netns,
+        cgroup: tracked.cgroup,
+    };
+    let (local, remote) = ends(sk)?;
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    let (flags, sent, again, received, retransmits, srtt, errno) = unsafe {
+        (
+            field::<u64>(sk, offset!(sock_flags))?,
+            field::<u64>(sk, offset!(tcp_bytes_sent))?,
+            field::<u64>(sk, offset!(tcp_bytes_retrans))?,
+            field::<u64>(sk, offset!(tcp_bytes_received))?,
+            field::<u32>(sk, offset!(tcp_total_retrans))?,
+            field::<u32>(sk, offset!(tcp_srtt_us))?,
+            field::<u32>(sk, offset!(sock_err))?,
+        )
+    };
+    let mut entry = room::<ClosedEvent>(config, subject, Kind::Socket)?;
+    entry.write(ClosedEvent {
+        header: header(EVENT_CLOSED, subject),
+        cookie,
+        local: local.address,
+        remote: remote.address,
+        dialled: tracked.dialled,
+        local_port: local.port,
+        remote_port: remote.port,
+        dialled_port: tracked.dialled_port,
+        role: tracked.role,
+        task: tracked.task,
+        opened: tracked.opened,
+        // Not `bytes_acked`, which counts SYN and FIN as bytes.
+        sent: sent.wrapping_sub(again),
+        // A FIN takes a number of the sequence, too.
+        received: received.saturating_sub((flags & SOCK_DONE) >> 1),
+        established: tracked.established,
+        retransmits,
+        srtt_us: srtt >> 3,
+        errno,
+    });
+    entry.submit(0);
+    Some(())
+}
+
+/// `inet_stream_connect` returned. `address` is where the application wanted to go, or
+/// where the hook sent it.
+#[inline(always)]
+pub fn connect(sk: u64, address: u64, returned: i32) -> Option<()> {
+    let errno = -returned;
+    if errno <= 0 || matches!(errno, errno::EINPROGRESS | errno::EALREADY | errno::EISCONN) {
+        return None;
+    }
+    let config = config()?;
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    let (cookie, state): (u64, u8) = unsafe {
+        (
+            field(sk, offset!(sock_cookie))?,
+            field(sk, offset!(sock_state))?,
+        )
+    };
+    // A signal or the application's own time limit: it goes on, and its close is told.
+    if u32::from(state) != tcp::CLOSE {
+        return None;
+    }
+    match protocol(sk)? {
+        IPPROTO_TCP => {}
+        // Its subflows are told as TCP; this is what the hook refused.
+        IPPROTO_MPTCP if errno == errno::EPERM => {}
+        _ => return None,
+    }
+    if TOLD.remove(cookie).is_ok() {
+        return None;
+    }
+    let subject = calling(config, socket_netns(sk)?)?;
+    // SAFETY: the entry is copied out; it is written once, before.
+    let remote = match unsafe { DIALS.get(cookie) } {
+        Some(dial) => At {
+            address: dial.destination,
+            port: dial.destination_port,
+        },
+        None => sockaddr(address)?,
+    };
+    let mut entry = room::<SocketEvent>(config, subject, Kind::Socket)?;
+    entry.write(SocketEvent {
+        header: header(EVENT_FAILED, subject),
+        cookie,
+        local: [0; 4],
+        remote: remote.address,
+        local_port: 0,
+        remote_port: remote.port,
+        protocol: 0,
+        errno: errno as u32,
+        task: task(),
+    });
+    entry.submit(0);
+    Some(())
+}
+
+#[inline(always)]
+fn protocol(sk: u64) -> Option<u16> {
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    unsafe { field(sk, offset!(sock_protocol)) }
+}

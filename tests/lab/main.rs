@@ -17,4 +17,5 @@ mod provider;
 mod requests;
 mod resource;
 mod smoke;
+mod storm;
 mod streams;

@@ -37,14 +37,16 @@ fn a_record_joins_process_identities_policy_and_bytes() -> Result<()> {
     let source = lab.nodes[0].record("the source's", is_connection)?;
     assert_eq!(source["node"], "node1");
     assert_eq!(source["reporter"], "source");
-    assert_eq!(source["process"]["comm"], "curl");
+    assert_eq!(source["source"]["process"]["comm"], "curl");
     assert!(
-        source["process"]["exe"]
+        source["source"]["process"]["exe"]
             .as_str()
             .is_some_and(|exe| exe.ends_with("/curl"))
     );
     let cgroup = client.cgroup().display().to_string();
-    let recorded = source["process"]["cgroup"].as_str().unwrap_or("none");
+    let recorded = source["source"]["process"]["cgroup"]
+        .as_str()
+        .unwrap_or("none");
     assert!(cgroup.ends_with(recorded), "{recorded} in {cgroup}");
     let destination = lab.nodes[1].record("the destination's", is_connection)?;
     for record in [&source, &destination] {
@@ -72,7 +74,51 @@ fn a_record_joins_process_identities_policy_and_bytes() -> Result<()> {
 }
 
 #[test]
-fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
+fn what_the_kernel_saw_stands_in_the_connections_record() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let web = lab.pod(2, "web")?;
+    let client = lab.pod(1, "client")?;
+    let _nginx = web.nginx(8080, "page")?;
+    assert_eq!(client.curl(&[&format!("http://{}:8080/", web.ip)])?.0, 0);
+    let source = lab.nodes[0].record("the source's", is_connection)?;
+    let destination = lab.nodes[1].record("the destination's", is_connection)?;
+    let dialler = &source["source"];
+    assert_eq!(
+        dialler["socket"]["sent"], source["bytes"]["sent"],
+        "{source}"
+    );
+    assert_eq!(dialler["socket"]["received"], source["bytes"]["received"]);
+    assert!(
+        dialler["process"]["argv"]
+            .as_str()
+            .is_some_and(|a| a.len() == 16)
+    );
+    assert!(dialler["process"]["parent"]["pid"].is_u64(), "{source}");
+    let server = &destination["destination"];
+    assert_eq!(server["process"]["comm"], "nginx", "{destination}");
+    assert_eq!(server["socket"]["received"], destination["bytes"]["sent"]);
+    assert_eq!(server["socket"]["sent"], destination["bytes"]["received"]);
+    let certificate = |r: &Value| r["tls"]["peerCertificate"].as_str().map(str::len);
+    assert_eq!(
+        (certificate(&source), certificate(&destination)),
+        (Some(64), Some(64))
+    );
+    assert_eq!(
+        (&source["fault"], &destination["fault"]),
+        (&"none".into(), &"none".into())
+    );
+    // Told once, and as no flow beside it.
+    for node in &lab.nodes {
+        let records = node.audit()?;
+        assert_eq!(records.iter().filter(|r| is_connection(r)).count(), 1);
+        let closed = |r: &&Value| r["event"] == "closed";
+        assert_eq!(records.iter().filter(closed).count(), 0, "{records:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn processes_and_flows_of_enrolled_pods_are_recorded() -> Result<()> {
     let mut lab = Lab::started()?;
     let (client, server, _echo) = pair(&mut lab)?;
     let outside = postern_tests::PodOptions {
@@ -83,18 +129,39 @@ fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
     assert_eq!(outside.curl(&["-V"])?.0, 0);
     assert_eq!(client.curl(&["-V"])?.0, 0);
     assert!(echoes(&client, &at(&server, ECHO))?);
-    let event = |r: &Value, name: &str| r["kind"] == "event" && r["event"] == name;
+    let event = |r: &Value, name: &str| r["kind"] == "process" && r["event"] == name;
     let exec = lab.nodes[0].record("an exec", |r| {
-        event(r, "exec") && r["path"].as_str().is_some_and(|p| p.ends_with("curl"))
+        event(r, "exec")
+            && r["process"]["exe"]
+                .as_str()
+                .is_some_and(|p| p.ends_with("curl"))
     })?;
     assert_eq!(exec["pod"], "client");
-    lab.nodes[0].record("its exit", |r| event(r, "exit") && r["pid"] == exec["pid"])?;
-    lab.nodes[0].record("the connect", |r| {
-        event(r, "socket") && r["new"] == "SYN-SENT"
+    let pid = &exec["process"]["pid"];
+    let exit = lab.nodes[0].record("its exit", |r| {
+        event(r, "exit") && r["process"]["pid"] == *pid
     })?;
-    lab.nodes[1].record("the server's socket", |r| {
-        event(r, "socket") && r["pod"] == "server" && r["new"] == "ESTAB"
+    assert_eq!(exit["code"], 0);
+    assert_eq!(exit["process"]["argv"], exec["process"]["argv"]);
+    lab.nodes[1].record("the server listens", |r| {
+        r["kind"] == "flow" && r["event"] == "listen" && r["local"] == format!("0.0.0.0:{ECHO}")
     })?;
+    // Where nobody listens, the destination's agent cannot deliver.
+    let refused = client.dial(&at(&server, 1), &[])?;
+    assert_eq!(refused["end"], "ECONNRESET", "{refused}");
+    let failed = lab.nodes[1].record("it could not be delivered", |r| {
+        is_connection(r) && r["verdict"] == "failed"
+    })?;
+    assert_eq!(failed["fault"], "destination");
+    // Out of the mesh nobody carries it, and the kernel says how it ended.
+    let nobody = client.dial(&format!("{}:9", outside.ip), &[])?;
+    assert_eq!(nobody["connect"], "ECONNREFUSED");
+    let flow = lab.nodes[0].record("the failed connect", |r| {
+        r["kind"] == "flow" && r["event"] == "failed"
+    })?;
+    assert_eq!(flow["socket"]["errno"], "ECONNREFUSED", "{flow}");
+    assert_eq!(flow["process"]["comm"], "probe");
+    assert_eq!(flow["remote"], format!("{}:9", outside.ip));
     assert!(!lab.nodes[0].audit()?.iter().any(|r| r["pod"] == "outside"));
     Ok(())
 }

@@ -31,7 +31,7 @@ fn a_denied_peer_is_reset_and_both_ends_record_why() -> Result<()> {
     assert_eq!(denial["source"]["pod"], "other");
     let refusal = lab.nodes[0].record("so does the source", |r| r["verdict"] == "deny")?;
     assert!(
-        refusal["process"]["exe"]
+        refusal["source"]["process"]["exe"]
             .as_str()
             .is_some_and(|e| e.ends_with("/probe")),
         "{refusal}"

@@ -9,13 +9,13 @@ use serde_json::Value;
 
 use crate::kit::{ECHO, at, authorization, echoes, peer_authentication};
 
-const PYTHON: &str = "/usr/bin/python3";
+pub const PYTHON: &str = "/usr/bin/python3";
 const PORT: u16 = 8080;
 /// What a pod's client account is.
 const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/client";
 
 /// Puts a script into a place where programs of the lab can read it.
-fn script(lab: &Lab, name: &str, source: &str) -> Result<String> {
+pub fn script(lab: &Lab, name: &str, source: &str) -> Result<String> {
     let path = lab.path().join(name);
     std::fs::write(&path, source)?;
     Ok(path.display().to_string())
@@ -461,7 +461,7 @@ fn a_process_may_be_kept_from_connecting() -> Result<()> {
     let denial = lab.nodes[0].record("the process is on record", |r| r["verdict"] == "deny")?;
     assert_eq!(denial["policy"]["kind"], "ConnectPolicy");
     assert!(
-        denial["process"]["exe"]
+        denial["source"]["process"]["exe"]
             .as_str()
             .is_some_and(|e| e.ends_with("curl")),
         "{denial}"

@@ -1,7 +1,8 @@
 """gRPC without generated code: bytes in, bytes out (grpcio).
 
 `serve PORT`; `call ADDRESS METHOD [TOKEN]` prints the status code and the answer;
-`calls ADDRESS METHOD..` prints their codes; `many ADDRESS METHOD` streams 1000 messages there and back.
+`calls ADDRESS METHOD..` prints their codes; `each ADDRESS METHOD COUNT` makes so many
+calls, each on a connection of its own; `many ADDRESS METHOD` streams 1000 messages there and back.
 """
 
 import sys
@@ -38,6 +39,15 @@ if command == "calls":
             call = channel.unary_unary(method).future(b"hello", timeout=20)
             said.append(call.code().name)
     print(*said)
+    sys.exit()
+
+if command == "each":
+    method, count = rest
+    options = (("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1))
+    for _ in range(int(count)):
+        with grpc.insecure_channel(at, options=options) as channel:
+            channel.unary_unary(method)(b"hello", timeout=20)
+    print("OK", count)
     sys.exit()
 
 metadata = (("authorization", f"Bearer {rest[1]}"),) if len(rest) > 1 else ()

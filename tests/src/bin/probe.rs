@@ -3,6 +3,8 @@
 
 #[path = "probe/hbone.rs"]
 mod hbone;
+#[path = "probe/storm.rs"]
+mod storm;
 
 use std::{
     hash::{DefaultHasher, Hasher as _},
@@ -46,6 +48,13 @@ enum Cli {
         /// Root certificate and key, without `.pem` and `.key`.
         #[arg(long)]
         root: std::path::PathBuf,
+    },
+    /// Many connections of one kind; prints what it counted, as JSON.
+    Storm(storm::Storm),
+    /// Count UDP datagrams.
+    Datagrams {
+        #[arg(long)]
+        listen: SocketAddr,
     },
     /// A connection that echoes a word every so often, until killed or broken.
     Stay {
@@ -127,6 +136,11 @@ fn main() -> io::Result<()> {
             );
             Ok(())
         }
+        Cli::Storm(wanted) => {
+            println!("{}", storm::run(&wanted));
+            Ok(())
+        }
+        Cli::Datagrams { listen } => storm::datagrams(listen),
         Cli::Stay { address, every } => stay(address, every),
     }
 }

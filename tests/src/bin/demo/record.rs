@@ -69,7 +69,7 @@ pub fn short(record: &Value) -> String {
             identity(destination)
         ),
     ];
-    let process = &record["process"];
+    let process = &record["source"]["process"];
     if !process.is_null() {
         let (name, exe) = (text(&process["comm"]), text(&process["exe"]));
         lines.push(format!(

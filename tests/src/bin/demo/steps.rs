@@ -185,7 +185,7 @@ impl Demo {
         let [sent, received, local, denied @ ..] = &records[..] else {
             unreachable!("five records were found")
         };
-        let by_curl = |record: &Value| record["process"]["comm"] == "curl";
+        let by_curl = |record: &Value| record["source"]["process"]["comm"] == "curl";
         self.check(
             "callers are named by process",
             by_curl(sent) && by_curl(local),

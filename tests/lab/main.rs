@@ -2,6 +2,7 @@
 
 mod addresses;
 mod authority;
+mod bypass;
 mod enrolment;
 mod identity;
 mod joined;

@@ -3,6 +3,8 @@
 
 #[path = "bench/agents.rs"]
 mod agents;
+#[path = "bench/audit.rs"]
+mod audit;
 #[path = "demo/guard.rs"]
 mod guard;
 #[path = "bench/load.rs"]
@@ -46,6 +48,8 @@ struct Cli {
 /// What the benchmark runs of itself within a pod.
 #[derive(Subcommand)]
 enum Part {
+    /// What auditing costs: with an audit log and without, in turns
+    Audit,
     /// Hold connections to an echo server open until killed
     #[command(hide = true)]
     Hold { address: SocketAddr, count: usize },
@@ -55,11 +59,24 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     match cli.part {
         Some(Part::Hold { address, count }) => load::hold(address, count),
+        Some(Part::Audit) => guard::run(cli.limit(), || {
+            let report = audit::bench(cli.rounds, cli.seconds)?;
+            println!("{report}");
+            cli.write(&report.json())
+        }),
         None => guard::run(cli.limit(), || bench(&cli)),
     }
 }
 
 impl Cli {
+    fn write(&self, report: &serde_json::Value) -> Result<()> {
+        if let Some(path) = &self.json {
+            let text = serde_json::to_string_pretty(report)?;
+            std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
+        }
+        Ok(())
+    }
+
     /// Twice what it should take.
     fn limit(&self) -> Duration {
         let load = self.rounds * LOADS.len() as u32 * 2 * (self.seconds + 2);
@@ -86,11 +103,7 @@ fn bench(cli: &Cli) -> Result<()> {
         restarts,
     };
     println!("{report}");
-    if let Some(path) = &cli.json {
-        let text = serde_json::to_string_pretty(&report.json())?;
-        std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
-    }
-    Ok(())
+    cli.write(&report.json())
 }
 
 /// A client on the first node and its server on the second.
@@ -195,28 +208,33 @@ impl Field {
     }
 
     fn run(&self, rounds: u32, seconds: u32) -> Result<Vec<Series>> {
-        let mut series: Vec<Series> = LOADS.iter().flat_map(Load::series).collect();
-        for round in 0..rounds {
-            println!("round {} of {rounds}", round + 1);
-            let mut row = 0;
-            for load in LOADS {
-                // Neither is always first.
-                let direct_first = round % 2 == 0;
-                let measure = |pair| load.run(pair, &self.lab, seconds);
-                let (direct, postern) = if direct_first {
-                    let direct = measure(&self.direct)?;
-                    (direct, measure(&self.postern)?)
-                } else {
-                    let postern = measure(&self.postern)?;
-                    (measure(&self.direct)?, postern)
-                };
-                for (direct, postern) in direct.into_iter().zip(postern) {
-                    series[row].direct.push(direct);
-                    series[row].postern.push(postern);
-                    row += 1;
-                }
+        let ways = [(&self.direct, &self.lab), (&self.postern, &self.lab)];
+        in_turns(ways, rounds, seconds)
+    }
+}
+
+/// All loads one way and the other, so that both meet the same machine.
+fn in_turns(ways: [(&Pair, &Lab); 2], rounds: u32, seconds: u32) -> Result<Vec<Series>> {
+    let mut series: Vec<Series> = LOADS.iter().flat_map(Load::series).collect();
+    for round in 0..rounds {
+        println!("round {} of {rounds}", round + 1);
+        let mut row = 0;
+        for load in LOADS {
+            let measure = |(pair, lab)| load.run(pair, lab, seconds);
+            // Neither is always first.
+            let (first, second) = if round % 2 == 0 {
+                let first = measure(ways[0])?;
+                (first, measure(ways[1])?)
+            } else {
+                let second = measure(ways[1])?;
+                (measure(ways[0])?, second)
+            };
+            for (first, second) in first.into_iter().zip(second) {
+                series[row].direct.push(first);
+                series[row].postern.push(second);
+                row += 1;
             }
         }
-        Ok(series)
     }
+    Ok(series)
 }

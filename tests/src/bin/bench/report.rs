@@ -100,6 +100,13 @@ impl Machine {
             busy,
         })
     }
+
+    fn json(&self) -> Value {
+        json!({
+            "kernel": self.kernel, "model": self.model, "cpus": self.cpus,
+            "loadBefore": self.busy,
+        })
+    }
 }
 
 impl fmt::Display for Machine {
@@ -131,15 +138,9 @@ pub struct Report {
 
 impl Report {
     pub fn json(&self) -> Value {
-        let Machine {
-            kernel,
-            model,
-            cpus,
-            busy,
-        } = &self.machine;
         let side = |values: &[f64]| json!({ "median": median(values), "rounds": values });
         json!({
-            "machine": { "kernel": kernel, "model": model, "cpus": cpus, "loadBefore": busy },
+            "machine": self.machine.json(),
             "rounds": self.rounds,
             "seconds": self.seconds,
             "series": self.series.iter().map(Series::json).collect::<Vec<_>>(),
@@ -158,68 +159,113 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "\n{:30}{:12}{:>12}{:>12}{:>8}{:>9}",
-            "", "", "direct", "Postern", "ratio", "spread"
-        )?;
-        let mut before = "";
-        for series in self.series.iter().filter(|s| !s.is_errors()) {
-            let load = if series.load == before {
-                ""
-            } else {
-                series.load
-            };
-            before = series.load;
-            let [direct, postern] = [&series.direct, &series.postern].map(|v| number(median(v)));
-            let spread = 100.0 * series.spread();
-            let (unit, ratio) = (series.unit, series.ratio());
-            writeln!(
-                f,
-                "{load:30}{unit:12}{direct:>12}{postern:>12}{ratio:>8.2}{spread:>8.0}%"
-            )?;
-        }
-        self.notes(f)?;
+        table(f, &self.series, ["direct", "Postern"])?;
         self.agents(f)
     }
 }
 
-impl Report {
-    fn notes(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{NOTES}")?;
-        if self.series.iter().any(|series| series.spread() > NOISY) {
+/// What was measured two ways, side by side.
+fn table(f: &mut fmt::Formatter<'_>, all: &[Series], ways: [&str; 2]) -> fmt::Result {
+    writeln!(
+        f,
+        "\n{:30}{:12}{:>12}{:>12}{:>8}{:>9}",
+        "", "", ways[0], ways[1], "ratio", "spread"
+    )?;
+    let mut before = "";
+    for series in all.iter().filter(|s| !s.is_errors()) {
+        let load = if series.load == before {
+            ""
+        } else {
+            series.load
+        };
+        before = series.load;
+        let [direct, postern] = [&series.direct, &series.postern].map(|v| number(median(v)));
+        let spread = 100.0 * series.spread();
+        let (unit, ratio) = (series.unit, series.ratio());
+        writeln!(
+            f,
+            "{load:30}{unit:12}{direct:>12}{postern:>12}{ratio:>8.2}{spread:>8.0}%"
+        )?;
+    }
+    writeln!(f, "{NOTES}")?;
+    if all.iter().any(|series| series.spread() > NOISY) {
+        writeln!(
+            f,
+            "Some spreads are wide: was the machine busy with something else?"
+        )?;
+    }
+    for series in all.iter().filter(|s| s.is_errors()) {
+        let total = |values: &[f64]| values.iter().sum::<f64>();
+        let errors = [total(&series.direct), total(&series.postern)];
+        if errors != [0.0, 0.0] {
+            let load = series.load;
             writeln!(
                 f,
-                "Some spreads are wide: was the machine busy with something else?"
+                "{load}: {} errors {}, {} {}",
+                errors[0], ways[0], errors[1], ways[1]
             )?;
         }
-        for series in self.series.iter().filter(|s| s.is_errors()) {
-            let total = |values: &[f64]| values.iter().sum::<f64>();
-            let (direct, postern) = (total(&series.direct), total(&series.postern));
-            if direct + postern > 0.0 {
-                let load = series.load;
-                writeln!(
-                    f,
-                    "{load}: {direct} errors direct, {postern} through Postern"
-                )?;
-            }
-        }
-        Ok(())
     }
+    Ok(())
+}
 
+/// What auditing costs: the same through two meshes, one without an audit log.
+pub struct AuditReport {
+    pub machine: Machine,
+    pub rounds: u32,
+    pub seconds: u32,
+    /// `direct`: without.
+    pub series: Vec<Series>,
+    /// In the logs of both nodes, at the end.
+    pub records: usize,
+    /// Resident memory of each agent, MiB: without, and with.
+    pub memory: [Vec<f64>; 2],
+}
+
+impl AuditReport {
+    pub fn json(&self) -> Value {
+        let series = self.series.iter().map(|series| {
+            let mut value = series.json();
+            if let Value::Object(members) = &mut value {
+                for (from, to) in [("direct", "off"), ("postern", "on")] {
+                    let side = members.remove(from).unwrap_or_default();
+                    members.insert(to.into(), side);
+                }
+            }
+            value
+        });
+        json!({
+            "machine": self.machine.json(),
+            "rounds": self.rounds,
+            "seconds": self.seconds,
+            "series": series.collect::<Vec<_>>(),
+            "records": self.records,
+            "memoryMiB": { "off": self.memory[0], "on": self.memory[1] },
+        })
+    }
+}
+
+impl fmt::Display for AuditReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        table(f, &self.series, ["audit off", "audit on"])?;
+        let [off, on] = self.memory.each_ref().map(|memory| list(memory));
+        writeln!(f, "\n{} records on both nodes", self.records)?;
+        write!(f, "memory of the agents, MiB: {off} without, {on} with")
+    }
+}
+
+fn list(values: &[f64]) -> String {
+    let numbers: Vec<String> = values.iter().map(|value| number(*value)).collect();
+    numbers.join(" and ")
+}
+
+impl Report {
     fn agents(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Memory {
             connections,
             idle,
             open,
         } = &self.memory;
-        let list = |values: &[f64]| {
-            values
-                .iter()
-                .map(|v| number(*v))
-                .collect::<Vec<_>>()
-                .join(" and ")
-        };
         writeln!(f, "\nThe agents (of the client's node and of the server's)")?;
         let mut row =
             |what: &str, unit: &str, value: String| writeln!(f, "{what:42}{value:>16} {unit}");

@@ -5,8 +5,11 @@
 //! queue full, or a disk that takes no more, is counted, and the loss is written
 //! as a record of kind `gap` as soon as writing works again.
 
+pub mod ask;
 pub mod chain;
+pub mod command;
 mod record;
+pub mod replay;
 
 use std::{
     fs::OpenOptions,

@@ -10,6 +10,8 @@ mod segments;
 mod stats;
 mod table;
 mod tail;
+#[cfg(test)]
+mod tests;
 mod values;
 
 use std::path::Path;
@@ -30,6 +32,8 @@ pub struct Scan {
     /// The first record that is not asked for any more.
     end: Option<u64>,
     ended: bool,
+    /// What could not be read last: where that does not change, nothing more comes.
+    stuck: Option<String>,
 }
 
 /// Why something in the log could not be read.
@@ -60,6 +64,7 @@ impl Scan {
             filter,
             end,
             ended: false,
+            stuck: None,
         })
     }
 }
@@ -72,8 +77,16 @@ impl Iterator for Scan {
         while !self.ended {
             let line = match self.reader.next()? {
                 Ok(line) => line,
-                Err(error) => return Some(Err(error.into())),
+                Err(error) => {
+                    let said = Some(error.to_string());
+                    if self.stuck == said {
+                        return None;
+                    }
+                    self.stuck = said;
+                    return Some(Err(error.into()));
+                }
             };
+            self.stuck = None;
             if self.end.is_some_and(|end| line.seq >= end) {
                 self.ended = true;
                 return None;

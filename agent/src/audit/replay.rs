@@ -8,11 +8,10 @@ mod report;
 mod tests;
 mod workloads;
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
 use crate::{
     judge::past::{self, Outcome},
-    jwt,
     policy::{Denial, PolicyRef, PolicySet, Selected, Subject},
 };
 
@@ -47,9 +46,9 @@ pub struct Destination {
 /// The policies of a workload.
 enum Chosen {
     Of {
-        selected: Box<Selected>,
-        /// What candidates look for in requests was looked for when they were recorded.
-        tokens_were_sought: bool,
+        candidate: Box<Selected>,
+        /// Those that its calls were recorded under, where they are known.
+        recorded: Option<Box<Selected>>,
     },
     /// They depend on what is not known of it.
     Unknown(String),
@@ -80,13 +79,13 @@ impl Replay {
         let outcome = match chosen.or_insert_with(|| self.sets.choose(&call.destination)) {
             Chosen::Unknown(why) => Outcome::Undecidable(why.clone()),
             Chosen::Of {
-                selected,
-                tokens_were_sought,
+                candidate,
+                recorded,
             } => {
-                if *tokens_were_sought && !call.refused_by_token {
-                    call.has_no_other_token();
+                if let Some(recorded) = recorded {
+                    call.recorded_under(recorded, candidate);
                 }
-                past::judge(selected, &call.facts, call.request.as_ref())
+                past::judge(candidate, &call.facts, &call.carried)
             }
         };
         let (change, by, why) = match (call.was, outcome) {
@@ -121,22 +120,12 @@ impl Sets {
             namespace: destination.namespace.clone(),
             ..Subject::default()
         });
-        let selected = self.candidate.select(&subject);
-        let sought = self.recorded_under.as_ref().is_some_and(|set| {
-            let recorded = set.select(&subject);
-            covers(recorded.tokens(), selected.tokens())
-        });
+        let recorded = self.recorded_under.as_ref();
         Chosen::Of {
-            selected: Box::new(selected),
-            tokens_were_sought: sought,
+            candidate: Box::new(self.candidate.select(&subject)),
+            recorded: recorded.map(|set| Box::new(set.select(&subject))),
         }
     }
-}
-
-/// Whether rules look everywhere where others do.
-fn covers(rules: &[Arc<jwt::Rule>], others: &[Arc<jwt::Rule>]) -> bool {
-    let sought = |other: &Arc<jwt::Rule>| rules.iter().any(|own| own.locations == other.locations);
-    others.iter().all(sought)
 }
 
 impl Destination {

@@ -10,6 +10,16 @@ use crate::{
     request::Request,
 };
 
+/// What is known of what was carried.
+#[derive(Debug)]
+pub enum Carried {
+    /// Nobody looked.
+    Unread,
+    /// Somebody looked: no HTTP.
+    Raw,
+    Request(PastRequest),
+}
+
 /// A request that was made. `None`: not recorded, or not in full.
 #[derive(Debug)]
 pub struct PastRequest {
@@ -46,7 +56,7 @@ pub enum Outcome {
 }
 
 /// Judges a connection, or one request of it.
-pub fn judge(selected: &Selected, facts: &Facts, request: Option<&PastRequest>) -> Outcome {
+pub fn judge(selected: &Selected, facts: &Facts, carried: &Carried) -> Outcome {
     if let Err(denial) = selected.transport(facts) {
         return Outcome::Deny(denial);
     }
@@ -58,9 +68,10 @@ pub fn judge(selected: &Selected, facts: &Facts, request: Option<&PastRequest>) 
             None => selected.decide(facts, Layer::Opaque).into(),
         };
     }
-    match request {
-        Some(request) => read(selected, facts, request),
-        None => unread(selected, facts),
+    match carried {
+        Carried::Request(request) => read(selected, facts, request),
+        Carried::Raw => settled(selected, facts, Partial::unread(), Layer::Opaque),
+        Carried::Unread => unread(selected, facts),
     }
 }
 

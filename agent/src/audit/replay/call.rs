@@ -1,6 +1,6 @@
 //! From a record to what is judged.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use serde_json::{Map, Value, json};
 
@@ -8,16 +8,15 @@ use super::Destination;
 use crate::{
     audit::ask::Entry,
     identity::SpiffeId,
-    judge::past::{PastRequest, PastToken},
-    jwt::Claims,
-    policy::Facts,
+    judge::past::{Carried, PastRequest, PastToken},
+    jwt::{self, Claims},
+    policy::{Facts, Selected},
 };
 
 /// A connection, or one request of it.
 pub struct Call {
     pub facts: Facts,
-    /// `None`: a connection.
-    pub request: Option<PastRequest>,
+    pub carried: Carried,
     pub destination: Destination,
     pub was: Was,
     /// By a policy that asks for tokens: there was one, or a rule for its lack.
@@ -31,14 +30,31 @@ pub enum Was {
 }
 
 impl Call {
-    /// Where tokens stand was looked at: one that is not recorded was not there.
-    pub fn has_no_other_token(&mut self) {
-        if let Some(request) = &mut self.request
-            && matches!(request.token, PastToken::Unknown)
-        {
-            request.token = PastToken::Absent;
+    /// Learns from the policies that it was recorded under what had been looked at: what
+    /// they asked for and is not recorded was not there.
+    pub fn recorded_under(&mut self, recorded: &Selected, candidate: &Selected) {
+        match &mut self.carried {
+            Carried::Unread
+                if self.was == Was::Allowed && recorded.needs_request(&self.facts).is_some() =>
+            {
+                self.carried = Carried::Raw;
+            }
+            Carried::Request(request)
+                if matches!(request.token, PastToken::Unknown)
+                    && !self.refused_by_token
+                    && covers(recorded.tokens(), candidate.tokens()) =>
+            {
+                request.token = PastToken::Absent;
+            }
+            _ => {}
         }
     }
+}
+
+/// Whether rules look everywhere where others do.
+fn covers(rules: &[Arc<jwt::Rule>], others: &[Arc<jwt::Rule>]) -> bool {
+    let sought = |other: &Arc<jwt::Rule>| rules.iter().any(|own| own.locations == other.locations);
+    others.iter().all(sought)
 }
 
 /// Characters that are kept of a method, a host and a path; of more the rest is cut.
@@ -106,16 +122,19 @@ fn call(value: &Value, is_request: bool, was: Was) -> Result<Call, &'static str>
         let told = value[name].as_str()?;
         (told.chars().count() < LONGEST).then(|| told.to_owned())
     };
-    let request = is_request.then(|| PastRequest {
-        method: whole("method"),
-        host: whole("host"),
-        path: whole("path"),
-        token: token(&value["token"]),
-    });
+    let carried = match is_request {
+        true => Carried::Request(PastRequest {
+            method: whole("method"),
+            host: whole("host"),
+            path: whole("path"),
+            token: token(&value["token"]),
+        }),
+        false => Carried::Unread,
+    };
     let by_token = ["RequestAuthentication", "ProtectedResource"];
     Ok(Call {
         facts: Facts::new(identity, from.ip().to_canonical(), to),
-        request,
+        carried,
         destination: Destination {
             namespace,
             pod: text(destination, "pod").unwrap_or_default(),

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{call::Call, written};
-use crate::{audit::ask::grid, policy::PolicyRef};
+use crate::{audit::ask::grid, judge::past::Carried, policy::PolicyRef};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Change {
@@ -51,13 +51,13 @@ impl Key {
             Some(identity) => identity.to_string(),
             None => call.facts.source_ip.to_string(),
         };
-        let what = match &call.request {
-            Some(request) => format!(
+        let what = match &call.carried {
+            Carried::Request(request) => format!(
                 "{} {}",
                 request.method.as_deref().unwrap_or("?"),
                 request.path.as_deref().map_or("?".into(), form)
             ),
-            None => format!("port {}", call.facts.destination.port()),
+            Carried::Unread | Carried::Raw => format!("port {}", call.facts.destination.port()),
         };
         Self {
             change,
@@ -200,7 +200,7 @@ pub fn form(path: &str) -> String {
         let number = digits > 0 && digits == segment.len();
         number
             || (segment.len() >= 8 && digits > 0 && segment.bytes().all(hex))
-            || (segment.len() >= 20 && digits >= 4)
+            || (segment.len() >= 20 && digits >= 3)
     };
     let segments = path.split('/').map(|segment| match is_id(segment) {
         true => "{*}",

@@ -369,7 +369,7 @@ fn what_a_record_does_not_tell_is_not_guessed() {
     let tokens = object(
         "RequestAuthentication",
         "tokens",
-        "{jwtRules: [{issuer: 'https://as.example', jwks: '{\"keys\": []}'}]}",
+        "{jwtRules: [{issuer: 'https://as.example', jwksUri: 'https://as.example/keys'}]}",
     );
     let get = authorization("{rules: [{to: [{operation: {methods: [GET]}}]}]}");
     let not_web =
@@ -498,6 +498,53 @@ fn what_a_record_does_not_tell_is_not_guessed() {
     ] {
         let report = replayed(&candidate, None, &record);
         assert_eq!(said(&report), expected, "{candidate}{record}: {report}");
+    }
+}
+
+/// Policies that were in force tell what was looked for and not found.
+#[test]
+fn what_was_looked_for_and_not_found_was_not_there() {
+    let tokens = |places: &str| {
+        object(
+            "RequestAuthentication",
+            "tokens",
+            &format!(
+                "{{jwtRules: [{{issuer: 'https://as.example', jwksUri: 'https://as.example/keys'{places}}}]}}"
+            ),
+        )
+    };
+    let cookie = tokens(", fromCookies: [t]");
+    let tokens = tokens("");
+    let by_port = authorization("{rules: [{to: [{operation: {ports: ['80']}}]}]}");
+    let refused =
+        json!({"kind": "RequestAuthentication", "namespace": "shop", "name": "tokens", "rule": 0});
+    let refused = json!({"verdict": "deny", "policy": refused});
+    for (recorded, candidate, record, expected) in [
+        (&tokens, &tokens, request(json!({})), 'A'),
+        (&tokens, &cookie, request(json!({})), 'U'),
+        (&by_port, &tokens, request(json!({})), 'U'),
+        (&tokens, &tokens, request(refused), 'U'),
+        // Bytes that were looked at are no HTTP.
+        (&tokens, &by_port, connection(json!({})), 'A'),
+        (
+            &tokens,
+            &(tokens.clone() + &by_port),
+            connection(json!({})),
+            'A',
+        ),
+        (
+            &by_port,
+            &(tokens.clone() + &by_port),
+            connection(json!({})),
+            'U',
+        ),
+    ] {
+        let report = replayed(candidate, Some(recorded), &record);
+        assert_eq!(
+            said(&report),
+            expected,
+            "{recorded}{candidate}{record}: {report}"
+        );
     }
 }
 

@@ -14,8 +14,8 @@ use crate::{
 const CONDITIONS: [&str; 12] = [
     "{key: 'request.headers[x-env]', values: [prod]}",
     "{key: 'request.headers[x-env]', notValues: [prod]}",
-    "{key: request.method, values: [GET]}",
-    "{key: request.method, notValues: [GET]}",
+    "{key: 'request.headers[:method]', values: [GET]}",
+    "{key: 'request.headers[:method]', notValues: [GET]}",
     "{key: 'request.auth.claims[scope]', values: [read]}",
     "{key: 'request.auth.claims[scope]', notValues: [read]}",
     "{key: 'request.auth.claims[groups]', values: [dev]}",

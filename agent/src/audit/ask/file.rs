@@ -34,7 +34,7 @@ const GROUP_BYTES: usize = 32 << 20;
 
 enum Writer<W: Write + Send> {
     Parquet(Box<ArrowWriter<W>>),
-    Arrow(FileWriter<W>),
+    Arrow(Box<FileWriter<W>>),
 }
 
 /// Writes a whole file. Also one without records has its columns.
@@ -52,7 +52,7 @@ pub fn write_file<W: Write + Send>(
             let writer = ArrowWriter::try_new(to, schema.clone(), Some(properties))?;
             Writer::Parquet(Box::new(writer))
         }
-        Format::Arrow => Writer::Arrow(FileWriter::try_new(to, &schema)?),
+        Format::Arrow => Writer::Arrow(Box::new(FileWriter::try_new(to, &schema)?)),
     };
     let (mut group, mut bytes) = (Vec::new(), 0);
     for entry in entries {

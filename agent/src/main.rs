@@ -67,7 +67,7 @@ enum Command {
     /// Ask the audit log, with or without an agent.
     Audit {
         #[command(subcommand)]
-        command: AuditCommand,
+        command: Box<AuditCommand>,
     },
     /// Work on the configuration.
     Config {
@@ -248,7 +248,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Policy { command } => return policy(command),
         Command::Authority { file, command } => authority(&file, command)?,
         Command::Audit { command } => {
-            let code = command::run(command).map_err(|error| match error {
+            let code = command::run(*command).map_err(|error| match error {
                 command::AuditError::Config(wrong) => {
                     anyhow::Error::from(app::Misconfigured(wrong.to_string()))
                 }

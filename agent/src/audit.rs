@@ -5,9 +5,13 @@
 //! queue full, or a disk that takes no more, is counted, and the loss is written
 //! as a record of kind `gap` as soon as writing works again.
 
+pub mod ask;
+pub mod chain;
+pub mod command;
 mod join;
 mod processes;
 mod record;
+pub mod replay;
 mod seen;
 
 use std::{

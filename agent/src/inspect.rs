@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::{
-    config::Normalization,
+    config::{Config, Normalization},
     identity::TrustDomain,
     objects::{LoadError, read_directory},
     policy::{Mesh, PolicyError, PolicyObject, PolicySet, Reading},
@@ -25,6 +25,20 @@ pub struct Context {
     pub normalization: Normalization,
     pub trusted_proxies: usize,
     pub secrets: PathBuf,
+}
+
+impl From<&Config> for Context {
+    fn from(config: &Config) -> Self {
+        let policies = &config.policies;
+        Self {
+            root_namespace: policies.root_namespace.clone(),
+            trust_domain: config.trust_domain.clone(),
+            aliases: config.trust_domain_aliases.clone(),
+            normalization: policies.path_normalization,
+            trusted_proxies: policies.num_trusted_proxies,
+            secrets: policies.secrets.clone(),
+        }
+    }
 }
 
 /// One thing that is wrong with a directory of policies.
@@ -129,7 +143,6 @@ pub struct Checked {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
 
     fn context() -> Context {
         Context {

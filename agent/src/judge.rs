@@ -4,6 +4,7 @@
 
 mod bearer;
 mod nonce;
+pub mod past;
 mod replay;
 
 use std::{

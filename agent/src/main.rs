@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use clap::{Parser, Subcommand, ValueEnum};
 use postern::{
     app,
+    audit::command::{self, AuditCommand},
     authority::{
         admin,
         people::{self, command::Change},
@@ -62,6 +63,11 @@ enum Command {
         file: AuthorityFile,
         #[command(subcommand)]
         command: AuthorityCommand,
+    },
+    /// Ask the audit log, with or without an agent.
+    Audit {
+        #[command(subcommand)]
+        command: Box<AuditCommand>,
     },
     /// Work on the configuration.
     Config {
@@ -241,6 +247,15 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Policy { command } => return policy(command),
         Command::Authority { file, command } => authority(&file, command)?,
+        Command::Audit { command } => {
+            let code = command::run(*command).map_err(|error| match error {
+                command::AuditError::Config(wrong) => {
+                    anyhow::Error::from(app::Misconfigured(wrong.to_string()))
+                }
+                other => other.into(),
+            })?;
+            return Ok(ExitCode::from(code));
+        }
         Command::Config {
             command: ConfigCommand::Schema,
         } => {

@@ -7,6 +7,7 @@ mod evaluate;
 mod extension;
 mod normalize;
 mod outbound;
+mod partial;
 mod pattern;
 mod resource;
 mod schema;
@@ -20,6 +21,7 @@ pub use evaluate::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Rul
 pub use extension::Caller;
 pub use normalize::{BadPath, Normal, normalize};
 pub use outbound::{Ambiguous, Outbound};
+pub use partial::{Lean, Open, Partial, Token};
 pub use resource::{ProtectedResource, Scheme, Unproven};
 pub use schema::PolicyObject;
 pub use selected::{Authorization, Selected};

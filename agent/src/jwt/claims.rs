@@ -20,7 +20,8 @@ const OF_ACCESS_TOKEN: [&str; 7] = ["iss", "exp", "aud", "sub", "client_id", "ia
 const MAX_ACTORS: usize = 8;
 
 /// The payload of a token that a rule verified, or that its issuer told by
-/// introspection. Only [`super::Token::verify`] and [`Claims::introspected`] make it.
+/// introspection. For live traffic only [`super::Token::verify`] and
+/// [`Claims::introspected`] make it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Claims {
     payload: Arc<Map<String, Value>>,
@@ -37,6 +38,8 @@ pub enum Checked {
     Jwt { typ: Option<Arc<str>> },
     /// The issuer was asked, alone or after the signature (RFC 7662).
     Introspection,
+    /// Not now: the audit log says that it was.
+    Record,
 }
 
 impl Checked {
@@ -44,6 +47,7 @@ impl Checked {
         match self {
             Self::Jwt { .. } => "jwt",
             Self::Introspection => "introspection",
+            Self::Record => "record",
         }
     }
 }
@@ -128,6 +132,15 @@ impl Claims {
             Some(name) => Err(TokenError::Missing(name)),
             None => Ok(()),
         }
+    }
+
+    /// What the audit log has of a token that was verified at its time.
+    pub fn of_record(payload: Map<String, Value>) -> Self {
+        let validity = Validity {
+            not_before: None,
+            expires: None,
+        };
+        Self::new(Arc::new(payload), &[], validity, Checked::Record)
     }
 
     /// Claims that no token was needed for.

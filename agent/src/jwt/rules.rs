@@ -17,7 +17,7 @@ use super::{
     locate::{Found, Locations, Place, without_parameters},
     outcome::{Outcome, Refusal, Verified},
     source::RemoteKeys,
-    verify::{Expected, MAX_TOKEN, Token, TokenError, object},
+    verify::{Expected, MAX_TOKEN, Token, TokenError, audience_fits, object},
 };
 use crate::request::{Edits, Request};
 
@@ -42,6 +42,13 @@ pub struct Rule {
     pub claims_to_headers: Vec<(HeaderName, Vec<String>)>,
     pub space_delimited: Vec<String>,
     pub keys: KeySource,
+}
+
+impl Rule {
+    /// Whether a token is for one of its audiences.
+    pub fn takes_audience_of(&self, claims: &Claims) -> bool {
+        audience_fits(&self.audiences, &claims.audiences())
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

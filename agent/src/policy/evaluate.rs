@@ -5,7 +5,10 @@ use std::{borrow::Cow, fmt, net::IpAddr, net::SocketAddr, sync::Arc};
 use ipnet::IpNet;
 use serde::Serialize;
 
-use super::pattern::{PathPattern, Pattern, RequestPrincipal};
+use super::{
+    partial::Partial,
+    pattern::{PathPattern, Pattern, RequestPrincipal},
+};
 use crate::{identity::SpiffeId, jwt::Claims, request::Request};
 
 /// What is known of a connection when it is judged, at its destination.
@@ -23,6 +26,8 @@ pub struct Facts {
     pub sni: Option<String>,
     /// SHA-256 of the peer's certificate, where there is one.
     pub certificate: Option<[u8; 32]>,
+    /// Of what is long past: what is not known of it. `None` on live traffic.
+    pub partial: Option<Partial>,
 }
 
 impl Facts {
@@ -34,6 +39,16 @@ impl Facts {
             destination,
             sni: None,
             certificate: None,
+            partial: None,
+        }
+    }
+
+    /// The same, where not all is known.
+    #[must_use]
+    pub(super) fn known_in_part(&self, partial: Partial) -> Self {
+        Self {
+            partial: Some(partial),
+            ..self.clone()
         }
     }
 
@@ -433,6 +448,11 @@ impl Condition {
             Layer::Unread | Layer::Opaque => None,
             Layer::Request(request) => Some(request),
         };
+        if let Some(partial) = &facts.partial
+            && partial.hides(self, layer)
+        {
+            return partial.takes(closing);
+        }
         match &self.test {
             Test::Text(attribute, values) => {
                 values.accepts_safely(closing, |p, wide| attribute.fits(p, facts, request, wide))

@@ -131,6 +131,11 @@ impl ProtectedResource {
         }
     }
 
+    /// Whether it takes every token that a rule verifies, however it is sent.
+    pub fn takes_what_rules_take(&self) -> bool {
+        !self.access_tokens && self.binding == BoundTo::Any && self.introspection.is_none()
+    }
+
     /// The metadata document, where a request asks for it. The path is normalized.
     pub fn metadata(&self, method: &str, path: &str) -> Option<&str> {
         let identifier = self.identifier.as_ref()?;

@@ -424,6 +424,32 @@ impl PolicySet {
         &self.remote_keys
     }
 
+    /// The first policy that selects workloads of a namespace by more than that: which of
+    /// them it reaches depends on their labels and services.
+    pub fn selective(&self, namespace: &str) -> Option<PolicyRef> {
+        fn of<'a, T>(
+            index: &'a Index<T>,
+            namespace: &'a str,
+            policy: impl Fn(&T) -> &PolicyRef + 'a,
+        ) -> impl Iterator<Item = PolicyRef> + 'a {
+            let entries = index.0.values().flatten();
+            let chosen = move |entry: &&Entry<T>| {
+                let reach = &entry.reach;
+                let some = !reach.labels.is_empty() || reach.services.is_some();
+                some && (reach.namespace.as_deref()).is_none_or(|own| own == namespace)
+            };
+            entries
+                .filter(chosen)
+                .map(move |entry| policy(&entry.item).clone())
+        }
+        of(&self.authorizations, namespace, |one| &one.policy)
+            .chain(of(&self.peers, namespace, |one| &one.policy))
+            .chain(of(&self.tokens, namespace, |one| &one.policy))
+            .chain(of(&self.bindings, namespace, |one| &one.policy))
+            .chain(of(&self.resources, namespace, |one| &one.policy))
+            .min_by_key(PolicyRef::path)
+    }
+
     /// The policies of one workload.
     pub fn select(&self, subject: &Subject) -> Selected {
         let mut peers = self.peers.select(subject);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 mod outbound;
+mod partial;
 mod refused;
 mod requests;
 

@@ -5,6 +5,7 @@ mod authority;
 mod enrolment;
 mod identity;
 mod joined;
+mod kernel;
 mod kit;
 mod lifecycle;
 mod login;

@@ -88,12 +88,12 @@ fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
         event(r, "exec") && r["path"].as_str().is_some_and(|p| p.ends_with("curl"))
     })?;
     assert_eq!(exec["pod"], "client");
-    lab.nodes[0].record("its exit", |r| event(r, "exit") && r["pid"] == exec["pid"])?;
-    lab.nodes[0].record("the connect", |r| {
-        event(r, "socket") && r["new"] == "SYN-SENT"
+    lab.nodes[0].record("its exit", |r| event(r, "exit") && r["task"]["pid"] == exec["task"]["pid"])?;
+    lab.nodes[0].record("the client's socket", |r| {
+        event(r, "closed") && r["role"] == "dialled"
     })?;
     lab.nodes[1].record("the server's socket", |r| {
-        event(r, "socket") && r["pod"] == "server" && r["new"] == "ESTAB"
+        event(r, "closed") && r["pod"] == "server" && r["role"] == "accepted"
     })?;
     assert!(!lab.nodes[0].audit()?.iter().any(|r| r["pod"] == "outside"));
     Ok(())

@@ -9,7 +9,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     audit::{Lost, Record, event},
-    kernel::decode,
+    kernel::{EventKind, decode},
     lifecycle::Watcher,
     proxy::Proxy,
 };
@@ -65,10 +65,12 @@ pub async fn kernel_events(proxy: Arc<Proxy>, ring: RingBuf<MapData>, mut stop: 
 fn record(proxy: &Proxy, bytes: &[u8]) {
     let Some(seen) = decode(bytes) else { return };
     let pods = proxy.pods.load();
-    // A pod that has left since: nobody to attribute it to.
-    let Some(pod) = pods.in_netns(seen.netns) else {
-        return;
-    };
-    let workload = pod.workload.load();
-    proxy.audit.record(event(seen, &workload));
+    // A pod that has left since, or is not known yet: nobody to attribute it to.
+    let workload = pods
+        .in_netns(seen.netns)
+        .map(|pod| pod.workload.load_full());
+    let refused = matches!(seen.kind, EventKind::Failed { .. });
+    if workload.is_some() || refused {
+        proxy.audit.record(event(seen, workload.as_deref()));
+    }
 }

@@ -405,10 +405,10 @@ pub struct KernelEvent {
 }
 
 /// The record of a kernel event.
-pub fn event(event: Event, workload: &Workload) -> Record {
+pub fn event(event: Event, workload: Option<&Workload>) -> Record {
     Record::Event(Box::new(KernelEvent {
-        pod: workload.name.clone(),
-        namespace: workload.namespace.clone(),
+        pod: workload.map(|w| w.name.clone()).unwrap_or_default(),
+        namespace: workload.map(|w| w.namespace.clone()).unwrap_or_default(),
         cgroup: event.cgroup,
         what: what(event.kind),
     }))

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use postern::kernel::{Netns, diag};
 use postern_tests::{Lab, Node, Pod, PodOptions, eventually, output, text};
 use serde_json::Value;
 
@@ -55,6 +56,17 @@ fn outside(lab: &mut Lab, node: usize) -> Result<Pod> {
     lab.pod_with(node, "outside", options)
 }
 
+/// The only pod of its node, and its agent has forgotten it.
+fn unknown(lab: &mut Lab, node: usize) -> Result<Pod> {
+    let pod = outside(lab, node)?;
+    lab.remove_manifest("pod-outside")?;
+    eventually("it is not known", Duration::from_secs(5), || {
+        let status = lab.nodes[node - 1].status();
+        status.is_ok_and(|s| s["workloads"].as_array().is_some_and(Vec::is_empty))
+    })?;
+    Ok(pod)
+}
+
 #[test]
 fn a_closed_socket_has_the_bytes_that_both_ends_counted() -> Result<()> {
     let mut lab = Lab::started()?;
@@ -75,25 +87,40 @@ fn a_closed_socket_has_the_bytes_that_both_ends_counted() -> Result<()> {
     assert_eq!(dialled["local"], seen["local"], "{dialled}");
     assert_eq!(dialled["established"], true);
     assert_eq!(dialled["errno"], "unknown");
-    assert_eq!((dialled["sent"].as_u64(), dialled["received"].as_u64()), (Some(SENT), Some(received)));
+    assert_eq!(
+        (dialled["sent"].as_u64(), dialled["received"].as_u64()),
+        (Some(SENT), Some(received))
+    );
     assert!(dialled["srttUs"].as_u64() > Some(0), "{dialled}");
     assert!(dialled["opened"].as_u64() > Some(0), "{dialled}");
     let accepted = event(&lab.nodes[1], "closed", |r| r["role"] == "accepted")?;
     assert_eq!(accepted["pod"], "server");
     assert_eq!(accepted["dialled"], Value::Null);
-    assert_eq!((accepted["sent"].as_u64(), accepted["received"].as_u64()), (Some(received), Some(SENT)));
+    assert_eq!(
+        (accepted["sent"].as_u64(), accepted["received"].as_u64()),
+        (Some(received), Some(SENT))
+    );
     // The process that called accept, which asks for the peer's address, too.
     assert_eq!(accepted["task"]["comm"], "probe", "{accepted}");
     assert_eq!(accepted["task"]["pid"], sink.pid());
     let listen = event(&lab.nodes[1], "listen", by("probe"))?;
-    assert!(listen["local"].as_str().is_some_and(|l| l.ends_with(":9000")), "{listen}");
+    assert!(
+        listen["local"]
+            .as_str()
+            .is_some_and(|l| l.ends_with(":9000")),
+        "{listen}"
+    );
     assert_eq!(listen["task"]["pid"], sink.pid());
 
     // The agents' own sockets in the pods are not the pods'.
     for node in &lab.nodes {
         for record in node.audit()? {
             assert_ne!(record["task"]["comm"], "postern", "{record}");
-            assert_ne!(record["task"]["pid"], node.agent_pid().unwrap_or(0), "{record}");
+            assert_ne!(
+                record["task"]["pid"],
+                node.agent_pid().unwrap_or(0),
+                "{record}"
+            );
         }
         assert_eq!(events(node, "closed")?.len(), 1, "{:#?}", node.audit()?);
     }
@@ -112,7 +139,10 @@ fn connects_that_fail_are_told_once_with_their_errno() -> Result<()> {
     assert_eq!(closed["errno"], "ECONNREFUSED");
     assert_eq!(closed["established"], false);
     assert_eq!(closed["task"]["comm"], "probe");
-    assert_eq!((closed["sent"].as_u64(), closed["received"].as_u64()), (Some(0), Some(0)));
+    assert_eq!(
+        (closed["sent"].as_u64(), closed["received"].as_u64()),
+        (Some(0), Some(0))
+    );
     // Without waiting: the error is fetched later, by SO_ERROR and by connect again.
     let twice = format!(
         "import socket,select\ns=socket.socket(); s.setblocking(False); a=('{}',9)\n\
@@ -145,7 +175,7 @@ fn connects_that_fail_are_told_once_with_their_errno() -> Result<()> {
 fn what_the_hook_refuses_is_told_though_the_pod_is_not_known() -> Result<()> {
     let mut lab = Lab::started()?;
     let server = lab.pod(2, "server")?;
-    let unknown = Pod::unknown(&mut lab, 1, "unknown")?;
+    let unknown = unknown(&mut lab, 1)?;
     let address = at(&server, ECHO);
     assert_eq!(unknown.dial(&address, &[])?["connect"], "EPERM");
     let failed = event(&lab.nodes[0], "failed", |r| r["remote"] == address)?;
@@ -216,7 +246,9 @@ fn raw_and_packet_sockets_are_told_once() -> Result<()> {
     python(&client, program)?;
     let node = &lab.nodes[0];
     for (packet, protocol) in [(false, 1), (false, 58), (true, 0x88b5)] {
-        let told = event(node, "raw", |r| r["packet"] == packet && r["protocol"] == protocol)?;
+        let told = event(node, "raw", |r| {
+            r["packet"] == packet && r["protocol"] == protocol
+        })?;
         assert_eq!(told["task"]["comm"], "python3");
     }
     let told = events(node, "raw")?;
@@ -234,7 +266,10 @@ fn programs_have_arguments_and_parents_and_an_end() -> Result<()> {
     let node = &lab.nodes[0];
     let whole = |argv: &'static str| move |r: &Value| r["argv"] == argv;
     let told = event(node, "exec", whole("true\0one\0two words\0\0"))?;
-    assert!(told["path"].as_str().is_some_and(|p| p.ends_with("/true")), "{told}");
+    assert!(
+        told["path"].as_str().is_some_and(|p| p.ends_with("/true")),
+        "{told}"
+    );
     assert_eq!(told["truncated"], false);
     assert_eq!(told["task"]["comm"], "true");
     assert_eq!(told["task"]["uid"], 0);
@@ -244,12 +279,18 @@ fn programs_have_arguments_and_parents_and_an_end() -> Result<()> {
     let long = event(node, "exec", |r| r["truncated"] == true)?;
     let argv = long["argv"].as_str().context("argv")?;
     assert_eq!(argv.len(), 2048);
-    assert!(argv.starts_with("env\0true\x001\x002\0") || argv.starts_with("true\x001\x002\0"), "{argv}");
+    assert!(
+        argv.starts_with("env\0true\x001\x002\0") || argv.starts_with("true\x001\x002\0"),
+        "{argv}"
+    );
     for (argv, code, signal) in [("sh\0-c\0exit 7\0", 7, 0), ("sh\0-c\0kill -9 $$\0", 0, 9)] {
         let exec = event(node, "exec", whole(argv))?;
         let pid = &exec["task"]["pid"];
         let exit = event(node, "exit", |r| r["task"]["pid"] == *pid)?;
-        assert_eq!((&exit["code"], &exit["signal"]), (&code.into(), &signal.into()));
+        assert_eq!(
+            (&exit["code"], &exit["signal"]),
+            (&code.into(), &signal.into())
+        );
     }
     Ok(())
 }
@@ -274,7 +315,10 @@ fn what_a_tiny_ring_loses_is_counted() -> Result<()> {
         let mine = all.filter(|r| ["sh", "env", "true"].iter().any(|comm| by(comm)(r)));
         Ok(mine.count() as u64)
     };
-    for (name, counted, all) in [("exec", "lost_exec_events", 401), ("exit", "lost_exit_events", 201)] {
+    for (name, counted, all) in [
+        ("exec", "lost_exec_events", 401),
+        ("exit", "lost_exit_events", 201),
+    ] {
         eventually("all are told or counted", Duration::from_secs(10), || {
             matches!((told(name), counter(node, counted)), (Ok(told), Ok(lost)) if told + lost == all)
         })
@@ -297,8 +341,12 @@ fn a_pod_that_does_too_much_is_limited_and_counted() -> Result<()> {
     lab.nodes[0].start()?;
     let (noisy, quiet) = (lab.pod(1, "noisy")?, lab.pod(1, "quiet")?);
     let node = &lab.nodes[0];
-    output(noisy.command("sh")?.args(["-c", "for i in $(seq 200); do env true; done"]))?;
-    output(quiet.command("sh")?.args(["-c", "exit 3"]))?;
+    output(
+        noisy
+            .command("sh")?
+            .args(["-c", "for i in $(seq 200); do env true; done"]),
+    )?;
+    output(quiet.command("sh")?.args(["-c", "env sh -c 'exit 3'; :"]))?;
     event(node, "exit", |r| r["pod"] == "quiet" && r["code"] == 3)?;
     let told = events(node, "exec")?;
     let told = told.iter().filter(|r| r["pod"] == "noisy").count() as u64;
@@ -317,12 +365,19 @@ fn sockets_are_followed_across_a_restart_of_the_agent() -> Result<()> {
     let mut stay = client.command(postern_tests::binary("probe")?)?;
     stay.args(["stay", &at(&outside, ECHO)]);
     let stay = client.start("stay", &mut stay)?;
-    let gone = client.start("gone", client.command(postern_tests::binary("probe")?)?.args(["stay", &at(&outside, ECHO)]))?;
+    let gone = client.start(
+        "gone",
+        client
+            .command(postern_tests::binary("probe")?)?
+            .args(["stay", &at(&outside, ECHO)]),
+    )?;
     stay.says("beat 000001")?;
     gone.says("beat 000001")?;
     let followed = |node: &Node| -> Result<u64> {
         let metrics = node.metrics()?;
-        let line = metrics.lines().find_map(|l| l.strip_prefix("postern_map_entries{map=\"SOCKETS\"} "));
+        let line = metrics
+            .lines()
+            .find_map(|l| l.strip_prefix("postern_map_entries{name=\"SOCKETS\"} "));
         Ok(line.with_context(|| metrics.clone())?.trim().parse()?)
     };
     assert_eq!(followed(&lab.nodes[0])?, 2);
@@ -330,9 +385,11 @@ fn sockets_are_followed_across_a_restart_of_the_agent() -> Result<()> {
     drop(gone);
     lab.nodes[0].start()?;
     lab.known(&client)?;
-    eventually("the closed one is forgotten", Duration::from_secs(10), || {
-        followed(&lab.nodes[0]).is_ok_and(|open| open == 1)
-    })?;
+    eventually(
+        "the closed one is forgotten",
+        Duration::from_secs(10),
+        || followed(&lab.nodes[0]).is_ok_and(|open| open == 1),
+    )?;
     let pid = stay.pid();
     drop(stay);
     let closed = event(&lab.nodes[0], "closed", |r| r["task"]["pid"] == pid)?;
@@ -348,16 +405,67 @@ fn the_doctor_names_what_is_lacking() -> Result<()> {
     assert!(echoes(&client, &at(&server, ECHO))?);
     let doctor = text(&lab.nodes[0].postern(&["doctor"])?.output()?.stdout);
     for part in ["sockets", "accept", "connect", "udp", "raw", "exec", "exit"] {
-        let line = doctor.lines().find(|l| l.contains(&format!("audit of {part}")));
+        let line = doctor
+            .lines()
+            .find(|l| l.contains(&format!("audit of {part}")));
         let line = line.with_context(|| doctor.clone())?;
         // As the running agent has it.
-        let why = line.split_once(": ").map(|(_, without)| without.split(':').next().unwrap_or(""));
+        let why = line
+            .split_once(": ")
+            .map(|(_, without)| without.split(':').next().unwrap_or(""));
         if let Some(without) = why {
-            assert!(lacks(&lab.nodes[0], without), "{line}\n{}", lab.nodes[0].log());
+            assert!(
+                lacks(&lab.nodes[0], without),
+                "{line}\n{}",
+                lab.nodes[0].log()
+            );
         } else {
             assert!(line.contains(" by "), "{line}");
         }
     }
     assert!(doctor.contains("SOCK_DESTROY"), "{doctor}");
+    Ok(())
+}
+
+#[test]
+fn sockets_are_listed_and_destroyed_by_their_cookie() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let client = lab.pod(1, "client")?;
+    let outside = outside(&mut lab, 2)?;
+    let _echo = outside.serve("echo", ECHO)?;
+    let mut stay = client.command(postern_tests::binary("probe")?)?;
+    let stay = client.start("stay", stay.args(["stay", &at(&outside, ECHO)]))?;
+    stay.says("beat 000001")?;
+    let netns = Netns::open(&std::path::Path::new("/run/netns").join(&client.netns))?;
+    let remote = at(&outside, ECHO).parse()?;
+    let found = diag::tcp_sockets(&netns)?;
+    let socket = found.iter().find(|socket| socket.remote == remote);
+    let socket = socket.with_context(|| format!("{found:?}"))?.clone();
+    let cgroup = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(client.cgroup())?);
+    assert_eq!((socket.state, socket.uid, socket.cgroup), (1, 0, cgroup));
+    let wrong = diag::TcpSocket {
+        cookie: socket.cookie + 1,
+        ..socket.clone()
+    };
+    assert!(diag::destroy(&netns, &wrong).is_err());
+    diag::destroy(&netns, &socket)?;
+    stay.says("ended")?;
+    let closed = event(&lab.nodes[0], "closed", |r| {
+        r["remote"] == at(&outside, ECHO)
+    })?;
+    assert_eq!(closed["cookie"], socket.cookie);
+    assert_eq!(closed["local"], socket.local.to_string());
+    assert_eq!(closed["errno"], "ECONNABORTED");
+    let again = diag::destroy(&netns, &socket).map_err(|e| e.kind());
+    assert_eq!(again, Err(std::io::ErrorKind::NotFound));
+    // The other end is an IPv6 socket with an IPv4 connection.
+    let mut stay = client.command(postern_tests::binary("probe")?)?;
+    let stay = client.start("again", stay.args(["stay", &at(&outside, ECHO)]))?;
+    stay.says("beat 000001")?;
+    let netns = Netns::open(&std::path::Path::new("/run/netns").join(&outside.netns))?;
+    let found = diag::tcp_sockets(&netns)?;
+    let socket = found.iter().find(|s| s.local == remote && s.state == 1);
+    diag::destroy(&netns, socket.with_context(|| format!("{found:?}"))?)?;
+    stay.says("ended")?;
     Ok(())
 }

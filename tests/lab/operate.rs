@@ -88,7 +88,9 @@ fn kernel_events_of_enrolled_pods_are_recorded() -> Result<()> {
         event(r, "exec") && r["path"].as_str().is_some_and(|p| p.ends_with("curl"))
     })?;
     assert_eq!(exec["pod"], "client");
-    lab.nodes[0].record("its exit", |r| event(r, "exit") && r["task"]["pid"] == exec["task"]["pid"])?;
+    lab.nodes[0].record("its exit", |r| {
+        event(r, "exit") && r["task"]["pid"] == exec["task"]["pid"]
+    })?;
     lab.nodes[0].record("the client's socket", |r| {
         event(r, "closed") && r["role"] == "dialled"
     })?;

@@ -13,8 +13,8 @@ use postern_ebpf::{
 };
 
 use super::{
-    Agents, At, Kind, Subject, calling, cookie, ends, field, header, is_agent, now, offset, owner, room,
-    sockaddr, socket_netns, task,
+    Agents, At, Kind, Subject, calling, cookie, ends, field, header, is_agent, now, offset, owner,
+    room, sockaddr, socket_netns, task,
 };
 use crate::maps::{DIALS, SOCKETS, TOLD, config, count};
 

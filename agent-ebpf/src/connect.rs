@@ -19,6 +19,7 @@ use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW};
 use crate::{
     context::{Caller, caller, is_mapped, mapped, read_address, write_address},
     maps::{DIALS, MESH, ORIGINS, config, count},
+    observe::sockets,
     sockops::forget,
 };
 
@@ -121,18 +122,21 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
                 return pass;
             }
             count(Counter::RefusedUnknown);
+            sockets::refused(config, netns, cookie, destination, u32::from(port));
             return refuse;
         }
     };
     if protocol == IPPROTO_MPTCP {
         // Its subflows are sockets of the kernel that no hook sees.
         count(Counter::RefusedProtocol);
+        sockets::refused(config, netns, cookie, destination, u32::from(port));
         return refuse;
     }
     forget(cookie);
     let dial = dial(netns, cgroup, tgid, cookie, destination, u32::from(port));
     if DIALS.insert(cookie, dial, 0).is_err() {
         count(Counter::RefusedFull);
+        sockets::refused(config, netns, cookie, destination, u32::from(port));
         return refuse;
     }
     count(Counter::Steered);

@@ -41,6 +41,7 @@ pub static OFFSETS: Offsets = Offsets {
     sock_v6_rcv_saddr: 0,
     sock_cookie: 0,
     sock_protocol: 0,
+    sock_type: 0,
     sock_err: 0,
     sock_cgroup: 0,
     inet_sport: 0,
@@ -70,7 +71,6 @@ pub static OFFSETS: Offsets = Offsets {
     mm_arg_start: 0,
     mm_arg_end: 0,
     binprm_filename: 0,
-    accept_arguments: 0,
 };
 
 /// Set by the agent before load, from its configuration.
@@ -379,6 +379,9 @@ fn allowed(config: &Config, subject: Subject, kind: Kind) -> bool {
         Kind::Socket => &LIMITS.socket,
         _ => &LIMITS.other,
     });
+    if interval == 0 {
+        return false; // nobody wants to know
+    }
     let bucket = Bucket {
         netns: subject.netns,
         cgroup: if subject.netns == config.node_netns {

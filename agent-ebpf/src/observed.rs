@@ -206,6 +206,7 @@ pub struct Offsets {
     pub sock_v6_rcv_saddr: u32,
     pub sock_cookie: u32,
     pub sock_protocol: u32,
+    pub sock_type: u32,
     pub sock_err: u32,
     /// Of the pointer in `sk_cgrp_data`.
     pub sock_cgroup: u32,
@@ -237,6 +238,4 @@ pub struct Offsets {
     pub mm_arg_start: u32,
     pub mm_arg_end: u32,
     pub binprm_filename: u32,
-    /// How many arguments `inet_csk_accept` takes: what it returns comes after them.
-    pub accept_arguments: u32,
 }

@@ -12,6 +12,7 @@ use postern_ebpf::{Address, Client, Endpoint};
 use crate::{
     context::{is_mapped, mapped, read_address, write_address},
     maps::{CLIENTS, DIALS},
+    observe::sockets,
 };
 
 const PASS: i32 = 1;
@@ -50,6 +51,7 @@ pub fn v6(ctx: &SockAddrContext) -> i32 {
 fn real_peer(ctx: &SockAddrContext, seen: Address) -> Option<Client> {
     // SAFETY: a helper of this program type; the context outlives the call.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    sockets::asked(cookie);
     // SAFETY: the entry is copied out; it is written once, before the connect.
     if let Some(dial) = unsafe { DIALS.get(cookie) } {
         return Some(Client {

@@ -1,18 +1,23 @@
 //! Entry points of the observers. What is a tracepoint is one everywhere. Functions are
-//! probed by fentry and fexit, or by kprobes where those are not to be had: two
-//! ways in, one logic. A part that cannot be attached is missing, and the agent says so.
+//! probed by fentry and fexit, or by kprobes where those are not to be had; where neither
+//! is, hooks and another tracepoint see most of what leaves a pod: three ways in, one
+//! logic. A part that cannot be attached is missing, and the agent says so.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
     EbpfContext as _,
     helpers::{bpf_get_current_pid_tgid, generated::bpf_get_socket_cookie},
-    macros::{btf_tracepoint, fentry, fexit, kprobe, kretprobe},
-    programs::{BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, RetProbeContext},
+    macros::{btf_tracepoint, cgroup_sock_addr, fentry, fexit, kprobe, kretprobe},
+    programs::{
+        BtfTracePointContext, FEntryContext, FExitContext, ProbeContext, RetProbeContext,
+        SockAddrContext,
+    },
 };
 use postern_ebpf::Call;
 
 use crate::{
+    context::{mapped, read_address},
     maps::CALLS,
     observe::{self, datagrams, offset, processes, sockets},
 };
@@ -20,6 +25,8 @@ use crate::{
 /// What these programs return has no meaning.
 const IGNORED: i32 = 0;
 const IGNORED_BY_KPROBES: u32 = 0;
+/// Hooks on datagrams look on, and never refuse.
+const PASS: i32 = 1;
 
 #[btf_tracepoint(function = "inet_sock_set_state")]
 pub fn postern_state(ctx: BtfTracePointContext) -> i32 {
@@ -39,22 +46,40 @@ pub fn postern_exit(_ctx: BtfTracePointContext) -> i32 {
     IGNORED
 }
 
+#[btf_tracepoint(function = "sock_send_length")]
+pub fn postern_sent(ctx: BtfTracePointContext) -> i32 {
+    let _told = datagrams::sent(ctx.arg(0), ctx.arg(1));
+    IGNORED
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn postern_sendmsg4(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the context's own fields.
+    let remote = mapped(unsafe { (&raw const (*ctx.sock_addr).user_ip4).read_volatile() });
+    let _told = datagrams::hooked(&ctx, remote);
+    PASS
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn postern_sendmsg6(ctx: SockAddrContext) -> i32 {
+    // SAFETY: the context's own fields.
+    let remote = unsafe { read_address((&raw const (*ctx.sock_addr).user_ip6).cast()) };
+    let _told = datagrams::hooked(&ctx, remote);
+    PASS
+}
+
 #[fexit(function = "inet_csk_accept")]
 pub fn postern_accept(ctx: FExitContext) -> i32 {
-    // The verifier drops the way that is not this kernel's.
-    let sk: *mut c_void = if offset!(accept_arguments) == 4 {
-        ctx.arg(4)
-    } else {
-        ctx.arg(2)
-    };
-    let _told = sockets::accept(sk as u64, || made_cookie(sk));
+    // How many arguments are before it differs between kernels.
+    if let Ok(sk) = ctx.ret() {
+        let _told = sockets::accept(sk);
+    }
     IGNORED
 }
 
 #[kretprobe]
 pub fn postern_k_accept(ctx: RetProbeContext) -> u32 {
-    let sk: u64 = ctx.ret();
-    let _told = sockets::accept(sk, || observe::cookie(sk));
+    let _told = sockets::accept(ctx.ret());
     IGNORED_BY_KPROBES
 }
 

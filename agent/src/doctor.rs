@@ -4,8 +4,9 @@
 use std::path::Path;
 
 use crate::{
+    app::hook_cgroup,
     config::Config,
-    kernel::{available, cgroup_mounts, diag, find_pods_roots},
+    kernel::{Attached, Kernel, cgroup_mounts, diag, find_pods_roots},
 };
 
 /// One finding.
@@ -65,16 +66,27 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         }
         Err(error) => find(false, true, format!("/proc/self/mounts: {error}")),
     }
-    for (part, way) in available(config.kernel.probes) {
-        let name = part.name;
-        match way {
-            Ok(way) => find(true, false, format!("audit of {name}: by {way}")),
-            Err(why) => find(
-                false,
-                false,
-                format!("audit of {name}: {why}: {}", part.without),
-            ),
+    let observers = hook_cgroup(config)
+        .map_err(|error| error.to_string())
+        .and_then(|(cgroup, _)| {
+            Kernel::try_observers(&config.kernel, &cgroup).map_err(|error| error.to_string())
+        });
+    match observers {
+        Ok(parts) => {
+            for Attached { part, way, blind } in parts {
+                let by = way.map(|way| format!(" by {way}")).unwrap_or_default();
+                let what = match &blind {
+                    None => format!("audit of {part}{by}"),
+                    Some(blind) => format!("audit of {part}{by}: {}: {}", blind.without, blind.why),
+                };
+                find(blind.is_none(), false, what);
+            }
         }
+        Err(why) => find(
+            false,
+            false,
+            format!("{why}: no kernel events in the audit log"),
+        ),
     }
     match diag::can_destroy() {
         Ok(()) => find(
@@ -101,7 +113,7 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         if kprobes {
             "kprobes"
         } else {
-            "no kprobes: BTF tracepoints are used instead"
+            "no kprobes: see above for what is used instead"
         }
         .into(),
     );

@@ -25,4 +25,4 @@ pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, t
 pub use load::{Kernel, KernelError, cleanup, own_cgroup};
 pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
-pub use observers::{Blind, available};
+pub use observers::{Attached, Blind};

@@ -7,6 +7,7 @@ mod bypass;
 mod enrolment;
 mod identity;
 mod joined;
+mod kernel;
 mod kit;
 mod lifecycle;
 mod login;

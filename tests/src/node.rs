@@ -40,6 +40,8 @@ pub struct NodeOptions {
     pub manifests: String,
     /// Further keys of `policies`, as YAML flow pairs that begin with a comma.
     pub policies: String,
+    /// Further keys of `kernel`, as YAML flow pairs that begin with a comma.
+    pub kernel: String,
     /// Further configuration, as top-level YAML.
     pub more: String,
 }
@@ -51,9 +53,15 @@ impl Default for NodeOptions {
             root: "root".into(),
             manifests: "manifests".into(),
             policies: String::new(),
+            kernel: probes(),
             more: String::new(),
         }
     }
+}
+
+/// How agents probe the kernel, where the environment says.
+fn probes() -> String {
+    std::env::var("POSTERN_PROBES").map_or_else(|_| String::new(), |how| format!(", probes: {how}"))
 }
 
 impl Node {
@@ -141,12 +149,13 @@ impl Node {
             root,
             manifests,
             policies,
+            kernel,
             more,
         } = &self.options;
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
              workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
-             kernel: {{cgroup: {}, pin: {}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
+             kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
              log: {{level: 'info,postern=debug'}}\n{}{more}",
             self.name,
             self.cgroup.display(),

@@ -2,16 +2,33 @@
 //! told, and the first after a long pause; a packet of a flow that is known costs one
 //! look-up.
 
-use postern_ebpf::{Address, EVENT_DATAGRAM, EVENT_PACKET, EVENT_RAW, Flow, SocketEvent};
+use core::ffi::c_void;
 
-use super::{Kind, calling, ends, field, header, now, offset, room, sockaddr, socket_netns, task};
+use aya_ebpf::{
+    EbpfContext as _,
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    programs::SockAddrContext,
+};
+use postern_ebpf::{Address, Config, EVENT_DATAGRAM, EVENT_PACKET, EVENT_RAW, Flow, SocketEvent};
+
+use super::{
+    AF_INET, AF_INET6, At, Kind, Subject, calling, ends, field, header, now, offset, room,
+    sockaddr, socket_netns, task,
+};
 use crate::{
+    context::{is_mapped, mapped, read_address},
     lookup::is_loopback,
     maps::{DATAGRAMS, RAWS, config},
 };
 
 /// After so long without a packet a flow is a new one, nanoseconds.
 const IDLE: u64 = 300_000_000_000;
+
+const AF_PACKET: u16 = 17;
+const SOCK_STREAM: u16 = 1;
+const SOCK_DGRAM: u16 = 2;
+const SOCK_RAW: u16 = 3;
+const IPPROTO_UDP: u16 = 17;
 
 /// `udp_sendmsg` and `udpv6_sendmsg`, which calls the former for IPv4.
 #[inline(always)]
@@ -26,6 +43,84 @@ pub fn udp(sk: u64, message: u64, cookie: impl FnOnce() -> u64) -> Option<()> {
     } else {
         sockaddr(name)?
     };
+    flow(config, subject, local, remote, cookie)
+}
+
+/// `cgroup/sendmsg4` and `sendmsg6`: a socket that is not connected sends.
+#[inline(always)]
+pub fn hooked(ctx: &SockAddrContext, remote: Address) -> Option<()> {
+    let config = config()?;
+    // SAFETY: helpers of this program type; the context outlives the call.
+    let (netns, cookie) = unsafe {
+        (
+            bpf_get_netns_cookie(ctx.as_ptr()),
+            bpf_get_socket_cookie(ctx.as_ptr()),
+        )
+    };
+    let subject = calling(config, netns)?;
+    // SAFETY: the context's own fields, and its socket's, which there always is.
+    let (port, local) = unsafe {
+        let sk = (&raw const (*ctx.sock_addr).__bindgen_anon_1.sk).read_volatile();
+        let v4 = (&raw const (*sk).src_ip4).read_volatile();
+        let v6 = read_address((&raw const (*sk).src_ip6).cast());
+        let family = (&raw const (*sk).family).read_volatile();
+        let local = At {
+            address: if family == u32::from(AF_INET) {
+                mapped(v4)
+            } else {
+                v6
+            },
+            port: (&raw const (*sk).src_port).read_volatile(),
+        };
+        let port = (&raw const (*ctx.sock_addr).user_port).read_volatile();
+        (port, local)
+    };
+    let remote = At {
+        address: remote,
+        port: u32::from(u16::from_be(port as u16)),
+    };
+    flow(config, subject, local, remote, || cookie)
+}
+
+/// `sock:sock_send_length`: something was sent. What TCP sends is not looked at.
+#[inline(always)]
+pub fn sent(sk: *mut c_void, length: i32) -> Option<()> {
+    let at = sk as u64;
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    let (kind, family, protocol): (u16, u16, u16) = unsafe {
+        let kind = field(at, offset!(sock_type))?;
+        if kind == SOCK_STREAM || length < 0 {
+            return None;
+        }
+        let family = field(at, offset!(sock_family))?;
+        (kind, family, field(at, offset!(sock_protocol))?)
+    };
+    // SAFETY: the tracepoint's own argument; a helper that takes it.
+    let cookie = || unsafe { bpf_get_socket_cookie(sk) };
+    match (kind, family) {
+        (_, AF_PACKET) => raw(at, true, cookie),
+        (SOCK_RAW, AF_INET | AF_INET6) => raw(at, false, cookie),
+        (SOCK_DGRAM, AF_INET | AF_INET6) if protocol == IPPROTO_UDP => {
+            let config = config()?;
+            let subject = calling(config, socket_netns(at)?)?;
+            let (local, connected) = ends(at)?;
+            if connected.port == 0 {
+                return None; // the hooks have seen where it goes
+            }
+            flow(config, subject, local, connected, cookie)
+        }
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn flow(
+    config: &Config,
+    subject: Subject,
+    local: At,
+    remote: At,
+    cookie: impl FnOnce() -> u64,
+) -> Option<()> {
     if is_loopback(remote.address) {
         return None; // within the pod
     }
@@ -65,7 +160,7 @@ pub fn udp(sk: u64, message: u64, cookie: impl FnOnce() -> u64) -> Option<()> {
 /// `0.0.0.0` and `::` are one: an IPv6 socket that sends to IPv4 is seen as both.
 #[inline(always)]
 fn plain(address: Address) -> Address {
-    if crate::context::is_mapped(address) && address[3] == 0 {
+    if is_mapped(address) && address[3] == 0 {
         return [0; 4];
     }
     address

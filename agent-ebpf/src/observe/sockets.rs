@@ -2,16 +2,19 @@
 //! followed in `SOCKETS` and told once, when all is known; the kernel counts its bytes
 //! anyway.
 
-use aya_ebpf::helpers::generated::{bpf_get_current_task, bpf_get_socket_cookie};
 use core::ffi::c_void;
+
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_cgroup_id, bpf_get_current_task, bpf_get_socket_cookie,
+};
 use postern_ebpf::{
-    ACCEPTED, ClosedEvent, Config, Counter, DIALLED, EVENT_CLOSED, EVENT_FAILED, EVENT_LISTEN,
-    SocketEvent, Task, Tracked,
+    ACCEPTED, Address, ClosedEvent, Config, Counter, DIALLED, EVENT_CLOSED, EVENT_FAILED,
+    EVENT_LISTEN, SocketEvent, Task, Tracked,
 };
 
 use super::{
-    Agents, At, Kind, calling, ends, field, header, is_agent, now, offset, owner, room, sockaddr,
-    socket_netns, task,
+    Agents, At, Kind, Subject, calling, cookie, ends, field, header, is_agent, now, offset, owner,
+    room, sockaddr, socket_netns, task,
 };
 use crate::maps::{DIALS, SOCKETS, TOLD, config, count};
 
@@ -25,7 +28,6 @@ mod tcp {
 }
 
 const IPPROTO_TCP: u16 = 6;
-const IPPROTO_MPTCP: u16 = 262;
 /// `SOCK_DONE` of `enum sock_flags`: the peer's FIN has come.
 const SOCK_DONE: u64 = 1 << 1;
 /// `include/linux/sched.h`: a thread of the kernel's own.
@@ -102,8 +104,7 @@ fn dialling(config: &Config, sk: *mut c_void) -> Option<()> {
 /// In softirq, where it is a child of a listener.
 #[inline(always)]
 fn established(config: &Config, sk: *mut c_void, old: u32) -> Option<()> {
-    // SAFETY: offset and type are those of the running kernel's BTF.
-    let known: u64 = unsafe { field(sk as u64, offset!(sock_cookie))? };
+    let known = cookie(sk as u64);
     if known != 0
         && let Some(tracked) = SOCKETS.get_ptr_mut(known)
     {
@@ -143,36 +144,23 @@ fn track(cookie: u64, tracked: &Tracked) {
     }
 }
 
-/// `inet_csk_accept` returned a socket.
+/// `inet_csk_accept` returned a socket. One that was taken from the queue before the
+/// softirq was done with it is not here yet: then [`asked`] may find out.
 #[inline(always)]
-pub fn accept(sk: u64, cookie: impl FnOnce() -> u64) -> Option<()> {
+pub fn accept(sk: u64) -> Option<()> {
     if sk == 0 || protocol(sk)? != IPPROTO_TCP {
         return None;
     }
     let config = config()?;
-    // SAFETY: offsets and types are those of the running kernel's BTF.
-    let (known, state): (u64, u8) = unsafe {
-        (
-            field(sk, offset!(sock_cookie))?,
-            field(sk, offset!(sock_state))?,
-        )
-    };
-    if let Some(tracked) = SOCKETS.get_ptr_mut(known) {
-        if is_agent(config) {
-            // Only where its cgroup could not tell.
-            let _absent = SOCKETS.remove(known);
-        } else {
-            // SAFETY: the entry is the socket's own, and only this writes its task.
-            unsafe { (*tracked).task = task() };
-        }
-    } else if u32::from(state) == tcp::SYN_RECV && !is_agent(config) {
-        // Taken from the queue before the softirq that put it there was done.
-        let (subject, _) = owner(config, sk)?;
-        let cookie = cookie();
-        if cookie != 0 {
-            track(cookie, &accepted(subject.netns, subject.cgroup, task()));
-        }
+    let cookie = cookie(sk);
+    let tracked = SOCKETS.get_ptr_mut(cookie)?;
+    if is_agent(config) {
+        // Only where its cgroup could not tell.
+        let _absent = SOCKETS.remove(cookie);
+        return None;
     }
+    // SAFETY: the entry is the socket's own, and only this writes its task.
+    unsafe { (*tracked).task = task() };
     Some(())
 }
 
@@ -203,8 +191,7 @@ fn listening(config: &Config, sk: *mut c_void) -> Option<()> {
 
 #[inline(always)]
 fn closed(config: &Config, sk: u64, old: u32) -> Option<()> {
-    // SAFETY: offset and type are those of the running kernel's BTF.
-    let cookie: u64 = unsafe { field(sk, offset!(sock_cookie))? };
+    let cookie = cookie(sk);
     let tracked = match SOCKETS.get_ptr_mut(cookie) {
         // SAFETY: copied out before it is removed.
         Some(tracked) => unsafe { *tracked },
@@ -254,7 +241,7 @@ fn untracked(config: &Config, sk: u64, old: u32) -> Option<Tracked> {
 
 #[inline(always)]
 fn tell(config: &Config, sk: u64, cookie: u64, tracked: &Tracked) -> Option<()> {
-    let subject = super::Subject {
+    let subject = Subject {
         netns: tracked.netns,
         cgroup: tracked.cgroup,
     };
@@ -306,22 +293,16 @@ pub fn connect(sk: u64, address: u64, returned: i32) -> Option<()> {
         return None;
     }
     let config = config()?;
-    // SAFETY: offsets and types are those of the running kernel's BTF.
-    let (cookie, state): (u64, u8) = unsafe {
-        (
-            field(sk, offset!(sock_cookie))?,
-            field(sk, offset!(sock_state))?,
-        )
-    };
+    let cookie = cookie(sk);
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let state: u8 = unsafe { field(sk, offset!(sock_state))? };
     // A signal or the application's own time limit: it goes on, and its close is told.
     if u32::from(state) != tcp::CLOSE {
         return None;
     }
-    match protocol(sk)? {
-        IPPROTO_TCP => {}
-        // Its subflows are told as TCP; this is what the hook refused.
-        IPPROTO_MPTCP if errno == errno::EPERM => {}
-        _ => return None,
+    // Subflows of MPTCP are told as TCP.
+    if protocol(sk)? != IPPROTO_TCP {
+        return None;
     }
     if TOLD.remove(cookie).is_ok() {
         return None;
@@ -335,6 +316,22 @@ pub fn connect(sk: u64, address: u64, returned: i32) -> Option<()> {
         },
         None => sockaddr(address)?,
     };
+    failed(config, subject, cookie, remote, errno)
+}
+
+/// The hook refuses a connect. It says so itself: a pod that is not known yet is no
+/// pod to what comes after.
+#[inline(always)]
+pub fn refused(config: &Config, netns: u64, cookie: u64, address: Address, port: u32) {
+    // SAFETY: a helper without arguments.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    let subject = Subject { netns, cgroup };
+    let _full = TOLD.insert(cookie, 1, 0);
+    let _told = failed(config, subject, cookie, At { address, port }, errno::EPERM);
+}
+
+#[inline(always)]
+fn failed(config: &Config, subject: Subject, cookie: u64, remote: At, errno: i32) -> Option<()> {
     let mut entry = room::<SocketEvent>(config, subject, Kind::Socket)?;
     entry.write(SocketEvent {
         header: header(EVENT_FAILED, subject),
@@ -349,6 +346,20 @@ pub fn connect(sk: u64, address: u64, returned: i32) -> Option<()> {
     });
     entry.submit(0);
     Some(())
+}
+
+/// A process asks for the peer of a socket, as `accept` does where it is to tell. Who
+/// accepted it is known by that where `inet_csk_accept` cannot be probed.
+#[inline(always)]
+pub fn asked(cookie: u64) {
+    if let Some(tracked) = SOCKETS.get_ptr_mut(cookie)
+        // SAFETY: words of a map.
+        && unsafe { (*tracked).role == ACCEPTED && (*tracked).task.tgid == 0 }
+        && config().is_some_and(|config| !is_agent(config))
+    {
+        // SAFETY: as above.
+        unsafe { (*tracked).task = task() };
+    }
 }
 
 #[inline(always)]

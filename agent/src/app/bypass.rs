@@ -86,7 +86,12 @@ fn look(
             };
         let workload = pod.workload.load();
         let identity = pod.identity().clone();
-        let mut flow = Flow::new(FlowEvent::Open, FlowProtocol::Tcp, &workload, identity);
+        let mut flow = Flow::new(
+            FlowEvent::Open,
+            FlowProtocol::Tcp,
+            Some(&workload),
+            Some(identity),
+        );
         flow.direction = direction;
         flow.local = Some(socket.local);
         flow.remote = Some(socket.remote);

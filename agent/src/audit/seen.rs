@@ -97,10 +97,15 @@ pub struct Flow {
     pub event: FlowEvent,
     pub protocol: FlowProtocol,
     pub direction: Direction,
-    pub pod: String,
-    pub namespace: String,
-    pub workload: String,
-    pub identity: SpiffeId,
+    /// Absent where the agent does not know the pod, and refused what it dialled.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub workload: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity: Option<SpiffeId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub local: Option<SocketAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -131,16 +136,16 @@ impl Flow {
     pub fn new(
         event: FlowEvent,
         protocol: FlowProtocol,
-        workload: &Workload,
-        identity: SpiffeId,
+        workload: Option<&Workload>,
+        identity: Option<SpiffeId>,
     ) -> Self {
         Self {
             event,
             protocol,
             direction: Direction::Outbound,
-            pod: workload.name.clone(),
-            namespace: workload.namespace.clone(),
-            workload: workload.owner.clone(),
+            pod: workload.map(|w| w.name.clone()),
+            namespace: workload.map(|w| w.namespace.clone()),
+            workload: workload.map(|w| w.owner.clone()),
             identity,
             local: None,
             remote: None,

@@ -12,7 +12,6 @@ const MAGIC: u16 = 0xeb9f;
 mod kind {
     pub const STRUCT: u32 = 4;
     pub const UNION: u32 = 5;
-    pub const FUNC: u32 = 12;
 
     pub fn extra(kind: u32, vlen: usize) -> Option<usize> {
         Some(match kind {
@@ -84,17 +83,6 @@ impl Btf {
             }
         }
         found
-    }
-
-    /// How many arguments a function of the kernel takes; `None`: there is none of this
-    /// name, or it is inlined everywhere.
-    pub fn arguments(&self, function: &str) -> Option<u32> {
-        let found = self.types.iter().skip(1).find(|at| {
-            let name = word(&self.data, **at).map(|name| self.name(name));
-            self.kind(**at) == Some(kind::FUNC) && name == Some(function.as_bytes())
-        });
-        let prototype = *self.types.get(word(&self.data, found? + 8)? as usize)?;
-        Some(word(&self.data, prototype + 4)? & 0xffff)
     }
 
     fn kind(&self, at: usize) -> Option<u32> {
@@ -169,6 +157,7 @@ pub fn offsets(btf: &Btf) -> Result<Offsets, String> {
         sock_v6_rcv_saddr: of("sock", "skc_v6_rcv_saddr")?,
         sock_cookie: of("sock", "skc_cookie")?,
         sock_protocol: of("sock", "sk_protocol")?,
+        sock_type: of("sock", "sk_type")?,
         sock_err: of("sock", "sk_err")?,
         sock_cgroup: of("sock", "sk_cgrp_data")? + of("sock_cgroup_data", "cgroup")?,
         inet_sport: of("inet_sock", "inet_sport")?,
@@ -198,7 +187,6 @@ pub fn offsets(btf: &Btf) -> Result<Offsets, String> {
         mm_arg_start: of("mm_struct", "arg_start")?,
         mm_arg_end: of("mm_struct", "arg_end")?,
         binprm_filename: of("linux_binprm", "filename")?,
-        accept_arguments: btf.arguments("inet_csk_accept").unwrap_or(0),
     })
 }
 
@@ -213,7 +201,7 @@ mod tests {
     /// `struct sock { struct sock_common __sk_common; }`, whose `skc_family` lies
     /// behind an unnamed union at byte 8.
     #[test]
-    fn finds_functions_and_members_behind_unnamed_ones() {
+    fn finds_members_behind_unnamed_ones() {
         let mut strings = vec![0u8];
         let mut string = |s: &str| {
             let at = strings.len() as u32;
@@ -222,15 +210,12 @@ mod tests {
             at
         };
         let (sock, common, family) = (string("sock"), string("__sk_common"), string("skc_family"));
-        let accept = string("accept");
         let of_kind = |kind: u32, vlen: u32| kind << 24 | vlen;
         let types: Vec<u32> = [
             vec![sock, of_kind(kind::STRUCT, 1), 16, common, 2, 0],
             vec![0, of_kind(kind::STRUCT, 1), 16, 0, 3, 64],
             vec![0, of_kind(kind::UNION, 1), 8, family, 4, 16],
             vec![0, of_kind(1, 0), 2, 16],
-            vec![accept, of_kind(kind::FUNC, 0), 6],
-            vec![0, of_kind(13, 2), 4, 0, 1, 0, 4],
         ]
         .concat();
         let mut data = MAGIC.to_le_bytes().to_vec();
@@ -248,8 +233,6 @@ mod tests {
         let at = btf.structs(&["sock"])["sock"];
         assert_eq!(btf.member(at, "skc_family"), Some(10));
         assert_eq!(btf.member(at, "skc_net"), None);
-        assert_eq!(btf.arguments("accept"), Some(2));
-        assert_eq!(btf.arguments("sock"), None, "not a function");
         assert!(Btf::parse(vec![1, 2, 3]).is_none());
     }
 }

@@ -10,6 +10,9 @@ use super::{
     netns::Netns,
 };
 
+/// The socket is closed, and what is left keeps its cookie.
+const TIME_WAIT: u8 = 6;
+
 impl Kernel {
     /// What `SOCKETS` holds before this agent's observers are attached.
     pub(super) fn inherit_sockets(&self) {
@@ -27,7 +30,11 @@ impl Kernel {
         };
         match tcp_sockets(netns) {
             Ok(open) => {
-                let open: HashSet<u64> = open.iter().map(|socket| socket.cookie).collect();
+                let open: HashSet<u64> = open
+                    .iter()
+                    .filter(|socket| socket.state != TIME_WAIT)
+                    .map(|socket| socket.cookie)
+                    .collect();
                 for cookie in inherited.iter().filter(|cookie| !open.contains(cookie)) {
                     forget(&self.maps.sockets, cookie);
                 }

@@ -29,7 +29,7 @@ use super::{
     btf::{self, Btf},
     maps::{Maps, named},
     netns::Netns,
-    observers::{self, Blind},
+    observers::{self, Attached, Blind},
 };
 use crate::config;
 
@@ -138,7 +138,7 @@ impl Kernel {
             .map_err(|e| e.to_string())
             .and_then(|b| btf::offsets(&b));
         let known = offsets.as_ref().copied().unwrap_or_default();
-        let limits = observers::limits(config);
+        let limits = observers::limits(config, observe);
         let mut loader = EbpfLoader::new();
         loader
             .override_global("OFFSETS", &known, true)
@@ -188,10 +188,11 @@ impl Kernel {
             kernel.inherit_sockets();
             let ebpf = kernel.ebpf.get_mut();
             let ebpf = ebpf.expect("no panic while programs are held");
-            kernel.blind = match offsets {
-                Ok(_known) => observers::attach(ebpf, config.probes),
+            let attached = match offsets {
+                Ok(_known) => observers::attach(ebpf, &root, config.probes),
                 Err(why) => observers::all_blind(&why),
             };
+            kernel.blind = attached.into_iter().filter_map(|a| a.blind).collect();
         }
         Ok((Arc::new(kernel), events))
     }
@@ -199,6 +200,29 @@ impl Kernel {
     /// Whether the ends of sockets are told of.
     pub fn sees_sockets(&self) -> bool {
         !self.blind.iter().any(|blind| blind.part == "sockets")
+    }
+
+    /// How each part of what is seen of pods would be attached, for `postern doctor`. It
+    /// is tried with maps of its own, and gone again.
+    pub fn try_observers(
+        config: &config::Kernel,
+        cgroup: &Path,
+    ) -> Result<Vec<Attached>, KernelError> {
+        let offsets = Btf::of_kernel()
+            .map_err(|e| e.to_string())
+            .and_then(|b| btf::offsets(&b));
+        let known = match offsets {
+            Ok(known) => known,
+            Err(why) => return Ok(observers::all_blind(&why)),
+        };
+        let root = File::open(cgroup).map_err(|source| KernelError::Path {
+            path: cgroup.to_owned(),
+            source,
+        })?;
+        let mut ebpf = EbpfLoader::new()
+            .override_global("OFFSETS", &known, true)
+            .load(PROGRAMS)?;
+        Ok(observers::attach(&mut ebpf, &root, config.probes))
     }
 
     /// Puts this agent's hooks in the place of an earlier one's, once the maps say all

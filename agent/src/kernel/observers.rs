@@ -1,241 +1,326 @@
 //! What the agent sees of pods beside what it carries. Each part stands alone: one that
-//! this kernel does not allow is missing, named, and no reason not to run.
+//! this kernel does not allow is missing, named, and no reason not to run. Nothing of it
+//! is pinned: without an agent nobody reads what it sees.
+
+use std::fs::File;
 
 use aya::{
-    Btf as AyaBtf, Ebpf, EbpfError,
-    programs::{BtfTracePoint, FEntry, FExit, KProbe},
+    Btf, Ebpf, EbpfError,
+    programs::{BtfTracePoint, CgroupAttachMode, CgroupSockAddr, FEntry, FExit, KProbe},
 };
 use postern_ebpf::Limits;
 
-use super::{
-    btf::{self, Btf},
-    load::{KernelError, program},
-};
+use super::load::{KernelError, program};
 use crate::config::{self, Probes};
 
-/// A part of what is seen.
-#[derive(Debug)]
-pub struct Part {
-    pub name: &'static str,
-    /// What the audit log lacks without it.
-    pub without: &'static str,
-    way: Way,
-}
-
-/// How the kernel calls the program.
-#[derive(Debug)]
-enum Way {
-    /// A tracepoint, and the program.
-    Tracepoint(&'static str, &'static str),
-    /// A function that is entered: by fentry, or by a kprobe.
-    Entry(&'static str, &'static str, &'static str),
-    /// A function that returns: by fexit, or by a kretprobe, and the kprobe before it
-    /// that remembers its arguments.
-    Exit(
-        &'static str,
-        &'static str,
-        &'static str,
-        Option<&'static str>,
-    ),
-}
-
-/// A part that is missing, and why.
+/// A part that is missing or sees less than it could, and why.
 #[derive(Clone, Debug)]
 pub struct Blind {
     pub part: &'static str,
     pub why: String,
+    /// What the audit log lacks.
     pub without: &'static str,
 }
 
-static PARTS: [Part; 10] = [
+/// A part of what is seen.
+struct Part {
+    name: &'static str,
+    /// What is lacking where no way is to be had.
+    without: &'static str,
+    ways: &'static [Way],
+}
+
+/// One way of the kernel to call programs; which of a part's is the first that works,
+/// among those that are wanted.
+struct Way {
+    name: &'static str,
+    wanted: &'static [Probes],
+    programs: &'static [(Kind, &'static str, &'static str)],
+    /// What is lacking still.
+    without: Option<&'static str>,
+}
+
+/// How a program is attached to what is named beside it.
+enum Kind {
+    Tracepoint,
+    Fentry,
+    Fexit,
+    /// A kprobe or a kretprobe.
+    Kprobe,
+    Hook,
+}
+
+const ANY: &[Probes] = &[Probes::Auto, Probes::Fentry, Probes::Kprobe];
+const FENTRY: &[Probes] = &[Probes::Auto, Probes::Fentry];
+const KPROBE: &[Probes] = &[Probes::Auto, Probes::Kprobe];
+
+const fn tracepoint(programs: &'static [(Kind, &'static str, &'static str)]) -> Way {
+    Way {
+        name: "a tracepoint",
+        wanted: ANY,
+        programs,
+        without: None,
+    }
+}
+
+const fn fentry(programs: &'static [(Kind, &'static str, &'static str)]) -> Way {
+    Way {
+        name: "fentry",
+        wanted: FENTRY,
+        programs,
+        without: None,
+    }
+}
+
+const fn kprobe(programs: &'static [(Kind, &'static str, &'static str)]) -> Way {
+    Way {
+        name: "kprobes",
+        wanted: KPROBE,
+        programs,
+        without: None,
+    }
+}
+
+const SENT: (Kind, &str, &str) = (Kind::Tracepoint, "postern_sent", "sock_send_length");
+
+static PARTS: [Part; 7] = [
     Part {
         name: "sockets",
         without: "TCP sockets are not recorded",
-        way: Way::Tracepoint("inet_sock_set_state", "postern_state"),
+        ways: &[tracepoint(&[(
+            Kind::Tracepoint,
+            "postern_state",
+            "inet_sock_set_state",
+        )])],
     },
     Part {
         name: "accept",
-        without: "the process that accepted a connection is not recorded",
-        way: Way::Exit(
-            "inet_csk_accept",
-            "postern_accept",
-            "postern_k_accept",
-            None,
-        ),
+        without: "the process that accepted a connection is recorded only where it asks for \
+                  its peer's address",
+        ways: &[
+            fentry(&[(Kind::Fexit, "postern_accept", "inet_csk_accept")]),
+            kprobe(&[(Kind::Kprobe, "postern_k_accept", "inet_csk_accept")]),
+        ],
     },
     Part {
         name: "connect",
-        without: "connects that fail before a SYN is sent are not recorded",
-        way: Way::Exit(
-            "inet_stream_connect",
-            "postern_connect",
-            "postern_k_connect",
-            Some("postern_k_connect_enter"),
-        ),
+        without: "of connects that fail before a SYN is sent, only those are recorded that the \
+                  agent's hook refused",
+        ways: &[
+            fentry(&[(Kind::Fexit, "postern_connect", "inet_stream_connect")]),
+            kprobe(&[
+                (
+                    Kind::Kprobe,
+                    "postern_k_connect_enter",
+                    "inet_stream_connect",
+                ),
+                (Kind::Kprobe, "postern_k_connect", "inet_stream_connect"),
+            ]),
+        ],
     },
     Part {
         name: "udp",
         without: "UDP flows are not recorded",
-        way: Way::Entry("udp_sendmsg", "postern_udp4", "postern_k_udp4"),
-    },
-    Part {
-        name: "udp6",
-        without: "UDP flows over IPv6 are not recorded",
-        way: Way::Entry("udpv6_sendmsg", "postern_udp6", "postern_k_udp6"),
+        ways: &[
+            fentry(&[
+                (Kind::Fentry, "postern_udp4", "udp_sendmsg"),
+                (Kind::Fentry, "postern_udp6", "udpv6_sendmsg"),
+            ]),
+            kprobe(&[
+                (Kind::Kprobe, "postern_k_udp4", "udp_sendmsg"),
+                (Kind::Kprobe, "postern_k_udp6", "udpv6_sendmsg"),
+            ]),
+            Way {
+                name: "hooks and a tracepoint",
+                wanted: &[Probes::Auto],
+                programs: &[
+                    (Kind::Hook, "postern_sendmsg4", ""),
+                    (Kind::Hook, "postern_sendmsg6", ""),
+                    SENT,
+                ],
+                without: None,
+            },
+            Way {
+                name: "hooks",
+                wanted: &[Probes::Auto],
+                programs: &[
+                    (Kind::Hook, "postern_sendmsg4", ""),
+                    (Kind::Hook, "postern_sendmsg6", ""),
+                ],
+                without: Some("UDP flows of connected sockets are not recorded"),
+            },
+        ],
     },
     Part {
         name: "raw",
-        without: "raw sockets are not recorded",
-        way: Way::Entry("raw_sendmsg", "postern_raw4", "postern_k_raw4"),
-    },
-    Part {
-        name: "raw6",
-        without: "raw sockets over IPv6 are not recorded",
-        way: Way::Entry("rawv6_sendmsg", "postern_raw6", "postern_k_raw6"),
-    },
-    Part {
-        name: "packet",
-        without: "packet sockets are not recorded",
-        way: Way::Entry("packet_sendmsg", "postern_packet", "postern_k_packet"),
+        without: "raw and packet sockets are not recorded",
+        ways: &[
+            fentry(&[
+                (Kind::Fentry, "postern_raw4", "raw_sendmsg"),
+                (Kind::Fentry, "postern_raw6", "rawv6_sendmsg"),
+                (Kind::Fentry, "postern_packet", "packet_sendmsg"),
+            ]),
+            kprobe(&[
+                (Kind::Kprobe, "postern_k_raw4", "raw_sendmsg"),
+                (Kind::Kprobe, "postern_k_raw6", "rawv6_sendmsg"),
+                (Kind::Kprobe, "postern_k_packet", "packet_sendmsg"),
+            ]),
+            Way {
+                name: "a tracepoint",
+                wanted: &[Probes::Auto],
+                programs: &[SENT],
+                without: None,
+            },
+        ],
     },
     Part {
         name: "exec",
         without: "programs that are started are not recorded",
-        way: Way::Tracepoint("sched_process_exec", "postern_exec"),
+        ways: &[tracepoint(&[(
+            Kind::Tracepoint,
+            "postern_exec",
+            "sched_process_exec",
+        )])],
     },
     Part {
         name: "exit",
         without: "ends of processes are not recorded",
-        way: Way::Tracepoint("sched_process_exit", "postern_exit"),
+        ways: &[tracepoint(&[(
+            Kind::Tracepoint,
+            "postern_exit",
+            "sched_process_exit",
+        )])],
     },
 ];
 
-impl Part {
-    fn blind(&self, why: String) -> Blind {
-        Blind {
-            part: self.name,
-            why,
-            without: self.without,
-        }
-    }
-
-    /// How this kernel would call the program, or why it cannot. It is asked for by what
-    /// its type information names: nothing is loaded.
-    fn available(&self, btf: &Btf, probes: Probes) -> Result<&'static str, String> {
-        let (function, fentry, kprobe) = match self.way {
-            Way::Tracepoint(..) => return Ok("tracepoint"),
-            Way::Entry(function, ..) => (function, "fentry", "kprobe"),
-            Way::Exit(function, ..) => (function, "fexit", "kretprobe"),
-        };
-        let has = |function| btf.arguments(function).is_some();
-        if !has(function) {
-            return Err(format!("this kernel has no {function}"));
-        }
-        if probes != Probes::Kprobe && has("register_ftrace_direct") {
-            return Ok(fentry);
-        }
-        if probes != Probes::Fentry && has("register_kprobe") {
-            return Ok(kprobe);
-        }
-        Err(match probes {
-            Probes::Auto => "this kernel has neither fentry nor kprobes",
-            Probes::Fentry => "this kernel has no fentry",
-            Probes::Kprobe => "this kernel has no kprobes",
-        }
-        .into())
-    }
-
-    fn attach(&self, ebpf: &mut Ebpf, btf: &AyaBtf, probes: Probes) -> Result<(), KernelError> {
-        match self.way {
-            Way::Tracepoint(tracepoint, name) => {
-                let program: &mut BtfTracePoint = program(ebpf, name)?;
-                let fail = |source| KernelError::Program { name, source };
-                program.load(tracepoint, btf).map_err(fail)?;
-                program.attach().map_err(fail)?;
-                Ok(())
-            }
-            Way::Entry(function, fentry, kprobe) => one_of(
-                probes,
-                ebpf,
-                |ebpf| {
-                    let program: &mut FEntry = program(ebpf, fentry)?;
-                    let fail = |source| KernelError::Program {
-                        name: fentry,
-                        source,
-                    };
-                    program.load(function, btf).map_err(fail)?;
-                    program.attach().map_err(fail)?;
-                    Ok(())
-                },
-                |ebpf| attach_kprobe(ebpf, kprobe, function),
-            ),
-            Way::Exit(function, fexit, kretprobe, before) => one_of(
-                probes,
-                ebpf,
-                |ebpf| {
-                    let program: &mut FExit = program(ebpf, fexit)?;
-                    let fail = |source| KernelError::Program {
-                        name: fexit,
-                        source,
-                    };
-                    program.load(function, btf).map_err(fail)?;
-                    program.attach().map_err(fail)?;
-                    Ok(())
-                },
-                |ebpf| {
-                    if let Some(before) = before {
-                        attach_kprobe(ebpf, before, function)?;
-                    }
-                    attach_kprobe(ebpf, kretprobe, function)
-                },
-            ),
-        }
-    }
+/// What became of a part.
+pub struct Attached {
+    pub part: &'static str,
+    /// Which way it is called, if it is.
+    pub way: Option<&'static str>,
+    pub blind: Option<Blind>,
 }
 
-fn attach_kprobe(
-    ebpf: &mut Ebpf,
-    name: &'static str,
-    function: &'static str,
-) -> Result<(), KernelError> {
-    let program: &mut KProbe = program(ebpf, name)?;
-    let fail = |source| KernelError::Program { name, source };
-    program.load().map_err(fail)?;
-    program.attach(function, 0).map_err(fail)?;
-    Ok(())
-}
-
-/// One way, or where it is allowed and the first fails, the other.
-fn one_of(
-    probes: Probes,
-    ebpf: &mut Ebpf,
-    fentry: impl FnOnce(&mut Ebpf) -> Result<(), KernelError>,
-    kprobe: impl FnOnce(&mut Ebpf) -> Result<(), KernelError>,
-) -> Result<(), KernelError> {
-    match probes {
-        Probes::Fentry => fentry(ebpf),
-        Probes::Kprobe => kprobe(ebpf),
-        // What fails first tells more: kprobes are the older way.
-        Probes::Auto => fentry(ebpf).or_else(|first| kprobe(ebpf).map_err(|_also| first)),
-    }
-}
-
-/// Attaches all parts; those that are missing. They are not pinned: without an agent
-/// nobody reads what they see.
-pub(super) fn attach(ebpf: &mut Ebpf, probes: Probes) -> Vec<Blind> {
-    let btf = match AyaBtf::from_sys_fs().map_err(EbpfError::from) {
+/// Attaches all parts, hooks to this cgroup.
+pub(super) fn attach(ebpf: &mut Ebpf, cgroup: &File, probes: Probes) -> Vec<Attached> {
+    let btf = match Btf::from_sys_fs().map_err(EbpfError::from) {
         Ok(btf) => btf,
         Err(error) => return all_blind(&error.to_string()),
     };
-    let missing = PARTS.iter().filter_map(|part| {
-        let error = part.attach(ebpf, &btf, probes).err()?;
-        Some(part.blind(told(&error)))
-    });
-    missing.collect()
+    let mut attaching = Attaching {
+        ebpf,
+        btf,
+        cgroup,
+        done: Vec::new(),
+    };
+    let parts = PARTS.iter();
+    parts.map(|part| attaching.part(part, probes)).collect()
 }
 
+pub(super) fn all_blind(why: &str) -> Vec<Attached> {
+    PARTS.iter().map(|part| part.missing(why.into())).collect()
+}
+
+impl Part {
+    fn blind(&self, without: &'static str, why: String) -> Blind {
+        Blind {
+            part: self.name,
+            why,
+            without,
+        }
+    }
+
+    fn missing(&self, why: String) -> Attached {
+        Attached {
+            part: self.name,
+            way: None,
+            blind: Some(self.blind(self.without, why)),
+        }
+    }
+}
+
+struct Attaching<'a> {
+    ebpf: &'a mut Ebpf,
+    btf: Btf,
+    cgroup: &'a File,
+    /// Programs that are attached: some are of two parts, or of two ways.
+    done: Vec<&'static str>,
+}
+
+impl Attaching<'_> {
+    fn part(&mut self, part: &Part, probes: Probes) -> Attached {
+        let mut why = Vec::new();
+        for way in part.ways.iter().filter(|way| way.wanted.contains(&probes)) {
+            match self.way(way) {
+                Ok(()) => {
+                    let lacking = way.without.map(|w| part.blind(w, why.join("; ")));
+                    return Attached {
+                        part: part.name,
+                        way: Some(way.name),
+                        blind: lacking,
+                    };
+                }
+                Err(error) => why.push(told(&error)),
+            }
+        }
+        part.missing(why.join("; "))
+    }
+
+    /// All of its programs. Where one cannot be attached, those before it stay: what two
+    /// ways see is told once.
+    fn way(&mut self, way: &Way) -> Result<(), KernelError> {
+        for (kind, name, target) in way.programs {
+            if !self.done.contains(name) {
+                self.program(kind, name, target)?;
+                self.done.push(name);
+            }
+        }
+        Ok(())
+    }
+
+    fn program(
+        &mut self,
+        kind: &Kind,
+        name: &'static str,
+        target: &'static str,
+    ) -> Result<(), KernelError> {
+        let fail = |source| KernelError::Program { name, source };
+        let (ebpf, btf) = (&mut *self.ebpf, &self.btf);
+        match kind {
+            Kind::Tracepoint => {
+                let program: &mut BtfTracePoint = program(ebpf, name)?;
+                program.load(target, btf).map_err(fail)?;
+                program.attach().map_err(fail)?;
+            }
+            Kind::Fentry => {
+                let program: &mut FEntry = program(ebpf, name)?;
+                program.load(target, btf).map_err(fail)?;
+                program.attach().map_err(fail)?;
+            }
+            Kind::Fexit => {
+                let program: &mut FExit = program(ebpf, name)?;
+                program.load(target, btf).map_err(fail)?;
+                program.attach().map_err(fail)?;
+            }
+            Kind::Kprobe => {
+                let program: &mut KProbe = program(ebpf, name)?;
+                program.load().map_err(fail)?;
+                program.attach(target, 0).map_err(fail)?;
+            }
+            Kind::Hook => {
+                let program: &mut CgroupSockAddr = program(ebpf, name)?;
+                program.load().map_err(fail)?;
+                let mode = CgroupAttachMode::Single;
+                program.attach(self.cgroup, mode).map_err(fail)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An error and what caused it, on one line.
 fn told(error: &KernelError) -> String {
-    let mut all = error.to_string();
+    let mut all = error.to_string().trim().to_owned();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
         let text = error.to_string();
@@ -244,30 +329,15 @@ fn told(error: &KernelError) -> String {
         }
         source = error.source();
     }
-    all
+    all.lines().collect::<Vec<_>>().join(" ")
 }
 
-pub(super) fn all_blind(why: &str) -> Vec<Blind> {
-    PARTS
-        .iter()
-        .map(|part| part.blind(why.to_owned()))
-        .collect()
-}
-
-/// The parts, and how each would be called; for `postern doctor`.
-pub fn available(probes: Probes) -> Vec<(&'static Part, Result<&'static str, String>)> {
-    let btf = Btf::of_kernel().map_err(|error| error.to_string());
-    let btf = btf.and_then(|btf| btf::offsets(&btf).map(|_all_there| btf));
-    let way = |part: &Part| match &btf {
-        Ok(btf) => part.available(btf, probes),
-        Err(why) => Err(why.clone()),
+/// As the programs want it: the time between two events, nanoseconds; 0: none at all.
+pub(super) fn limits(config: &config::Kernel, observe: bool) -> Limits {
+    let between = |rate: config::Count| match observe {
+        true => 1_000_000_000 / u64::from(rate.0),
+        false => 0,
     };
-    PARTS.iter().map(|part| (part, way(part))).collect()
-}
-
-/// As the programs want it: the time between two events, nanoseconds.
-pub(super) fn limits(config: &config::Kernel) -> Limits {
-    let between = |rate: config::Count| 1_000_000_000 / u64::from(rate.0);
     Limits {
         socket: between(config.sockets_per_second),
         other: between(config.events_per_second),

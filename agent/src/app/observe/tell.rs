@@ -60,28 +60,24 @@ impl Teller {
     pub fn tell(&mut self, event: Event) {
         let pods = self.proxy.pods.load();
         let pod = (pods.in_netns(event.netns)).or_else(|| pods.in_cgroup(event.cgroup));
-        // A pod that has left since: nobody to attribute it to.
-        let Some(pod) = pod.cloned() else { return };
+        let pod = pod.cloned();
         drop(pods);
+        if let EventKind::Failed {
+            cookie,
+            remote,
+            task,
+            errno,
+        } = &event.kind
+        {
+            // Also of a pod that is not known yet: it was refused for that.
+            return self.failed(pod.as_deref(), *cookie, *remote, task, *errno);
+        }
+        // A pod that has left since: nobody to attribute it to.
+        let Some(pod) = pod else { return };
         let (at, netns) = (event.at, event.netns);
         match event.kind {
             EventKind::Closed(life) => self.closed(&pod, netns, at, life),
-            EventKind::Failed {
-                cookie,
-                remote,
-                task,
-                errno,
-            } => {
-                let mut flow = self.flow(&pod, FlowEvent::Failed, FlowProtocol::Tcp);
-                flow.remote = Some(remote);
-                flow.process = Some(self.process(&task));
-                flow.socket = Some(Socket {
-                    cookie,
-                    errno: Some(errno_name(errno)),
-                    ..Socket::default()
-                });
-                self.record(Record::Flow(Box::new(flow)));
-            }
+            EventKind::Failed { .. } => {}
             EventKind::Listen {
                 cookie,
                 local,
@@ -229,13 +225,33 @@ impl Teller {
         self.told(flow);
     }
 
+    /// A connect that failed before anything was sent.
+    fn failed(
+        &self,
+        pod: Option<&LocalPod>,
+        cookie: u64,
+        remote: SocketAddr,
+        task: &Task,
+        errno: u32,
+    ) {
+        let workload = pod.map(|pod| pod.workload.load_full());
+        let identity = pod.map(|pod| pod.identity().clone());
+        let (event, protocol) = (FlowEvent::Failed, FlowProtocol::Tcp);
+        let mut flow = Flow::new(event, protocol, workload.as_deref(), identity);
+        flow.remote = Some(remote);
+        flow.process = Some(self.process(task));
+        flow.socket = Some(Socket {
+            cookie,
+            errno: Some(errno_name(errno)),
+            ..Socket::default()
+        });
+        self.record(Record::Flow(Box::new(flow)));
+    }
+
     fn flow(&self, pod: &LocalPod, event: FlowEvent, protocol: FlowProtocol) -> Flow {
-        Flow::new(
-            event,
-            protocol,
-            &pod.workload.load(),
-            pod.identity().clone(),
-        )
+        let workload = pod.workload.load();
+        let identity = pod.identity().clone();
+        Flow::new(event, protocol, Some(&workload), Some(identity))
     }
 
     fn told(&self, mut flow: Flow) {

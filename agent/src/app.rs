@@ -83,13 +83,20 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .map_err(|e| misconfigured(&e))?;
     let trust = Trust::new(config.jwt.roots.as_deref())
         .map_err(|e| Misconfigured(format!("jwt.roots: {e}")))?;
-    let (audit, writer) = Audit::open(&node, config.audit.file.as_deref(), config.audit.queue.0)
-        .with_context(|| format!("audit.file {:?}", config.audit.file))?;
+    let (audit, writer) = if config.audit.enabled {
+        let log = config.audit.settings(&config.state);
+        let opened = Audit::open(&node, log, config.audit.queue.0);
+        let (audit, writer) = opened.map_err(|e| Misconfigured(format!("audit.directory: {e}")))?;
+        (audit, Some(writer))
+    } else {
+        (Audit::off(&node), None)
+    };
+    let observed = config.audit.enabled && config.audit.events;
 
     let (cgroup, mounts) = hook_cgroup(&config)?;
     let (kernel, events) =
         Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
-    let sees = config.audit.events && kernel.sees_sockets();
+    let sees = observed && kernel.sees_sockets();
     let mut trust_domains = vec![config.trust_domain.clone()];
     trust_domains.extend(config.trust_domain_aliases.clone());
     let identities = Arc::new(identities);
@@ -137,7 +144,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         tracing::warn!(blind.part, blind.why, "{}", blind.without);
     }
     let (seen_enough, enough) = oneshot::channel();
-    let observer = config.audit.events.then(|| {
+    let observer = observed.then(|| {
         let events = observe::kernel_events(proxy.clone(), events, enough);
         tokio::spawn(events)
     });
@@ -175,20 +182,23 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         event: "stopped",
         detail: String::new(),
     });
-    drop((audit, proxy));
-    // Connections that were cut hold the log, too; they end with the runtime.
-    let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
+    // Connections that were cut hold the log, too: it ends all the same.
+    audit.close();
+    if let Some(writer) = writer {
+        let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
+    }
     Ok(())
 }
 
-/// Gives the audit writer a moment to write what is queued.
+/// Gives the audit writer a moment to write what is queued, and its last checkpoint.
 pub fn flush(writer: &std::thread::JoinHandle<()>) {
-    for _ in 0..20 {
+    for _ in 0..500 {
         if writer.is_finished() {
             return;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+    tracing::warn!("the audit log could not be ended in order");
 }
 
 /// What the servers show of the agent.

@@ -1,9 +1,11 @@
 //! The audit log: one JSON object a line, one line for each connection at its end
-//! and for each denial, and one for each kernel event of an enrolled pod.
+//! and for each denial, one for each request that was read, and what the kernel saw of
+//! enrolled pods beside that. `join` makes one record of a connection's story and its
+//! sockets, `chain` keeps the log, `send` sends it elsewhere, `command` asks it.
 //!
-//! Nothing reads the log back, and it never slows traffic: a record that finds the
-//! queue full, or a disk that takes no more, is counted, and the loss is written
-//! as a record of kind `gap` as soon as writing works again.
+//! It never slows traffic: a record that finds the queue full, or a disk that takes no
+//! more, is counted, and the loss is written as a record of kind `gap` as soon as writing
+//! works again. No decision reads the log back.
 
 pub mod ask;
 pub mod chain;
@@ -15,79 +17,95 @@ pub mod replay;
 mod seen;
 
 use std::{
-    fs::OpenOptions,
-    io::{self, BufWriter, Write},
-    os::unix::fs::OpenOptionsExt as _,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     thread::JoinHandle,
     time::Duration,
 };
 
+use chain::{Ledger, Log, OpenError, Settings};
 pub use join::{Ends, Join, Key, Seen};
 pub use processes::{Exec, Processes};
+use record::timestamp;
 pub use record::{
     AuthorityRecord, Bytes, Connection, Fault, GrantRecord, Lost, OutboundRecord, Peer, Record,
     Reporter, RequestRecord, Requests, TokenRecord, Transport, Verdict,
 };
 pub use seen::{Direction, Flow, FlowEvent, FlowProtocol, Process, ProcessEvent, Socket};
 
-/// How often a loss is looked for when nothing else is written.
-const IDLE: Duration = Duration::from_secs(1);
+/// How often the writer looks at what is due by the clock.
+const IDLE: Duration = Duration::from_millis(200);
+/// What is written at once, bytes; more waits for the next write.
+const BATCH: usize = 1 << 20;
 
 /// Where records are handed in. Cheap to clone.
 #[derive(Clone)]
 pub struct Audit {
     node: Arc<str>,
-    queue: SyncSender<Record>,
-    losses: Arc<Losses>,
+    /// `None`: there is no log.
+    open: Option<Arc<Open>>,
 }
 
-/// Records that were lost before they reached the log.
+struct Open {
+    queue: SyncSender<Message>,
+    ledger: Arc<Ledger>,
+    counts: Arc<Counts>,
+}
+
+enum Message {
+    Record(Record),
+    /// Ends the log in order, whoever still holds it.
+    Close,
+}
+
 #[derive(Default)]
-struct Losses {
+struct Counts {
+    /// Records that found no place in the queue, and how many of them the writer knows of.
     queue: AtomicU64,
     disk: AtomicU64,
     written: AtomicU64,
 }
 
 impl Audit {
-    /// Opens the log and starts its writer, which ends when the last clone is dropped.
+    /// Opens the log and starts its writer, which ends with [`Self::close`] or when the
+    /// last clone is dropped.
     pub fn open(
         node: &str,
-        file: Option<&Path>,
+        settings: Settings,
         queue: usize,
-    ) -> io::Result<(Self, JoinHandle<()>)> {
-        let sink: Box<dyn Write + Send> = match file {
-            None => Box::new(io::stdout()),
-            Some(path) => Box::new(
-                OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .mode(0o600)
-                    .open(path)?,
-            ),
-        };
+    ) -> Result<(Self, JoinHandle<()>), OpenError> {
+        let directory = settings.directory.clone();
+        let (log, ledger) = Log::open(settings, node)?;
         let (sender, receiver) = sync_channel(queue);
-        let losses = Arc::new(Losses::default());
-        let writer = Writer {
+        let counts = Arc::new(Counts::default());
+        let mut writer = Writer {
             node: node.into(),
-            sink: BufWriter::new(sink),
-            losses: losses.clone(),
-            reported: 0,
+            log,
+            counts: counts.clone(),
+            told: 0,
         };
         let thread = std::thread::Builder::new()
             .name("audit".into())
-            .spawn(move || writer.run(&receiver))?;
+            .spawn(move || {
+                writer.run(&receiver);
+                writer.log.close();
+            })
+            .map_err(|source| OpenError::Path {
+                path: directory,
+                source,
+            })?;
+        let open = Open {
+            queue: sender,
+            ledger,
+            counts,
+        };
         Ok((
             Self {
                 node: node.into(),
-                queue: sender,
-                losses,
+                open: Some(Arc::new(open)),
             },
             thread,
         ))
@@ -95,11 +113,23 @@ impl Audit {
 
     /// One whose records a test looks at.
     #[cfg(test)]
-    fn of_queue(node: &str, queue: SyncSender<Record>) -> Self {
+    fn of_queue(node: &str, queue: SyncSender<Message>) -> Self {
+        let open = Open {
+            queue,
+            ledger: Arc::new(Ledger::detached()),
+            counts: Arc::default(),
+        };
         Self {
             node: node.into(),
-            queue,
-            losses: Arc::default(),
+            open: Some(Arc::new(open)),
+        }
+    }
+
+    /// One that keeps no log.
+    pub fn off(node: &str) -> Self {
+        Self {
+            node: node.into(),
+            open: None,
         }
     }
 
@@ -108,128 +138,120 @@ impl Audit {
     }
 
     pub fn record(&self, record: Record) {
-        match self.queue.try_send(record) {
-            Ok(()) => {}
-            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
-                self.losses.queue.fetch_add(1, Ordering::Relaxed);
-            }
+        if let Some(open) = &self.open {
+            open.ledger.accept();
+            open.hand_in(record);
+        }
+    }
+
+    /// A connection has begun, whose record is to come: if the agent is killed before,
+    /// the next one says how many such there were.
+    pub fn opened(&self) {
+        if let Some(open) = &self.open {
+            open.ledger.opened();
+        }
+    }
+
+    /// The record of one that began with [`Self::opened`].
+    pub fn ended(&self, record: Record) {
+        if let Some(open) = &self.open {
+            open.ledger.accept_closed();
+            open.hand_in(record);
+        }
+    }
+
+    /// The last word: what is handed in after it is lost, and told by the next start.
+    pub fn close(&self) {
+        if let Some(open) = &self.open {
+            let _ended_by_itself = open.queue.send(Message::Close);
+        }
+    }
+
+    /// A count of kernel losses that stands in the log: it outlives the agent, as the
+    /// kernel's own count does. `kind`: below [`chain::KINDS`].
+    pub fn reported(&self, kind: usize) -> u64 {
+        let open = self.open.as_ref();
+        open.map_or(0, |open| open.ledger.reported(kind))
+    }
+
+    pub fn set_reported(&self, kind: usize, count: u64) {
+        if let Some(open) = &self.open {
+            open.ledger.set_reported(kind, count);
         }
     }
 
     /// Records lost so far, for metrics.
     pub fn lost(&self) -> u64 {
-        self.losses.queue.load(Ordering::Relaxed) + self.losses.disk.load(Ordering::Relaxed)
+        self.counts(|counts| &counts.queue) + self.counts(|counts| &counts.disk)
     }
 
     pub fn written(&self) -> u64 {
-        self.losses.written.load(Ordering::Relaxed)
+        self.counts(|counts| &counts.written)
+    }
+
+    fn counts(&self, which: impl Fn(&Counts) -> &AtomicU64) -> u64 {
+        let open = self.open.as_ref();
+        open.map_or(0, |open| which(&open.counts).load(Ordering::Relaxed))
     }
 }
 
-struct Writer<W: Write> {
-    node: Box<str>,
-    sink: BufWriter<W>,
-    losses: Arc<Losses>,
-    /// Losses that stand in the log already.
-    reported: u64,
+impl Open {
+    fn hand_in(&self, record: Record) {
+        // Full, or closed.
+        if self.queue.try_send(Message::Record(record)).is_err() {
+            self.counts.queue.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 }
 
-impl<W: Write> Writer<W> {
-    fn run(mut self, queue: &Receiver<Record>) {
+struct Writer {
+    node: Box<str>,
+    log: Log,
+    counts: Arc<Counts>,
+    /// Losses of the queue that the log was told of.
+    told: u64,
+}
+
+impl Writer {
+    fn run(&mut self, queue: &Receiver<Message>) {
         loop {
+            let mut open = true;
             match queue.recv_timeout(IDLE) {
-                Ok(record) => {
-                    self.gap();
-                    self.write(&record);
-                    // One flush for all that is waiting.
-                    while let Ok(next) = queue.try_recv() {
-                        self.write(&next);
+                Ok(message) => {
+                    open &= self.take(message);
+                    // One write for all that is waiting.
+                    while open
+                        && self.log.waiting() < BATCH
+                        && let Ok(message) = queue.try_recv()
+                    {
+                        open &= self.take(message);
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => self.gap(),
-                Err(RecvTimeoutError::Disconnected) => {
-                    self.gap();
-                    let _nobody_left_to_tell = self.sink.flush();
-                    return;
-                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => open = false,
             }
-            // What cannot be written now stays in the buffer for the next time.
-            let _disk_is_full = self.sink.flush();
-        }
-    }
-
-    fn gap(&mut self) {
-        let queue = self.losses.queue.load(Ordering::Relaxed);
-        let disk = self.losses.disk.load(Ordering::Relaxed);
-        let lost = queue + disk - self.reported;
-        if lost > 0 && self.write(&Record::gap(Lost::Records, lost)) {
-            self.reported += lost;
-        }
-    }
-
-    fn write(&mut self, record: &Record) -> bool {
-        let line = record.line(&self.node);
-        let written = self.sink.write_all(line.as_bytes()).is_ok();
-        if written {
-            self.losses.written.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.losses.disk.fetch_add(1, Ordering::Relaxed);
-        }
-        written
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::Mutex;
-
-    use super::*;
-
-    /// A disk that is full until told otherwise.
-    #[derive(Clone, Default)]
-    struct Disk(Arc<Mutex<(bool, Vec<u8>)>>);
-
-    impl Write for Disk {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            let mut disk = self.0.lock().expect("lock");
-            if disk.0 {
-                return Err(io::ErrorKind::StorageFull.into());
+            let lost = self.counts.queue.load(Ordering::Relaxed);
+            self.log.lost_in_queue(lost - self.told);
+            self.told = lost;
+            let committed = self.log.commit();
+            let Counts { disk, written, .. } = &*self.counts;
+            written.fetch_add(committed.written, Ordering::Relaxed);
+            disk.fetch_add(committed.lost, Ordering::Relaxed);
+            if !open {
+                return;
             }
-            disk.1.extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
+            self.log.tick();
         }
     }
 
-    #[test]
-    fn losses_become_gap_records() {
-        let disk = Disk::default();
-        let losses = Arc::new(Losses::default());
-        let mut writer = Writer {
-            node: "n".into(),
-            sink: BufWriter::with_capacity(1, disk.clone()),
-            losses: losses.clone(),
-            reported: 0,
-        };
-        disk.0.lock().expect("lock").0 = true;
-        assert!(!writer.write(&Record::gap(Lost::KernelExec, 1)));
-        writer.gap();
-        disk.0.lock().expect("lock").0 = false;
-        losses.queue.fetch_add(3, Ordering::Relaxed);
-        writer.gap();
-        writer.gap();
-        let written = String::from_utf8(disk.0.lock().expect("lock").1.clone()).expect("text");
-        let lines: Vec<serde_json::Value> = written
-            .lines()
-            .map(|l| serde_json::from_str(l).expect("JSON"))
-            .collect();
-        assert_eq!(lines.len(), 1, "{written}");
-        assert_eq!(lines[0]["kind"], "gap");
-        assert_eq!(lines[0]["lost"], "records");
-        // The first record, the gap that could not be written, and three of the queue.
-        assert_eq!(lines[0]["count"], 5);
+    fn take(&mut self, message: Message) -> bool {
+        match message {
+            Message::Record(record) => {
+                let node = &self.node;
+                self.log.append(|text| record.write(node, text));
+                true
+            }
+            Message::Close => false,
+        }
     }
 }

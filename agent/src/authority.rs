@@ -190,12 +190,9 @@ pub fn routes(server: Shared) -> Router {
 pub async fn run(config: Config) -> Result<()> {
     // Keys live in this process's memory: no core file, no ptrace by others.
     nix::sys::prctl::set_dumpable(false).context("PR_SET_DUMPABLE")?;
-    let (audit, writer) = Audit::open(
-        "authority",
-        config.audit.file.as_deref(),
-        config.audit.queue.0,
-    )
-    .with_context(|| format!("audit.file {:?}", config.audit.file))?;
+    make_state(&config)?;
+    let (audit, writer) = Audit::open("authority", config.audit_log(), config.audit.queue.0)
+        .context("the audit log")?;
     let server = Arc::new(Server::open(config, Clock::system(), audit).await?);
     let watching = tokio::spawn(ca::watch(server.clone()));
     let mut terminate = signal(SignalKind::terminate())?;

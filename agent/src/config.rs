@@ -14,9 +14,12 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use normalization::Normalization;
-pub use values::{Bytes, Count, Loopback, QueueLength, RingBytes, Span, Window};
+pub use values::{
+    Bytes, Count, DiskBytes, Loopback, QueueLength, RingBytes, Span, SyncPolicy, Window,
+};
 
 use crate::{
+    audit::chain,
     authorizer::ExtensionProvider,
     identity::TrustDomain,
     objects::{LoadError, parse_document},
@@ -269,12 +272,76 @@ pub enum Probes {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Audit {
-    /// File that records are appended to, one JSON object a line. Empty: standard output.
-    pub file: Option<PathBuf>,
+    /// Whether there is one. Without it nothing is recorded, and nothing is seen of pods
+    /// beside what the agent carries.
+    pub enabled: bool,
+    /// Directory of the log, mode 0700. Empty: `audit` in the state directory.
+    pub directory: Option<PathBuf>,
     /// Whether kernel events of enrolled pods are recorded.
     pub events: bool,
     /// Records waiting for the writer; what comes beyond is lost and counted.
     pub queue: QueueLength,
+    /// When what is written is made to outlive a loss of power: `always`, `never`, or how
+    /// often. The agent's own death it outlives anyway.
+    pub sync: SyncPolicy,
+    pub segment: AuditSegment,
+    pub checkpoint: AuditCheckpoint,
+    /// Whether segments are compressed (zstd) when they are full.
+    pub compress: bool,
+    pub retain: AuditRetain,
+}
+
+/// When the log goes on in a new file.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct AuditSegment {
+    pub bytes: DiskBytes,
+    pub age: Span,
+}
+
+/// How often what was written is signed.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct AuditCheckpoint {
+    /// After so many records,
+    pub records: Count,
+    /// ... or so long after one.
+    pub every: Span,
+}
+
+/// How much is kept: beyond either, the oldest segments are removed.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+pub struct AuditRetain {
+    /// On disk, compressed as they are. Empty: no bound.
+    pub bytes: Option<DiskBytes>,
+    /// Since a segment was written last. Empty: no bound.
+    pub age: Option<Span>,
+}
+
+impl Audit {
+    pub fn directory(&self, state: &Path) -> PathBuf {
+        let own = self.directory.clone();
+        own.unwrap_or_else(|| state.join("audit"))
+    }
+
+    pub fn settings(&self, state: &Path) -> chain::Settings {
+        chain::Settings {
+            sync: match self.sync {
+                SyncPolicy::Always => chain::Sync::Always,
+                SyncPolicy::Every(every) => chain::Sync::Every(every),
+                SyncPolicy::Never => chain::Sync::Never,
+            },
+            segment_bytes: self.segment.bytes.0,
+            segment_age: self.segment.age.0,
+            compress: self.compress,
+            checkpoint_records: self.checkpoint.records.0.into(),
+            checkpoint_every: self.checkpoint.every.0,
+            retain_bytes: self.retain.bytes.map(|bytes| bytes.0),
+            retain_age: self.retain.age.map(|age| age.0),
+            ..chain::Settings::new(self.directory(state), state)
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
@@ -444,9 +511,42 @@ impl Default for Kernel {
 impl Default for Audit {
     fn default() -> Self {
         Self {
-            file: None,
+            enabled: true,
+            directory: None,
             events: true,
             queue: QueueLength(16_384),
+            sync: SyncPolicy::Every(std::time::Duration::from_secs(1)),
+            segment: AuditSegment::default(),
+            checkpoint: AuditCheckpoint::default(),
+            compress: true,
+            retain: AuditRetain::default(),
+        }
+    }
+}
+
+impl Default for AuditSegment {
+    fn default() -> Self {
+        Self {
+            bytes: DiskBytes(64 << 20),
+            age: Span::hours(24),
+        }
+    }
+}
+
+impl Default for AuditCheckpoint {
+    fn default() -> Self {
+        Self {
+            records: Count(1_000),
+            every: Span::seconds(60),
+        }
+    }
+}
+
+impl Default for AuditRetain {
+    fn default() -> Self {
+        Self {
+            bytes: Some(DiskBytes(1 << 30)),
+            age: Some(Span::hours(30 * 24)),
         }
     }
 }

@@ -21,22 +21,6 @@ use crate::{
 
 const PORT: u16 = 8080;
 
-/// The log of a node so far, in two files.
-fn log(node: &Node, directory: &Path) -> Result<PathBuf> {
-    std::fs::create_dir_all(directory)?;
-    let records = node.audit()?;
-    let first = records.len() / 2;
-    for (records, first) in [(&records[..first], 1), (&records[first..], first + 1)] {
-        let path = directory.join(format!("audit-{first:020}.jsonl"));
-        let mut file = std::fs::File::create(path)?;
-        for (seq, record) in (first..).zip(records) {
-            let record = record.to_string();
-            writeln!(file, "{{\"seq\":{seq},{}", &record[1..])?;
-        }
-    }
-    Ok(directory.to_owned())
-}
-
 /// `postern audit` about a directory.
 fn audit(directory: &Path, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(binary("postern")?);
@@ -76,7 +60,7 @@ fn files_are_read_by_others_and_sums_are_those_of_the_records() -> Result<()> {
         let all = lab.nodes[1].audit().unwrap_or_default();
         all.iter().filter(|r| is_connection(r)).count() == 7
     })?;
-    let directory = log(&lab.nodes[1], &lab.path().join("log"))?;
+    let directory = lab.nodes[1].audit_path();
 
     // Byte for byte.
     let mut stands = String::new();
@@ -359,7 +343,7 @@ fn a_replay_says_what_the_policies_then_do() -> Result<()> {
             |r: &&Value| r["kind"] == "request" || (is_connection(r) && r["protocol"].is_null());
         records.iter().filter(judged).count() == calls
     })?;
-    let directory = log(&lab.nodes[1], &lab.path().join("log"))?;
+    let directory = lab.nodes[1].audit_path();
     let manifests = lab.path().join("manifests").display().to_string();
     let replay = [
         "replay",

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use postern_tests::{Running, binary, output, text};
+use postern_tests::{Running, audit_text, binary, output, text};
 
 const PYTHON: &str = "/usr/bin/python3";
 /// As registered by the configuration: the others are added by command.
@@ -58,7 +58,7 @@ fn authlib_gets_introspects_exchanges_and_revokes_tokens() -> Result<()> {
         &config,
         format!(
             "issuer: https://{at}\nlisten: {at}\nstate: {here}/state\n\
-             audit: {{file: {here}/audit.log}}\nclients:{clients}"
+             audit: {{directory: {here}/audit}}\nclients:{clients}"
         ),
     )?;
     let state = path.join("state");
@@ -104,8 +104,12 @@ fn authlib_gets_introspects_exchanges_and_revokes_tokens() -> Result<()> {
     postern(&config, &["client", "remove", "service"])?;
     postern(&config, &["keys", "rotate"])?;
     // Neither secret is anywhere but with its client.
-    for file in ["authority.log", "audit.log", "state/authority.db"] {
-        let content = std::fs::read(path.join(file))?;
+    let audit = audit_text(&path.join("audit"))?.into_bytes();
+    for file in ["authority.log", "audit", "state/authority.db"] {
+        let content = match file {
+            "audit" => audit.clone(),
+            _ => std::fs::read(path.join(file))?,
+        };
         for secret in [&service, &api] {
             let found = content
                 .windows(secret.len())

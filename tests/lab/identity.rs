@@ -253,9 +253,9 @@ fn keys_reach_neither_logs_nor_records() -> Result<()> {
     let secret = pem.lines().nth(1).unwrap_or("no key").as_bytes().to_owned();
     let entries = [
         "node1/agent.log",
-        "node1/audit.jsonl",
+        "node1/audit/audit-00000000000000000001.jsonl",
         "node2/agent.log",
-        "node2/audit.jsonl",
+        "node2/audit/audit-00000000000000000001.jsonl",
     ];
     for file in entries {
         let path = lab.path().join(file);

@@ -3,7 +3,7 @@
 use std::{os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
-use postern_tests::{Lab, Running, binary, eventually, output, text};
+use postern_tests::{Lab, Running, audit_records, binary, eventually, output, text};
 use serde_json::Value;
 
 use crate::kit::{ECHO, at, echoes, pair};
@@ -18,7 +18,7 @@ fn configure(lab: &Lab, more: &str) -> Result<()> {
         lab.path().join("authority.yaml"),
         format!(
             "issuer: {URL}\nlisten: 192.0.2.1:8443\nstate: {dir}/authority\n\
-             nodes: {{manifests: {dir}/manifests}}\naudit: {{file: {dir}/authority.jsonl}}\n{more}\n"
+             nodes: {{manifests: {dir}/manifests}}\naudit: {{directory: {dir}/authority-audit}}\n{more}\n"
         ),
     )?)
 }
@@ -55,10 +55,7 @@ fn join(lab: &mut Lab) -> Result<()> {
 }
 
 fn audit(lab: &Lab) -> Result<Vec<Value>> {
-    let text = std::fs::read_to_string(lab.path().join("authority.jsonl"))?;
-    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-    let line = |line: &str| serde_json::from_str(line).context(line.to_owned());
-    whole.lines().map(line).collect()
+    audit_records(&lab.path().join("authority-audit"))
 }
 
 #[test]

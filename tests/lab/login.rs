@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use postern_tests::{Running, binary, output, text};
+use postern_tests::{Running, audit_text, binary, output, text};
 use serde_json::Value;
 
 const PYTHON: &str = "/usr/bin/python3";
@@ -37,7 +37,7 @@ impl Authority {
             dir.path().join("authority.yaml"),
             format!(
                 "issuer: {issuer}\nlisten: 127.0.0.1:{port}\nstate: {path}/state\n\
-                 audit: {{file: {path}/audit.jsonl}}\nclients: {clients}\n"
+                 audit: {{directory: {path}/audit}}\nclients: {clients}\n"
             ),
         )?;
         user(dir.path(), &["add", "alice", "--name", "Alice"], PASSWORD)?;
@@ -63,9 +63,8 @@ impl Authority {
     }
 
     pub fn audit(&self) -> Result<String> {
-        Ok(std::fs::read_to_string(
-            self.dir.path().join("audit.jsonl"),
-        )?)
+        let of_commands = audit_text(&self.dir.path().join("audit.commands"))?;
+        Ok(audit_text(&self.dir.path().join("audit"))? + &of_commands)
     }
 }
 

@@ -5,7 +5,7 @@
 use std::{process::Command, time::Duration};
 
 use anyhow::{Context as _, Result};
-use postern_tests::{Lab, Running, binary, eventually, output};
+use postern_tests::{Lab, Running, audit_records, audit_text, binary, eventually, output};
 use serde_json::Value;
 
 use crate::{kit::at, login::trusting};
@@ -36,7 +36,7 @@ fn authority(lab: &Lab) -> Result<Running> {
     let text = format!(
         "issuer: {ISSUER}\nlisten: 192.0.2.1:8443\nstate: {dir}/authority\n\
          certificates: {{rootCertificate: {dir}/root.pem, rootKey: {dir}/root.key}}\n\
-         audit: {{file: {dir}/authority.jsonl}}\n\
+         audit: {{directory: {dir}/authority-audit}}\n\
          clients:\n  \
          - {{id: shop-web, name: The shop, authentication: {{none: {{}}}}, grants: [authorization_code], \
          redirectUris: ['https://10.0.1.10:{PORT}/callback'], scopes: [openid, profile, orders.read], \
@@ -266,11 +266,9 @@ fn a_person_logs_in_and_services_call_on_in_the_persons_name() -> Result<()> {
 /// One trace id tells the whole story.
 fn told(lab: &Lab) -> Result<()> {
     let of_authority = || -> Vec<Value> {
-        let text = std::fs::read_to_string(lab.path().join("authority.jsonl")).unwrap_or_default();
-        let lines = text
-            .lines()
-            .filter_map(|line| serde_json::from_str(line).ok());
-        lines.filter(|r: &Value| r["trace"] == TRACE).collect()
+        let records = audit_records(&lab.path().join("authority-audit")).unwrap_or_default();
+        let of_trace = |r: &Value| r["trace"] == TRACE;
+        records.into_iter().filter(of_trace).collect()
     };
     let has = |event: &str, fits: &dyn Fn(&Value) -> bool| -> Result<()> {
         let there = || {
@@ -316,9 +314,9 @@ fn told(lab: &Lab) -> Result<()> {
     for log in [
         lab.nodes[0].audit_path(),
         lab.nodes[1].audit_path(),
-        lab.path().join("authority.jsonl"),
+        lab.path().join("authority-audit"),
     ] {
-        let text = std::fs::read_to_string(log)?;
+        let text = audit_text(&log)?;
         assert!(!text.contains("eyJ"), "{text}");
     }
     Ok(())

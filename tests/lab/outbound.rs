@@ -263,7 +263,7 @@ fn requests_get_tokens_wherever_they_go() -> Result<()> {
     let token = authorizations(&body)?.remove(0);
     let signature = token.rsplit('.').next().unwrap_or_default();
     for node in &world.lab.nodes {
-        let audit = std::fs::read_to_string(node.audit_path())?;
+        let audit = node.audit_text()?;
         assert!(!audit.contains(signature) && !node.log().contains(signature));
     }
     Ok(())

@@ -150,7 +150,7 @@ fn tokens_decide_who_gets_what() -> Result<()> {
         r["kind"] == "request" && r["status"] == 401
     })?;
     assert_eq!(refusal["policy"]["kind"], "RequestAuthentication");
-    let audit = std::fs::read_to_string(lab.nodes[1].audit_path())?;
+    let audit = lab.nodes[1].audit_text()?;
     let secret = minted["tokens"]["good"].as_str().unwrap_or_default();
     let signature = secret.rsplit('.').next().unwrap_or_default();
     assert!(!audit.contains(signature) && !lab.nodes[1].log().contains(signature));

@@ -195,7 +195,7 @@ fn opaque_tokens_are_asked_about_and_clients_are_told() -> Result<()> {
     let unknown = ["Authorization: Bearer nobody-can-say"];
     assert_eq!(status(&client, &url("/app/x"), &unknown)?, "503");
     for node in &world.lab.nodes {
-        let audit = std::fs::read_to_string(node.audit_path()).unwrap_or_default();
+        let audit = node.audit_text().unwrap_or_default();
         for secret in ["good-token-1", "nobody-can-say", "s3cret", "of-the-token"] {
             assert!(
                 !audit.contains(secret) && !node.log().contains(secret),

@@ -7,6 +7,7 @@
 //! Everything is named after this process and removed when the lab is dropped;
 //! what a killed one left behind is removed by the next.
 
+mod audit;
 mod capture;
 mod host;
 mod node;
@@ -21,6 +22,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 
+pub use audit::{audit_records, audit_text};
 pub use capture::{Capture, count_bytes, tshark};
 pub use host::{Running, binary, output, text};
 pub use node::{Node, NodeOptions};

@@ -11,7 +11,9 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::{
-    Lab, Pod, eventually,
+    Lab, Pod,
+    audit::{audit_records, audit_text},
+    eventually,
     host::{self, Running, binary},
     sweep::BPF,
 };
@@ -42,6 +44,8 @@ pub struct NodeOptions {
     pub policies: String,
     /// Further keys of `kernel`, as YAML flow pairs that begin with a comma.
     pub kernel: String,
+    /// The same of `audit`.
+    pub audit: String,
     /// Further configuration, as top-level YAML.
     pub more: String,
 }
@@ -54,6 +58,7 @@ impl Default for NodeOptions {
             manifests: "manifests".into(),
             policies: String::new(),
             kernel: probes(),
+            audit: String::new(),
             more: String::new(),
         }
     }
@@ -134,8 +139,13 @@ impl Node {
         &self.pin
     }
 
+    /// Directory of the audit log.
     pub fn audit_path(&self) -> PathBuf {
-        self.dir.join("audit.jsonl")
+        self.dir.join("audit")
+    }
+
+    pub fn audit_text(&self) -> Result<String> {
+        audit_text(&self.audit_path())
     }
 
     pub fn log(&self) -> String {
@@ -150,12 +160,13 @@ impl Node {
             manifests,
             policies,
             kernel,
+            audit,
             more,
         } = &self.options;
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
              workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
-             kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{file: {dir}/audit.jsonl}}\n\
+             kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{directory: {dir}/audit{audit}}}\n\
              log: {{level: 'info,postern=debug'}}\n{}{more}",
             self.name,
             self.cgroup.display(),
@@ -276,12 +287,7 @@ impl Node {
 
     /// The audit log so far, a value a line. Every line must be whole.
     pub fn audit(&self) -> Result<Vec<serde_json::Value>> {
-        let text = std::fs::read_to_string(self.audit_path()).unwrap_or_default();
-        let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-        whole
-            .lines()
-            .map(|line| serde_json::from_str(line).context(line.to_owned()))
-            .collect()
+        audit_records(&self.audit_path())
     }
 
     /// The first record that fits; waits for it.
@@ -296,7 +302,7 @@ impl Node {
             found.is_some()
         });
         if result.is_err() {
-            let all = std::fs::read_to_string(self.audit_path()).unwrap_or_default();
+            let all = self.audit_text().unwrap_or_default();
             return result
                 .map(|()| serde_json::Value::Null)
                 .with_context(|| format!("{all}\n{}", self.log()));

@@ -16,24 +16,26 @@ use tokio::{
 };
 
 use crate::{
-    audit::{Lost, Record},
+    audit::{Lost, Record, chain::KINDS},
     kernel::decode,
     proxy::Proxy,
 };
 use tell::Teller;
 
-const LOSSES: [(Counter, Lost); 10] = [
-    (Counter::LostSocket, Lost::KernelSocket),
-    (Counter::LostExec, Lost::KernelExec),
-    (Counter::LostExit, Lost::KernelExit),
-    (Counter::LostDatagram, Lost::KernelUdp),
-    (Counter::LostRaw, Lost::KernelRaw),
-    (Counter::LimitedSocket, Lost::KernelRate),
-    (Counter::LimitedExec, Lost::KernelRate),
-    (Counter::LimitedExit, Lost::KernelRate),
-    (Counter::LimitedDatagram, Lost::KernelRate),
-    (Counter::LimitedRaw, Lost::KernelRate),
+/// What the kernel counts as lost, and why. Their order is the ledger's.
+const LOSSES: [(Counter, Lost, &str); 10] = [
+    (Counter::LostSocket, Lost::KernelSocket, "ring"),
+    (Counter::LostExec, Lost::KernelExec, "ring"),
+    (Counter::LostExit, Lost::KernelExit, "ring"),
+    (Counter::LostDatagram, Lost::KernelUdp, "ring"),
+    (Counter::LostRaw, Lost::KernelRaw, "ring"),
+    (Counter::LimitedSocket, Lost::KernelSocket, "rate"),
+    (Counter::LimitedExec, Lost::KernelExec, "rate"),
+    (Counter::LimitedExit, Lost::KernelExit, "rate"),
+    (Counter::LimitedDatagram, Lost::KernelUdp, "rate"),
+    (Counter::LimitedRaw, Lost::KernelRaw, "rate"),
 ];
+const _: () = assert!(LOSSES.len() <= KINDS);
 /// How often losses are looked for.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How often stories that wait for their sockets are looked at.
@@ -52,7 +54,12 @@ pub async fn kernel_events(
         Err(error) => return tracing::error!(%error, "cannot wait for kernel events"),
     };
     let mut teller = Teller::new(proxy.clone());
-    let mut reported = LOSSES.map(|(counter, _)| proxy.kernel.counter(counter));
+    for (kind, (counter, ..)) in LOSSES.into_iter().enumerate() {
+        // The kernel counts anew where its maps are new.
+        let now = proxy.kernel.counter(counter);
+        let reported = proxy.audit.reported(kind).min(now);
+        proxy.audit.set_reported(kind, reported);
+    }
     let mut tick = tokio::time::interval(INTERVAL);
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
@@ -67,15 +74,7 @@ pub async fn kernel_events(
                 }
                 ready.clear_ready();
             }
-            _ = tick.tick() => {
-                for ((counter, lost), reported) in LOSSES.into_iter().zip(&mut reported) {
-                    let now = proxy.kernel.counter(counter);
-                    if now > *reported {
-                        proxy.audit.record(Record::gap(lost, now - *reported));
-                        *reported = now;
-                    }
-                }
-            }
+            _ = tick.tick() => losses(&proxy),
             _ = sweep.tick() => {
                 teller.retry(Instant::now());
                 proxy.join.sweep(Instant::now(), false);
@@ -89,8 +88,19 @@ pub async fn kernel_events(
                 }
                 teller.retry(Instant::now());
                 proxy.join.sweep(Instant::now(), true);
-                return;
+                return losses(&proxy);
             }
+        }
+    }
+}
+
+/// Tells what the kernel could not tell, also of the time without an agent.
+fn losses(proxy: &Proxy) {
+    for (kind, (counter, lost, reason)) in LOSSES.into_iter().enumerate() {
+        let (now, before) = (proxy.kernel.counter(counter), proxy.audit.reported(kind));
+        if now > before {
+            proxy.audit.record(Record::gap(lost, now - before, reason));
+            proxy.audit.set_reported(kind, now);
         }
     }
 }

@@ -19,7 +19,7 @@ use super::{
         By, Entry, FileError, Filter, Format, Scan, Stats, Table, Troubles, tail, terminal_width,
         write_file,
     },
-    chain::ReadError,
+    chain::{self, ReadError, VerifyError},
     replay::{Replay, Sets, Workloads},
 };
 use crate::{
@@ -32,6 +32,11 @@ use crate::{
 
 #[derive(Subcommand)]
 pub enum AuditCommand {
+    /// Prove that the log is as it was written, and name each place where it is not.
+    Verify(VerifyArgs),
+    /// Print the last checkpoint, to be kept elsewhere: `verify --since-checkpoint` holds
+    /// the log to it.
+    Checkpoint(CheckpointArgs),
     /// Show records.
     Query(Query),
     /// Show the last records, and with --follow those to come.
@@ -51,6 +56,21 @@ struct Place {
     /// Directory of the log, instead of the configuration's.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    place: Place,
+    /// A checkpoint that the log must still have, as `checkpoint` printed it.
+    #[arg(long, value_name = "FILE")]
+    since_checkpoint: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct CheckpointArgs {
+    #[command(flatten)]
+    place: Place,
 }
 
 #[derive(Args)]
@@ -150,6 +170,10 @@ pub enum AuditError {
     Config(LoadError),
     #[error(transparent)]
     Read(#[from] ReadError),
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    #[error("the log has no checkpoint yet")]
+    NoCheckpoint,
     #[error("--file is for --output parquet and arrow")]
     FileOfText,
     #[error("a terminal shows no Parquet or Arrow: name a --file, or redirect the output")]
@@ -177,12 +201,37 @@ pub fn run(command: AuditCommand) -> Result<u8, AuditError> {
     let answered = match command {
         AuditCommand::Query(query) => query.run(),
         AuditCommand::Tail(tail) => tail.run(),
+        AuditCommand::Verify(verify) => verify.run(),
+        AuditCommand::Checkpoint(checkpoint) => checkpoint.run(),
         AuditCommand::Stats(stats) => stats.run(),
         AuditCommand::Replay(replay) => replay.run(),
     };
     match answered {
         Err(AuditError::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => Ok(0),
         other => other,
+    }
+}
+
+impl VerifyArgs {
+    fn run(self) -> Result<u8, AuditError> {
+        let directory = self.place.directory()?;
+        let report = chain::verify(&directory, self.since_checkpoint.as_deref())?;
+        writeln!(io::stdout(), "{report}").map_err(AuditError::Output)?;
+        Ok(if report.problems.is_empty() {
+            0
+        } else {
+            UNREADABLE
+        })
+    }
+}
+
+impl CheckpointArgs {
+    fn run(self) -> Result<u8, AuditError> {
+        let Some(line) = chain::latest_checkpoint(&self.place.directory()?)? else {
+            return Err(AuditError::NoCheckpoint);
+        };
+        writeln!(io::stdout(), "{line}").map_err(AuditError::Output)?;
+        Ok(0)
     }
 }
 
@@ -198,7 +247,10 @@ impl Place {
     fn directory(&self) -> Result<PathBuf, AuditError> {
         Ok(match &self.directory {
             Some(directory) => directory.clone(),
-            None => self.config()?.state.join("audit"),
+            None => {
+                let config = self.config()?;
+                config.audit.directory(&config.state)
+            }
         })
     }
 

@@ -161,7 +161,7 @@ impl Join {
 
     fn tell(&self, record: Option<Box<Connection>>) {
         if let Some(record) = record {
-            self.audit.record(Record::Connection(record));
+            self.audit.ended(Record::Connection(record));
         }
     }
 

@@ -32,6 +32,8 @@ pub enum Record {
     Gap {
         lost: Lost,
         count: u64,
+        /// `ring`: it was full. `rate`: one pod caused more than it may.
+        reason: &'static str,
     },
     /// What the authorization server granted, refused or changed.
     Authority(Box<AuthorityRecord>),
@@ -45,16 +47,12 @@ pub enum Record {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Lost {
-    /// Records that the queue or the disk did not take.
-    Records,
     /// Events that the kernel's ring did not take.
     KernelSocket,
     KernelExec,
     KernelExit,
     KernelUdp,
     KernelRaw,
-    /// Events beyond what is told of one pod.
-    KernelRate,
 }
 
 /// One connection, as the agent at one of its ends saw it.
@@ -469,24 +467,26 @@ struct Line<'a> {
 }
 
 impl Record {
-    pub fn gap(lost: Lost, count: u64) -> Self {
-        Self::Gap { lost, count }
+    pub fn gap(lost: Lost, count: u64, reason: &'static str) -> Self {
+        Self::Gap {
+            lost,
+            count,
+            reason,
+        }
     }
 
-    /// The record as it stands in the log, with its line end.
-    pub fn line(&self, node: &str) -> String {
+    /// Writes the record as a JSON object, as it stands in the log but for what chains it.
+    pub fn write(&self, node: &str, text: &mut Vec<u8>) {
         let line = Line {
             time: timestamp(SystemTime::now()),
             node,
             record: self,
         };
-        let mut text = serde_json::to_string(&line).expect("records have string keys only");
-        text.push('\n');
-        text
+        serde_json::to_writer(text, &line).expect("records have string keys only");
     }
 }
 
-fn timestamp(time: SystemTime) -> String {
+pub(super) fn timestamp(time: SystemTime) -> String {
     OffsetDateTime::from(time)
         .format(&Rfc3339)
         .expect("a time of this century")

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::clients::Client;
 use crate::{
+    audit::chain,
     config::{Count, Log, QueueLength, Span},
     identity::TrustDomain,
     objects::{LoadError, parse_document},
@@ -179,8 +180,8 @@ pub struct UserEntry {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Audit {
-    /// File that records are appended to, one JSON object a line. Empty: standard output.
-    pub file: Option<PathBuf>,
+    /// Directory of the log, mode 0700. Empty: `audit` in the state directory.
+    pub directory: Option<PathBuf>,
     /// Records waiting for the writer; what comes beyond is lost and counted.
     pub queue: QueueLength,
 }
@@ -258,13 +259,19 @@ impl Default for Certificates {
 impl Default for Audit {
     fn default() -> Self {
         Self {
-            file: None,
+            directory: None,
             queue: QueueLength(16_384),
         }
     }
 }
 
 impl Config {
+    pub fn audit_log(&self) -> chain::Settings {
+        let own = self.audit.directory.clone();
+        let directory = own.unwrap_or_else(|| self.state.join("audit"));
+        chain::Settings::new(directory, &self.state)
+    }
+
     /// Reads a file; the error names file, line and key.
     pub fn load(path: &Path) -> Result<Self, LoadError> {
         let text = std::fs::read_to_string(path).map_err(|source| LoadError::Read {

@@ -145,6 +145,64 @@ impl From<Bytes> for u32 {
     }
 }
 
+/// A size on disk, bytes: at least 64 KiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "u64", into = "u64")]
+#[schemars(with = "u64")]
+pub struct DiskBytes(pub u64);
+
+impl TryFrom<u64> for DiskBytes {
+    type Error = String;
+
+    fn try_from(bytes: u64) -> Result<Self, String> {
+        match bytes >= 64 << 10 {
+            true => Ok(Self(bytes)),
+            false => Err(format!("{bytes} is not 65536 or more")),
+        }
+    }
+}
+
+impl From<DiskBytes> for u64 {
+    fn from(bytes: DiskBytes) -> Self {
+        bytes.0
+    }
+}
+
+/// When a log is made to outlive a loss of power: `always`, `never`, or how often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub enum SyncPolicy {
+    Always,
+    Every(Duration),
+    Never,
+}
+
+impl TryFrom<String> for SyncPolicy {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => match Span::try_from(text) {
+                Ok(span) => Ok(Self::Every(span.0)),
+                Err(why) => Err(format!("neither always nor never, and {why}")),
+            },
+        }
+    }
+}
+
+impl From<SyncPolicy> for String {
+    fn from(policy: SyncPolicy) -> Self {
+        match policy {
+            SyncPolicy::Always => "always".into(),
+            SyncPolicy::Never => "never".into(),
+            SyncPolicy::Every(span) => Span(span).into(),
+        }
+    }
+}
+
 /// A number of things: at least one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(try_from = "u32", into = "u32")]

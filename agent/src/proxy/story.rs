@@ -111,6 +111,7 @@ impl Story {
         source: SocketAddr,
         dialled: SocketAddr,
     ) -> Self {
+        proxy.audit.opened();
         Self {
             proxy: proxy.clone(),
             began: Instant::now(),

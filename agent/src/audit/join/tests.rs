@@ -1,9 +1,9 @@
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use super::*;
-use crate::audit::{Bytes, Fault, Peer, Reporter, Requests, Transport, Verdict};
+use crate::audit::{Bytes, Fault, Message, Peer, Reporter, Requests, Transport, Verdict};
 
-fn join() -> (Join, Receiver<Record>) {
+fn join() -> (Join, Receiver<Message>) {
     let (sender, receiver) = sync_channel(16);
     (Join::new(Audit::of_queue("node", sender), true), receiver)
 }
@@ -53,10 +53,10 @@ fn hop(port: u16) -> Key {
     }
 }
 
-fn told(from: &Receiver<Record>) -> Option<Box<Connection>> {
+fn told(from: &Receiver<Message>) -> Option<Box<Connection>> {
     match from.try_recv() {
-        Ok(Record::Connection(connection)) => Some(connection),
-        Ok(other) => panic!("{other:?}"),
+        Ok(Message::Record(Record::Connection(connection))) => Some(connection),
+        Ok(_) => panic!("no connection's record"),
         Err(_nothing) => None,
     }
 }

@@ -17,7 +17,7 @@ use tower::ServiceExt as _;
 
 use super::{Config, Peer, Server, Shared, tokens};
 use crate::{
-    audit::Audit,
+    audit::{Audit, chain},
     authority::{Clock, routes},
     identity::wire,
 };
@@ -60,8 +60,9 @@ impl Authority {
         };
         config.nodes.manifests = Some(manifests);
         change(&mut config, dir.path());
-        let log = dir.path().join("audit.jsonl");
-        let (audit, writer) = Audit::open("authority", Some(&log), 1000).expect("a log");
+        std::fs::create_dir_all(&config.state).expect("a directory");
+        let opened = Audit::open("authority", config.audit_log(), 1000);
+        let (audit, writer) = opened.expect("an audit log");
         let server = Server::open(config, Clock::fixed(start()), audit).await;
         Self {
             server: Arc::new(server.expect("opens")),
@@ -126,12 +127,8 @@ impl Authority {
 
     /// Records of a kind so far; the writer may still have some to write.
     fn audit_now(&self, event: &str) -> usize {
-        let text = std::fs::read_to_string(self.dir.path().join("audit.jsonl"));
-        let kind = format!("\"event\":\"{event}\"");
-        text.expect("a log")
-            .lines()
-            .filter(|line| line.contains(&kind))
-            .count()
+        let records = chain::records(&self.dir.path().join("state/audit"));
+        records.iter().filter(|r| r["event"] == event).count()
     }
 
     /// The audit log, once all is written.
@@ -143,9 +140,7 @@ impl Authority {
         } = self;
         drop(server);
         writer.join().expect("no panic");
-        let text = std::fs::read_to_string(dir.path().join("audit.jsonl")).expect("a log");
-        let line = |line| serde_json::from_str(line).expect("JSON");
-        text.lines().map(line).collect()
+        chain::records(&dir.path().join("state/audit"))
     }
 }
 

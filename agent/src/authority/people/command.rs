@@ -4,6 +4,7 @@ use std::{
     fs::{DirBuilder, File},
     io::{BufRead as _, BufReader, IsTerminal as _, Read as _, Write as _},
     os::unix::fs::DirBuilderExt as _,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -17,7 +18,10 @@ use super::{
 };
 use crate::{
     app::Misconfigured,
-    audit::{Audit, AuthorityRecord, Record},
+    audit::{
+        Audit, AuthorityRecord, Record,
+        chain::{OpenError, Settings, Sync},
+    },
 };
 
 /// Longest name and e-mail address, in bytes.
@@ -153,13 +157,26 @@ async fn stored(config: &Config, store: &Store, username: &str) -> Result<String
     Ok(account.user.id)
 }
 
-/// Where the audit log is a file. On standard output it would be between the answers.
+/// In a log of its own beside the server's, which has one writer: the server, if it runs.
 fn record(config: &Config, subject: &str, what: &str) -> Result<()> {
-    let Some(file) = &config.audit.file else {
-        return Ok(());
+    const PATIENCE: Duration = Duration::from_secs(5);
+    let server = config.audit_log();
+    let own = Settings {
+        directory: server.directory.with_added_extension("commands"),
+        ledger: server.ledger.with_added_extension("commands"),
+        sync: Sync::Always,
+        ..server
     };
-    let (audit, writer) = Audit::open("authority", Some(file), 1)
-        .with_context(|| format!("audit.file {}", file.display()))?;
+    let began = Instant::now();
+    let (audit, writer) = loop {
+        match Audit::open("authority", own.clone(), 1) {
+            // Another command is about to end.
+            Err(OpenError::Busy(_)) if began.elapsed() < PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            opened => break opened.context("the audit log")?,
+        }
+    };
     audit.record(Record::Authority(Box::new(AuthorityRecord {
         event: "user",
         subject: Some(subject.to_owned()),

@@ -17,7 +17,7 @@ use super::{
     super::{Clock, Config, Peer, Server, Shared, User, routes},
     password,
 };
-use crate::audit::Audit;
+use crate::audit::{Audit, chain};
 
 /// Hash of a secret that no test has use for.
 const NOBODYS: &str = "$argon2id$v=19$m=19456,t=2,p=1$bXQRmhxFbrVQkUj1RjQu2w$XyV/46fNJGQifVMFPf3VJoCrEoOCfHQzpT45ZTBTpeM";
@@ -68,7 +68,7 @@ fn config(dir: &std::path::Path) -> Config {
     let config = json!({
         "issuer": ISSUER,
         "state": dir.join("state"),
-        "audit": {"file": dir.join("audit.jsonl")},
+        "audit": {"directory": dir.join("audit")},
         "users": [{"id": "bob-id", "username": "bob", "passwordHash": HASHES.1}],
         "clients": [
             client("app", json!({"name": ODD_NAME})),
@@ -142,27 +142,23 @@ impl World {
 
     /// The audit log, as soon as this is true of it.
     pub fn audit(&self, enough: impl Fn(&[Value]) -> bool) -> Vec<Value> {
-        let file: PathBuf = self.dir.path().join("audit.jsonl");
+        let log = self.dir.path().join("audit");
         let end = Instant::now() + Duration::from_secs(10);
         loop {
-            let text = std::fs::read_to_string(&file).expect("the audit log");
-            let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
-            let records: Vec<Value> = whole
-                .lines()
-                .map(|line| serde_json::from_str(line).expect("JSON"))
-                .collect();
+            let records = chain::records(&log);
             if enough(&records) {
                 return records;
             }
-            assert!(Instant::now() < end, "the audit log has {text}");
+            assert!(Instant::now() < end, "the audit log has {records:?}");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
 }
 
 async fn open(config: &Config, clock: &Clock) -> Shared {
-    let file = config.audit.file.as_deref();
-    let (audit, _writer) = Audit::open("authority", file, 1024).expect("the audit log");
+    std::fs::create_dir_all(&config.state).expect("a directory");
+    let opened = Audit::open("authority", config.audit_log(), 1024);
+    let (audit, _writer) = opened.expect("the audit log");
     let server = Server::open(config.clone(), clock.clone(), audit).await;
     Arc::new(server.expect("a server"))
 }

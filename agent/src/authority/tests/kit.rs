@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tower::ServiceExt as _;
 
 use crate::{
-    audit::Audit,
+    audit::{Audit, chain},
     authority::{
         Clock, Code, Config, Peer, Server, Shared, Store,
         client_auth::hash_secret,
@@ -180,8 +180,9 @@ impl Kit {
             ..Config::default()
         };
         change(&mut config, directory.path());
-        let path = directory.path().join("audit.log");
-        let (audit, writer) = Audit::open("authority", Some(&path), 4096).expect("audit");
+        std::fs::create_dir_all(&config.state).expect("a directory");
+        let opened = Audit::open("authority", config.audit_log(), 4096);
+        let (audit, writer) = opened.expect("an audit log");
         let server = Server::open(config, clock.clone(), audit).await;
         let mut server = server.expect("opens");
         sqlx::query::<Any>(
@@ -214,8 +215,9 @@ impl Kit {
         self.server.store.pool.close().await;
         drop((self.router, self.server));
         self.writer.join().expect("the audit writer");
-        let log = std::fs::read_to_string(self.directory.path().join("audit.log"));
-        (self.directory, log.expect("audit log"))
+        let log = chain::records(&self.directory.path().join("audit"));
+        let lines: Vec<String> = log.iter().map(ToString::to_string).collect();
+        (self.directory, lines.join("\n"))
     }
 
     pub fn store(&self) -> &Store {

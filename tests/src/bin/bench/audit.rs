@@ -14,7 +14,7 @@ pub fn bench(rounds: u32, seconds: u32) -> Result<AuditReport> {
     let machine = Machine::here()?;
     println!("{machine}");
     println!("{rounds} rounds of {seconds} s for each load");
-    let (off_lab, off) = mesh("audit: {enabled: false}\n")?;
+    let (off_lab, off) = mesh(", enabled: false")?;
     let (on_lab, on) = mesh("")?;
     let series = in_turns([(&off, &off_lab), (&on, &on_lab)], rounds, seconds)?;
     let memory = [agents::memory(&off_lab)?, agents::memory(&on_lab)?];
@@ -34,11 +34,11 @@ pub fn bench(rounds: u32, seconds: u32) -> Result<AuditReport> {
     })
 }
 
-fn mesh(more: &str) -> Result<(Lab, Pair)> {
+fn mesh(audit: &str) -> Result<(Lab, Pair)> {
     let mut lab = Lab::new(2)?;
     for node in &mut lab.nodes {
         node.options = NodeOptions {
-            more: more.into(),
+            audit: audit.into(),
             ..NodeOptions::default()
         };
         node.start()?;

@@ -325,12 +325,12 @@ fn what_a_tiny_ring_loses_is_counted() -> Result<()> {
         .with_context(|| format!("{name}: {:?} {:?}", told(name), counter(node, counted)))?;
         assert!(counter(node, counted)? > 0);
     }
-    let gaps = node.audit()?.into_iter().filter(|r| r["kind"] == "gap");
-    let lost: u64 = gaps
-        .filter(|r| r["lost"] == "kernelExec")
-        .filter_map(|r| r["count"].as_u64())
-        .sum();
-    assert_eq!(lost, counter(node, "lost_exec_events")?);
+    eventually("the gap is told", Duration::from_secs(10), || {
+        let told = node.audit().unwrap_or_default().into_iter();
+        let gaps = told.filter(|r| r["kind"] == "gap" && r["lost"] == "kernelExec");
+        let lost: u64 = gaps.filter_map(|r| r["count"].as_u64()).sum();
+        counter(node, "lost_exec_events").is_ok_and(|counted| counted == lost)
+    })?;
     Ok(())
 }
 

@@ -318,18 +318,21 @@ impl Attaching<'_> {
     }
 }
 
-/// An error and what caused it, on one line.
+/// An error and what caused it, on one line; of the verifier's log its beginning.
 fn told(error: &KernelError) -> String {
-    let mut all = error.to_string().trim().to_owned();
+    const MOST: usize = 400;
+    let mut all = error.to_string();
     let mut source = std::error::Error::source(error);
     while let Some(error) = source {
         let text = error.to_string();
         if !all.contains(&text) {
-            all = format!("{all}: {text}");
+            all = format!("{}: {text}", all.trim_end());
         }
         source = error.source();
     }
-    all.lines().collect::<Vec<_>>().join(" ")
+    let words: Vec<&str> = all.split_whitespace().collect();
+    let line: String = words.join(" ").chars().take(MOST).collect();
+    line.trim_end_matches(". Verifier output:").to_owned()
 }
 
 /// As the programs want it: the time between two events, nanoseconds; 0: none at all.

@@ -86,10 +86,6 @@ impl Batch {
         self.state = state;
     }
 
-    pub fn state(&self) -> &State {
-        &self.state
-    }
-
     /// A line, of what writes one JSON object.
     pub fn push(&mut self, entry: Entry, write: impl FnOnce(&mut Vec<u8>)) {
         let start = self.begin(write);

@@ -281,6 +281,7 @@ impl Log {
         log.batch.own(Entry::Begin, node, "reopened", &what);
         let path = log.settings.directory.clone();
         log.write().map_err(OpenError::at(&path))?;
+        log.batch.clear(log.state);
         log.tidy();
         Ok((log, ledger))
     }

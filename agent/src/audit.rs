@@ -5,7 +5,9 @@
 //! queue full, or a disk that takes no more, is counted, and the loss is written
 //! as a record of kind `gap` as soon as writing works again.
 
+pub mod ocsf;
 mod record;
+pub mod send;
 
 use std::{
     fs::OpenOptions,

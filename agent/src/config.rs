@@ -17,6 +17,7 @@ pub use normalization::Normalization;
 pub use values::{Bytes, Count, Loopback, QueueLength, RingBytes, Span, Window};
 
 use crate::{
+    audit::send::config::Sinks,
     authorizer::ExtensionProvider,
     identity::TrustDomain,
     objects::{LoadError, parse_document},
@@ -239,6 +240,8 @@ pub struct Audit {
     pub events: bool,
     /// Records waiting for the writer; what comes beyond is lost and counted.
     pub queue: QueueLength,
+    /// Where the log is sent.
+    pub sinks: Sinks,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
@@ -399,6 +402,7 @@ impl Default for Audit {
             file: None,
             events: true,
             queue: QueueLength(16_384),
+            sinks: Sinks::default(),
         }
     }
 }

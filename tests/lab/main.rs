@@ -16,5 +16,6 @@ mod programs;
 mod provider;
 mod requests;
 mod resource;
+mod send;
 mod smoke;
 mod streams;

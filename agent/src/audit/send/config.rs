@@ -204,7 +204,10 @@ pub struct Facility(pub u8);
 
 /// Headers without secrets.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "BTreeMap<String, String>", into = "BTreeMap<String, String>")]
+#[serde(
+    try_from = "BTreeMap<String, String>",
+    into = "BTreeMap<String, String>"
+)]
 #[schemars(with = "BTreeMap<String, String>")]
 pub struct Headers(pub HeaderMap);
 
@@ -254,7 +257,11 @@ impl TryFrom<Fields> for Sink {
             (Some(otlp), None, None) => To::Otlp(Box::new(otlp)),
             (None, Some(stdout), None) => To::Stdout(stdout),
             (None, None, Some(syslog)) => To::Syslog(Box::new(syslog)),
-            _ => return Err(format!("sink `{name}` needs one of otlp, stdout and syslog")),
+            _ => {
+                return Err(format!(
+                    "sink `{name}` needs one of otlp, stdout and syslog"
+                ));
+            }
         };
         let wrong = |what: &str| Err(format!("sink `{name}`: {what}"));
         match &to {
@@ -480,28 +487,42 @@ mod tests {
 
     #[test]
     fn what_is_wrong_is_refused() {
-        let otlp = |more: &str| {
-            format!("[{{name: a, otlp: {{endpoint: 'https://c:4317'{more}}}}}]")
-        };
+        let otlp =
+            |more: &str| format!("[{{name: a, otlp: {{endpoint: 'https://c:4317'{more}}}}}]");
         let syslog = |more: &str| format!("[{{name: a, syslog: {{{more}}}}}]");
         for (text, part) in [
             ("[{name: A, stdout: {}}]".into(), "no name of a sink"),
             ("[{name: ../a, stdout: {}}]".into(), "no name of a sink"),
             ("[{name: a}]".into(), "needs one of"),
-            ("[{name: a, stdout: {}, syslog: {address: 'a:1'}}]".into(), "needs one of"),
-            ("[{name: a, stdout: {}}, {name: a, stdout: {}}]".into(), "two sinks"),
+            (
+                "[{name: a, stdout: {}, syslog: {address: 'a:1'}}]".into(),
+                "needs one of",
+            ),
+            (
+                "[{name: a, stdout: {}}, {name: a, stdout: {}}]".into(),
+                "two sinks",
+            ),
             ("[{name: a, stdout: {x: 1}}]".into(), "x"),
-            ("[{name: a, stdout: {}, filter: {kinds: [conection]}}]".into(), "conection"),
+            (
+                "[{name: a, stdout: {}, filter: {kinds: [conection]}}]".into(),
+                "conection",
+            ),
             (otlp(", tls: {}"), "tls"),
             (otlp(", headers: {authorization: x}"), "headersFile"),
             (otlp(", headers: {x-api-key: x}"), "headersFile"),
             (otlp(", headers: {host: x}"), "cannot be set"),
             (otlp(", headers: {'a b': x}"), "no header name"),
-            (otlp(", headers: {a: "x\n"}"), "visible ASCII"),
+            (otlp(", headers: {a: ü}"), "visible ASCII"),
             (otlp(", certificate: c.pem"), "go together"),
-            ("[{name: a, otlp: {endpoint: 'http://c', roots: r.pem}}]".into(), "https"),
+            (
+                "[{name: a, otlp: {endpoint: 'http://c', roots: r.pem}}]".into(),
+                "https",
+            ),
             ("[{name: a, otlp: {endpoint: 'ftp://c'}}]".into(), "neither"),
-            ("[{name: a, otlp: {endpoint: 'https://u:secret@c'}}]".into(), "credentials"),
+            (
+                "[{name: a, otlp: {endpoint: 'https://u:hunter2@c'}}]".into(),
+                "credentials",
+            ),
             (syslog("address: '/dev/log'"), "path"),
             (syslog("address: 'c:514', transport: unix"), "path"),
             (syslog("address: ':514'"), "host:port"),
@@ -512,7 +533,7 @@ mod tests {
         ] {
             let error = parse(&text).expect_err(&text);
             assert!(error.contains(part), "{text}: {error}");
-            assert!(!error.contains("secret"), "{error}");
+            assert!(!error.contains("hunter2"), "{error}");
         }
     }
 

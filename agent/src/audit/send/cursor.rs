@@ -97,7 +97,9 @@ mod tests {
     fn a_file_that_is_no_cursor_is_not_overwritten() {
         let directory = tempfile::tempdir().expect("directory");
         fs::write(directory.path().join("a"), "twelve").expect("written");
-        let error = Cursor::open(directory.path(), "a", 0).err().expect("refused");
+        let error = Cursor::open(directory.path(), "a", 0)
+            .err()
+            .expect("refused");
         assert!(error.to_string().contains("no sequence number"), "{error}");
     }
 }

@@ -129,15 +129,36 @@ mod tests {
     #[test]
     fn severities() {
         for (record, severity) in [
-            (json!({"kind": "connection", "verdict": "allow"}), Severity::Info),
-            (json!({"kind": "connection", "verdict": "deny"}), Severity::Warning),
-            (json!({"kind": "request", "verdict": "deny"}), Severity::Warning),
-            (json!({"kind": "connection", "verdict": "failed"}), Severity::Info),
+            (
+                json!({"kind": "connection", "verdict": "allow"}),
+                Severity::Info,
+            ),
+            (
+                json!({"kind": "connection", "verdict": "deny"}),
+                Severity::Warning,
+            ),
+            (
+                json!({"kind": "request", "verdict": "deny"}),
+                Severity::Warning,
+            ),
+            (
+                json!({"kind": "connection", "verdict": "failed"}),
+                Severity::Info,
+            ),
             (json!({"kind": "gap", "count": 1}), Severity::Error),
             (json!({"kind": "bypass"}), Severity::Warning),
-            (json!({"kind": "authority", "event": "lockout"}), Severity::Warning),
-            (json!({"kind": "authority", "event": "login"}), Severity::Info),
-            (json!({"kind": "token", "error": "no answer"}), Severity::Warning),
+            (
+                json!({"kind": "authority", "event": "lockout"}),
+                Severity::Warning,
+            ),
+            (
+                json!({"kind": "authority", "event": "login"}),
+                Severity::Info,
+            ),
+            (
+                json!({"kind": "token", "error": "no answer"}),
+                Severity::Warning,
+            ),
             (json!({"kind": "checkpoint"}), Severity::Info),
         ] {
             assert_eq!(Severity::of(&record), severity, "{record}");

@@ -109,7 +109,10 @@ impl<R: Iterator<Item = Result<Line, ReadError>>> Follower<R> {
             batch.reached = line.seq;
             // The reader has seen that it is JSON.
             let record: Value = serde_json::from_str(&line.text).unwrap_or_default();
-            if self.filter.takes(record["kind"].as_str().unwrap_or_default()) {
+            if self
+                .filter
+                .takes(record["kind"].as_str().unwrap_or_default())
+            {
                 batch.add(Entry {
                     text: line.text,
                     record,
@@ -217,7 +220,11 @@ mod tests {
     #[test]
     fn a_long_line_goes_alone() {
         let long = MAX_BYTES + 1;
-        let lines = vec![line(1, "flow", 1), line(2, "flow", long), line(3, "flow", 1)];
+        let lines = vec![
+            line(1, "flow", 1),
+            line(2, "flow", long),
+            line(3, "flow", 1),
+        ];
         let mut follower = follower(lines, 0, vec![]);
         for expected in [[1], [2], [3]] {
             assert_eq!(sequence(&follower.batch().expect("read")), expected);
@@ -226,7 +233,11 @@ mod tests {
 
     #[test]
     fn the_filter_moves_the_cursor_too() {
-        let lines = vec![line(1, "flow", 1), line(2, "request", 1), line(3, "flow", 1)];
+        let lines = vec![
+            line(1, "flow", 1),
+            line(2, "request", 1),
+            line(3, "flow", 1),
+        ];
         let mut follower = follower(lines, 0, vec![Kind::Request]);
         let batch = follower.batch().expect("read");
         assert_eq!((sequence(&batch), batch.reached), (vec![2], 3));
@@ -241,7 +252,13 @@ mod tests {
         let told: Vec<_> = (batch.entries.iter())
             .map(|e| (&e.record["count"], &e.record["first"], &e.record["last"]))
             .collect();
-        assert_eq!(told, [(&json!(2), &json!(3), &json!(4)), (&json!(2), &json!(7), &json!(8))]);
+        assert_eq!(
+            told,
+            [
+                (&json!(2), &json!(3), &json!(4)),
+                (&json!(2), &json!(7), &json!(8))
+            ]
+        );
         assert_eq!(batch.entries[0].record["reason"], "retention");
     }
 
@@ -252,7 +269,11 @@ mod tests {
             number: 2,
             why: "no JSON".into(),
         };
-        let lines = [Ok(line(1, "flow", 1)), Err(failure()), Ok(line(3, "flow", 1))];
+        let lines = [
+            Ok(line(1, "flow", 1)),
+            Err(failure()),
+            Ok(line(3, "flow", 1)),
+        ];
         let mut follower = Follower::new(lines.into_iter(), 0, Filter::default(), "n");
         assert_eq!(sequence(&follower.batch().expect("the first")), [1]);
         let error = follower.batch().expect_err("the second");

@@ -100,7 +100,11 @@ impl Sender {
 
     async fn hand_over(&mut self, messages: &[String]) -> std::io::Result<()> {
         // A receiver that went away while there was nothing to send.
-        if matches!(&mut self.open, Some(Open::Stream(stream)) if stream.is_closed()) {
+        let gone = match &mut self.open {
+            Some(Open::Stream(stream)) => stream.is_closed(),
+            _ => false,
+        };
+        if gone {
             self.open = None;
         }
         let open = match &mut self.open {

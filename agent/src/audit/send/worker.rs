@@ -96,7 +96,9 @@ impl Worker {
             if self.deliver(&batch.entries).await.is_err() {
                 return;
             }
-            self.standing.reached.store(batch.reached, Ordering::Relaxed);
+            self.standing
+                .reached
+                .store(batch.reached, Ordering::Relaxed);
             if let Err(error) = self.cursor.reach(batch.reached) {
                 // Nothing is lost by it: what follows is sent, and again after a start.
                 self.failed(&error.to_string());

@@ -66,7 +66,8 @@ fn retry_after(headers: &HeaderMap, now: OffsetDateTime) -> Option<Duration> {
 /// Of a `google.rpc.Status`: gRPC carries it beside its own status, HTTP as the body.
 fn retry_info(status: &[u8]) -> Option<Duration> {
     let status = Status::decode(status).ok()?;
-    let info = (status.details.iter()).find(|any| any.type_url.ends_with("/google.rpc.RetryInfo"))?;
+    let info =
+        (status.details.iter()).find(|any| any.type_url.ends_with("/google.rpc.RetryInfo"))?;
     let delay = RetryInfo::decode(&*info.value).ok()?.retry_delay?;
     let seconds = delay.seconds.try_into().ok()?;
     Some(Duration::new(seconds, delay.nanos.try_into().ok()?))
@@ -159,7 +160,11 @@ mod tests {
             Code::Unavailable,
             Code::Internal,
         ] {
-            assert_eq!(after(&grpc(&tonic::Status::new(code, "x"))), None, "{code:?}");
+            assert_eq!(
+                after(&grpc(&tonic::Status::new(code, "x"))),
+                None,
+                "{code:?}"
+            );
         }
     }
 
@@ -210,6 +215,9 @@ mod tests {
         assert_eq!(taken(answer(3)).rejected, 3);
         assert_eq!(taken(answer(3)).message, "too old");
         assert_eq!(taken(answer(-1)).rejected, 0);
-        assert_eq!(taken(ExportLogsServiceResponse::default()), Taken::default());
+        assert_eq!(
+            taken(ExportLogsServiceResponse::default()),
+            Taken::default()
+        );
     }
 }

@@ -89,7 +89,10 @@ pub fn of(record: &Value) -> Vec<(&'static str, Value)> {
     if let Some(process) = own.get("process") {
         read(PROCESS, process, &mut all);
     }
-    let pod = [("k8s.pod.name", "/pod"), ("k8s.namespace.name", "/namespace")];
+    let pod = [
+        ("k8s.pod.name", "/pod"),
+        ("k8s.namespace.name", "/namespace"),
+    ];
     if record.get("reporter").is_some() {
         read(&pod, own, &mut all);
     }

@@ -16,11 +16,7 @@ use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{
-    super::{
-        config::Format,
-        deliver::Severity,
-        follow::Entry,
-    },
+    super::{config::Format, deliver::Severity, follow::Entry},
     attributes,
 };
 use crate::{audit::ocsf, identity::TrustDomain};
@@ -175,7 +171,10 @@ mod tests {
         let body = log.body.and_then(|b| b.value);
         let line = any_value::Value::StringValue(record.to_string());
         assert_eq!(body, Some(line));
-        let method = log.attributes.iter().find(|a| a.key == "http.request.method");
+        let method = log
+            .attributes
+            .iter()
+            .find(|a| a.key == "http.request.method");
         assert!(method.is_some(), "{:?}", log.attributes);
     }
 
@@ -202,7 +201,10 @@ mod tests {
     fn numbers_keep_their_kind() {
         assert_eq!(value(&json!(-3)), Some(any_value::Value::IntValue(-3)));
         assert_eq!(value(&json!(0.5)), Some(any_value::Value::DoubleValue(0.5)));
-        assert_eq!(value(&json!(u64::MAX)), Some(any_value::Value::DoubleValue(u64::MAX as f64)));
+        assert_eq!(
+            value(&json!(u64::MAX)),
+            Some(any_value::Value::DoubleValue(u64::MAX as f64))
+        );
         assert_eq!(value(&Value::Null), None);
     }
 }

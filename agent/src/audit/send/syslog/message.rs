@@ -1,10 +1,6 @@
 //! A record as a message of RFC 5424.
 
-use super::super::{
-    config::Format,
-    deliver::Severity,
-    follow::Entry,
-};
+use super::super::{config::Format, deliver::Severity, follow::Entry};
 
 /// The enterprise number that RFC 5612 keeps for documentation: Postern has none.
 const ENTERPRISE: u32 = 32473;
@@ -40,7 +36,11 @@ impl Header {
         let head = format!(
             "<{}>1 {} {} postern {} {} ",
             u32::from(self.facility) * 8 + severity,
-            entry.record["time"].as_str().and_then(timestamp).as_deref().unwrap_or("-"),
+            entry.record["time"]
+                .as_str()
+                .and_then(timestamp)
+                .as_deref()
+                .unwrap_or("-"),
             self.host,
             self.process,
             name(entry.kind(), MAX_ID),
@@ -97,7 +97,10 @@ fn timestamp(text: &str) -> Option<String> {
     };
     let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
     let (fraction, zone) = rest.split_at(digits);
-    Some(format!("{whole}.{}{zone}", &fraction[..fraction.len().min(6)]))
+    Some(format!(
+        "{whole}.{}{zone}",
+        &fraction[..fraction.len().min(6)]
+    ))
 }
 
 #[cfg(test)]
@@ -116,7 +119,9 @@ mod tests {
             text: record.to_string(),
             record,
         };
-        header.message(&entry, Format::Postern, limit).expect("a message")
+        header
+            .message(&entry, Format::Postern, limit)
+            .expect("a message")
     }
 
     #[test]
@@ -150,10 +155,16 @@ mod tests {
     #[test]
     fn names_and_values_cannot_break_out() {
         let text = message(json!({"kind": "a b\"]x\n"}), 8_192);
-        assert!(text.contains(" ab\"]x [postern@32473 kind=\"a b\\\"\\]x\n\"] "), "{text}");
+        assert!(
+            text.contains(" ab\"]x [postern@32473 kind=\"a b\\\"\\]x\n\"] "),
+            "{text}"
+        );
         assert_eq!(name("", 5), "-");
         assert_eq!(name("nodé-long-name", 5), "nod-l");
-        assert_eq!(timestamp("2026-01-02T03:04:05Z").as_deref(), Some("2026-01-02T03:04:05Z"));
+        assert_eq!(
+            timestamp("2026-01-02T03:04:05Z").as_deref(),
+            Some("2026-01-02T03:04:05Z")
+        );
         assert_eq!(
             timestamp("2026-01-02T03:04:05.1+02:00").as_deref(),
             Some("2026-01-02T03:04:05.1+02:00")

@@ -61,13 +61,16 @@ impl Stream {
                 tls.get_ref().0.as_raw_fd()
             }
         };
-        while unacknowledged(socket)? > 0 {
+        loop {
+            let left = unacknowledged(socket)?;
+            // What is left of a reset connection stays so.
+            if self.is_closed() {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            if left == 0 {
+                return Ok(());
+            }
             tokio::time::sleep(LOOK).await;
-        }
-        // A reset empties the queue, too.
-        match self.is_closed() {
-            true => Err(io::ErrorKind::ConnectionReset.into()),
-            false => Ok(()),
         }
     }
 

@@ -24,7 +24,7 @@ use tokio::{
 };
 
 use crate::{
-    audit::{Audit, Record},
+    audit::{Audit, Record, send},
     config::{Config, Unknown},
     fetch::Trust,
     judge::Judge,
@@ -38,6 +38,10 @@ use crate::{
     telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
     workload::Table,
 };
+
+/// How long receivers of the audit log may take for what is left at the end; the rest is
+/// sent after the next start.
+const SEND_AT_END: Duration = Duration::from_secs(5);
 
 /// The agent is wrongly configured: exit code 2, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +88,9 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .map_err(|e| Misconfigured(format!("jwt.roots: {e}")))?;
     let (audit, writer) = Audit::open(&node, config.audit.file.as_deref(), config.audit.queue.0)
         .with_context(|| format!("audit.file {:?}", config.audit.file))?;
+
+    let log_directory = config.state.join("audit");
+    let senders = send::start(&config, &log_directory, &node).map_err(|e| misconfigured(&e))?;
 
     let (cgroup, mounts) = hook_cgroup(&config)?;
     let (kernel, events) =
@@ -164,6 +171,8 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     drop((audit, proxy));
     // Connections that were cut hold the log, too; they end with the runtime.
     let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
+    // Last, so that receivers get the log's last record, too.
+    senders.finish(SEND_AT_END).await;
     Ok(())
 }
 

@@ -59,10 +59,16 @@ pub enum Cause {
 
 /// The sinks, at work.
 pub struct Senders {
-    directory: PathBuf,
-    standings: Vec<(String, Arc<Standing>)>,
+    standings: Standings,
     tasks: JoinSet<()>,
     stop: watch::Sender<bool>,
+}
+
+/// What metrics read. Cheap to clone.
+#[derive(Clone)]
+pub struct Standings {
+    log: Arc<Path>,
+    all: Arc<[(String, Arc<Standing>)]>,
 }
 
 /// How far a sink is.
@@ -95,17 +101,20 @@ pub fn start(config: &Config, log: &Path, node: &str) -> Result<Senders, SendErr
         let worker = worker(sink, target, log, &cursors, node, stopped.clone());
         workers.push((sink.name.clone(), worker.map_err(named)?));
     }
-    let mut senders = Senders {
-        directory: log.to_owned(),
-        standings: Vec::new(),
-        tasks: JoinSet::new(),
-        stop,
+    let all = (workers.iter()).map(|(name, worker)| (name.clone(), worker.standing.clone()));
+    let standings = Standings {
+        log: log.into(),
+        all: all.collect(),
     };
-    for (name, worker) in workers {
-        senders.standings.push((name, worker.standing.clone()));
-        senders.tasks.spawn(worker.run());
+    let mut tasks = JoinSet::new();
+    for (_, worker) in workers {
+        tasks.spawn(worker.run());
     }
-    Ok(senders)
+    Ok(Senders {
+        standings,
+        tasks,
+        stop,
+    })
 }
 
 fn worker(
@@ -146,13 +155,26 @@ fn before_the_oldest(log: &Path) -> Result<u64, ReadError> {
     Ok(oldest.map_or(0, |line| line.seq.saturating_sub(1)))
 }
 
-impl Senders {
+impl Standings {
     pub fn progress(&self) -> Vec<Progress> {
+        if self.all.is_empty() {
+            return Vec::new();
+        }
         // A log that cannot be read is told by its senders.
-        let last = chain::last_seq(&self.directory).unwrap_or(0);
-        (self.standings.iter())
+        let last = chain::last_seq(&self.log).unwrap_or(0);
+        (self.all.iter())
             .map(|(name, standing)| standing.progress(name, last))
             .collect()
+    }
+}
+
+impl Senders {
+    pub fn standings(&self) -> Standings {
+        self.standings.clone()
+    }
+
+    pub fn progress(&self) -> Vec<Progress> {
+        self.standings.progress()
     }
 
     /// Lets the sinks send what is left, for so long at most. To be called when the log

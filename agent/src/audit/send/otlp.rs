@@ -53,7 +53,7 @@ pub struct Exporter {
 enum Exchange {
     Grpc(Box<LogsServiceClient<Client<HttpsConnector<HttpConnector>, tonic::body::Body>>>),
     Http {
-        client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+        client: Box<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
         url: Uri,
         gzip: bool,
     },
@@ -137,6 +137,7 @@ impl Exchange {
                 None => format!("{base}/v1/logs"),
             };
             let url = whole.parse().expect("a URL is a URI");
+            let client = Box::new(client);
             return Ok(Self::Http { client, url, gzip });
         }
         let client = builder

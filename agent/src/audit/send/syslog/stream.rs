@@ -20,7 +20,7 @@ const LOOK: Duration = Duration::from_millis(5);
 
 pub enum Stream {
     Tcp(TcpStream),
-    Tls(TlsStream<TcpStream>),
+    Tls(Box<TlsStream<TcpStream>>),
 }
 
 impl Stream {
@@ -39,7 +39,7 @@ impl Stream {
         let tcp = TcpStream::connect((host, port)).await?;
         tcp.set_nodelay(true)?;
         let tls = TlsConnector::from(config).connect(name, tcp).await?;
-        Ok(Self::Tls(tls))
+        Ok(Self::Tls(Box::new(tls)))
     }
 
     /// Until the receiver's kernel has all of it.

@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use crate::{
-    audit::{Audit, Join, Processes, Record},
+    audit::{Audit, Join, Processes, Record, send},
     config::{Config, Unknown},
     fetch::Trust,
     judge::Judge,
@@ -39,6 +39,10 @@ use crate::{
     telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
     workload::Table,
 };
+
+/// How long receivers of the audit log may take for what is left at the end; the rest is
+/// sent after the next start.
+const SEND_AT_END: Duration = Duration::from_secs(5);
 
 /// The agent is wrongly configured: exit code 2, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +96,13 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         (Audit::off(&node), None)
     };
     let observed = config.audit.enabled && config.audit.events;
+
+    let senders = if config.audit.enabled {
+        let log = config.audit.directory(&config.state);
+        Some(send::start(&config, &log, &node).map_err(|e| misconfigured(&e))?)
+    } else {
+        None
+    };
 
     let (cgroup, mounts) = hook_cgroup(&config)?;
     let (kernel, events) =
@@ -186,6 +197,10 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     audit.close();
     if let Some(writer) = writer {
         let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
+    }
+    // Last, so that receivers get the log's last record, too.
+    if let Some(senders) = senders {
+        senders.finish(SEND_AT_END).await;
     }
     Ok(())
 }

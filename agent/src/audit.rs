@@ -11,10 +11,12 @@ pub mod ask;
 pub mod chain;
 pub mod command;
 mod join;
+pub mod ocsf;
 mod processes;
 mod record;
 pub mod replay;
 mod seen;
+pub mod send;
 
 use std::{
     sync::{

@@ -19,7 +19,7 @@ pub use values::{
 };
 
 use crate::{
-    audit::chain,
+    audit::{chain, send::config::Sinks},
     authorizer::ExtensionProvider,
     identity::TrustDomain,
     objects::{LoadError, parse_document},
@@ -289,6 +289,8 @@ pub struct Audit {
     /// Whether segments are compressed (zstd) when they are full.
     pub compress: bool,
     pub retain: AuditRetain,
+    /// Where the log is sent.
+    pub sinks: Sinks,
 }
 
 /// When the log goes on in a new file.
@@ -520,6 +522,7 @@ impl Default for Audit {
             checkpoint: AuditCheckpoint::default(),
             compress: true,
             retain: AuditRetain::default(),
+            sinks: Sinks::default(),
         }
     }
 }

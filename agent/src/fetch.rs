@@ -264,6 +264,10 @@ impl Trust {
         add_file(&mut store, path)?;
         Ok(Self(Arc::new(store)))
     }
+
+    pub fn roots(&self) -> Arc<RootCertStore> {
+        self.0.clone()
+    }
 }
 
 /// A URL as it may be told to people: without credentials, query and fragment.
@@ -348,7 +352,7 @@ fn refusal<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a RefusedAddress> {
 }
 
 /// An error with all its causes: the last one says what happened.
-fn causes(error: &(dyn Error + 'static)) -> String {
+pub(crate) fn causes(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     for cause in std::iter::successors(error.source(), |&e| e.source()) {
         let cause = cause.to_string();

@@ -19,6 +19,7 @@ mod programs;
 mod provider;
 mod requests;
 mod resource;
+mod send;
 mod smoke;
 mod storm;
 mod streams;

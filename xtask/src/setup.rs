@@ -86,6 +86,7 @@ const LAB: &[(&str, Sign)] = &[
         "python3-websockets",
         File("/usr/lib/python3/dist-packages/websockets/"),
     ),
+    ("rsyslog", Program("rsyslogd")),
     ("python3-pip", File("/usr/lib/python3/dist-packages/pip/")),
     (
         "python3-authlib",
@@ -163,6 +164,8 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
         install_provider()?;
         let pyarrow = tools().join("pyarrow/pyarrow/__init__.py");
         install_wheels("tests/lab/ask/requirements.txt", "pyarrow", &pyarrow)?;
+        let sign = tools().join("audit/opentelemetry/proto/logs/v1/logs_pb2.py");
+        install_wheels("tests/lab/send/requirements.txt", "audit", &sign)?;
     }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;

@@ -35,7 +35,7 @@ use crate::{
         Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
         Proxy, Tunnels,
     },
-    telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
+    telemetry::{Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
     workload::Table,
 };
 
@@ -260,6 +260,25 @@ impl StatusSource for State {
 
     fn jwks(&self) -> Option<serde_json::Value> {
         self.identities.jwks()
+    }
+
+    fn certificates(&self) -> Vec<Certificate> {
+        let now = SystemTime::now();
+        let accounts = self.identities.list().into_iter();
+        accounts
+            .map(|(id, credentials, error)| {
+                let chain = credentials.as_ref().map(|c| (c.signing().1, c.renew_at()));
+                let leaf = chain.as_ref().and_then(|(chain, at)| Some((chain.first()?, *at)));
+                Certificate::new(id.to_string(), leaf, error, now)
+            })
+            .collect()
+    }
+
+    fn refused(&self, detail: String) {
+        self.proxy.audit.record(Record::Agent {
+            event: "adminRefused",
+            detail,
+        });
     }
 }
 

@@ -1,20 +1,21 @@
 //! The agent's configuration: one YAML file, parsed once into types that cannot
 //! be wrong. `config/agent.yaml` lists every key with its default.
 
+mod listen;
 mod normalization;
 mod values;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use listen::{Admin, Guard, Listen};
 pub use normalization::Normalization;
-pub use values::{Bytes, Count, Loopback, QueueLength, RingBytes, Span, Window};
+pub use values::{Bytes, Count, QueueLength, RingBytes, Span, Window};
 
 use crate::{
     authorizer::ExtensionProvider,
@@ -198,18 +199,6 @@ pub struct Transport {
     pub stream_window: Window,
 }
 
-/// Addresses in the node's own network namespace.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct Listen {
-    /// Administration. Must be a loopback address: it is not authenticated.
-    pub admin: Loopback,
-    /// Prometheus metrics.
-    pub metrics: SocketAddr,
-    /// Readiness, for the kubelet.
-    pub ready: SocketAddr,
-}
-
 /// Kernel programs and maps.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
@@ -365,17 +354,6 @@ impl Default for Transport {
             keepalive_timeout: Span::seconds(20),
             streams_per_tunnel: Count(64),
             stream_window: Window(512 << 10),
-        }
-    }
-}
-
-impl Default for Listen {
-    fn default() -> Self {
-        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-        Self {
-            admin: Loopback(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000))),
-            metrics: SocketAddr::new(any, 15020),
-            ready: SocketAddr::new(any, 15021),
         }
     }
 }

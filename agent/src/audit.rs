@@ -5,6 +5,7 @@
 //! queue full, or a disk that takes no more, is counted, and the loss is written
 //! as a record of kind `gap` as soon as writing works again.
 
+pub mod chain;
 mod record;
 
 use std::{

@@ -32,7 +32,8 @@ use std::{
 use askama::Template;
 use aws_lc_rs::digest::{SHA256, digest};
 use axum::{
-    Form, Router,
+    Extension, Router,
+    body::Bytes,
     extract::{DefaultBodyLimit, Path, Query, Request, State},
     middleware::Next,
     response::{IntoResponse, Redirect, Response},
@@ -45,7 +46,8 @@ use http::{
         SET_COOKIE, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS, X_FRAME_OPTIONS,
     },
 };
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use zeroize::Zeroizing;
 
 use self::{
     access::{Answer, Asked, Login},
@@ -83,6 +85,8 @@ pub struct Page {
     started: SystemTime,
     samples: Mutex<Option<(Instant, Vec<Sample>)>>,
     refused: AtomicU64,
+    /// How long all further refusals become one record.
+    refusals: Duration,
 }
 
 type Shared = Arc<Page>;
@@ -128,7 +132,7 @@ struct LoginPage<'a> {
 
 impl Page {
     pub fn new(source: Arc<dyn StatusSource>, access: Access) -> Self {
-        let directory = source.config().audit_directory();
+        let directory = source.config().state.join("audit");
         let pods = source.clone();
         let live = Live::new(directory, move || {
             let local = pods.status().workloads.into_iter();
@@ -141,6 +145,7 @@ impl Page {
             started: SystemTime::now(),
             samples: Mutex::default(),
             refused: AtomicU64::new(0),
+            refusals: REFUSALS,
         }
     }
 
@@ -164,10 +169,10 @@ impl Page {
         self.source.refused(format!("{from}: {why}"));
         let page = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(REFUSALS).await;
+            tokio::time::sleep(page.refusals).await;
             let more = page.refused.swap(0, Ordering::Relaxed) - 1;
             if more > 0 {
-                let seconds = REFUSALS.as_secs();
+                let seconds = page.refusals.as_secs();
                 page.source
                     .refused(format!("{more} more within {seconds} seconds"));
             }
@@ -209,7 +214,7 @@ fn asset(kind: &str, content: &'static str) -> Response {
 
 /// Lets through whoever may.
 async fn door(State(page): State<Shared>, request: Request, next: Next) -> Response {
-    let from = from(request.extensions());
+    let from = who(request.extensions().get());
     let asked = Asked {
         method: request.method(),
         path: request.uri().path(),
@@ -314,18 +319,15 @@ async fn login_form() -> Response {
     login_page(StatusCode::OK, "")
 }
 
-#[derive(Deserialize)]
-struct LoginForm {
-    token: String,
-}
-
-async fn log_in(State(page): State<Shared>, request: Request) -> Response {
-    let from = from(request.extensions());
-    let form = axum::RequestExt::extract::<Form<LoginForm>, _>(request).await;
-    let Ok(Form(form)) = form else {
-        return login_page(StatusCode::BAD_REQUEST, "No token was sent.");
-    };
-    match page.access.log_in(&form.token, from, now()) {
+async fn log_in(
+    State(page): State<Shared>,
+    from: Option<Extension<From>>,
+    body: Bytes,
+) -> Response {
+    let from = who(from.as_deref());
+    let token = form_urlencoded::parse(&body).find(|(name, _)| name == "token");
+    let token = token.map(|(_, token)| Zeroizing::new(token.into_owned()));
+    match page.access.log_in(&token.unwrap_or_default(), from, now()) {
         Login::In(cookie) => ([(SET_COOKIE, cookie)], Redirect::to("/")).into_response(),
         Login::Wrong => {
             page.refused(from, "a wrong token in the form");
@@ -373,8 +375,7 @@ fn answer(headers: &HeaderMap, value: &impl Serialize) -> Response {
 }
 
 /// Who asks. Without TLS it is somebody on this machine.
-fn from(extensions: &http::Extensions) -> IpAddr {
-    let from = extensions.get::<From>();
+fn who(from: Option<&From>) -> IpAddr {
     from.map_or(Ipv4Addr::LOCALHOST.into(), |from| from.0)
 }
 

@@ -35,7 +35,9 @@ use crate::{
         Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
         Proxy, Tunnels,
     },
-    telemetry::{Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
+    telemetry::{
+        Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
+    },
     workload::Table,
 };
 
@@ -268,7 +270,9 @@ impl StatusSource for State {
         accounts
             .map(|(id, credentials, error)| {
                 let chain = credentials.as_ref().map(|c| (c.signing().1, c.renew_at()));
-                let leaf = chain.as_ref().and_then(|(chain, at)| Some((chain.first()?, *at)));
+                let leaf = chain
+                    .as_ref()
+                    .and_then(|(chain, at)| Some((chain.first()?, *at)));
                 Certificate::new(id.to_string(), leaf, error, now)
             })
             .collect()

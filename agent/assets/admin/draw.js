@@ -4,7 +4,7 @@
 "use strict";
 
 const NODE = { width: 150, height: 46 };
-const GAP = { x: 150, y: 34 };
+const GAP = { x: 230, y: 26 };
 const TRANSPORTS = {
   hbone: "Encrypted (mTLS)",
   local: "Local",
@@ -132,7 +132,7 @@ function layout(nodes, edges) {
   }
   const tallest = Math.max(1, ...rows.map((row) => row.length));
   const height = tallest * (NODE.height + GAP.y) + 20;
-  const width = rows.length * (NODE.width + GAP.x) - GAP.x + 20;
+  const width = Math.max(1, rows.length) * (NODE.width + GAP.x) - GAP.x + 20;
   const position = new Map();
   for (const [id, at] of depth) {
     position.set(id, {
@@ -234,8 +234,10 @@ function draw(target, nodes, edges, chosen, choose) {
   for (const node of inOrder) {
     const { x, y } = position.get(node.id);
     const place = { workload: node.here ? "on this node" : "elsewhere", node: "this machine", outside: "outside of the mesh" }[node.kind];
-    const title = svg("text", { x, y: y - 2, "text-anchor": "middle" }, short(node.kind === "node" ? "Node" : node.name, 19));
-    const under = svg("text", { class: "under", x, y: y + 14, "text-anchor": "middle" }, short(node.namespace ? `${node.namespace} · ${place}` : place, 24));
+    const name = short(node.kind === "node" ? "Node" : node.name, 19);
+    const about = short(node.namespace ? `${node.namespace} · ${place}` : place, 24);
+    const title = svg("text", { x, y: y - 2, "text-anchor": "middle" }, name);
+    const under = svg("text", { class: "under", x, y: y + 14, "text-anchor": "middle" }, about);
     const rect = svg("rect", { x: x - NODE.width / 2, y: y - NODE.height / 2, width: NODE.width, height: NODE.height, rx: 8 });
     const calls = drawn.filter((edge) => edge.source === node.id).length;
     const called = drawn.filter((edge) => edge.destination === node.id).length;
@@ -246,10 +248,12 @@ function draw(target, nodes, edges, chosen, choose) {
         role: "button",
         tabindex: node.id === entry ? "0" : "-1",
         "aria-pressed": String(node.id === chosen),
-        "aria-label": `${node.id}, ${place}; calls ${calls}, called by ${called}`,
+        // What is seen comes first, so that it can be said to the machine (WCAG 2.5.3).
+        "aria-label": `${name} ${about}; ${node.id}; calls ${calls}, called by ${called}`,
       },
       rect,
       title,
+      " ",
       under,
     );
     box.dataset.id = node.id;

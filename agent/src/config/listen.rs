@@ -42,7 +42,10 @@ pub struct Guard {
 /// As the file has it.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-#[schemars(rename = "Listen", description = "Addresses in the node's own network namespace.")]
+#[schemars(
+    rename = "Listen",
+    description = "Addresses in the node's own network namespace."
+)]
 struct Keys {
     /// Administration. On another address than loopback the three keys that follow are
     /// required.

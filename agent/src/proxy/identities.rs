@@ -154,7 +154,13 @@ impl Identities {
         let accounts = self.accounts.lock().expect("no panic while it is held");
         let mut list: Vec<_> = accounts
             .iter()
-            .map(|(id, account)| (id.clone(), account.credentials.clone(), account.error.clone()))
+            .map(|(id, account)| {
+                (
+                    id.clone(),
+                    account.credentials.clone(),
+                    account.error.clone(),
+                )
+            })
             .collect();
         list.sort_by_key(|(id, ..)| id.to_string());
         list

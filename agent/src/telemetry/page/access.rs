@@ -185,7 +185,11 @@ impl Access {
             // No browser sends none.
             return true;
         };
-        let Some(name) = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()) else {
+        let Some(name) = host
+            .to_str()
+            .ok()
+            .and_then(|host| host.parse::<Authority>().ok())
+        else {
             return false;
         };
         let name = name.host().trim_start_matches('[').trim_end_matches(']');
@@ -233,13 +237,18 @@ fn foreign(asked: &Asked<'_>) -> Option<&'static str> {
     let reads = matches!(*asked.method, Method::GET | Method::HEAD);
     match header("sec-fetch-site") {
         Some(b"same-origin" | b"none") => None,
-        Some(_) if reads && asked.path == "/" && header("sec-fetch-mode") == Some(b"navigate") => None,
+        Some(_) if reads && asked.path == "/" && header("sec-fetch-mode") == Some(b"navigate") => {
+            None
+        }
         Some(_) => Some("a page of another site sent this"),
         // Browsers that are too old to say it say at least this.
         None if reads => None,
         None => {
             let origin = asked.headers.get(ORIGIN)?.as_bytes();
-            let host = asked.headers.get(HOST).map_or(&b""[..], |host| host.as_bytes());
+            let host = asked
+                .headers
+                .get(HOST)
+                .map_or(&b""[..], |host| host.as_bytes());
             let same = [&b"http://"[..], b"https://"]
                 .iter()
                 .any(|scheme| origin.strip_prefix(*scheme) == Some(host));
@@ -249,7 +258,10 @@ fn foreign(asked: &Asked<'_>) -> Option<&'static str> {
 }
 
 fn wants_page(asked: &Asked<'_>) -> bool {
-    let accept = asked.headers.get(ACCEPT).and_then(|accept| accept.to_str().ok());
+    let accept = asked
+        .headers
+        .get(ACCEPT)
+        .and_then(|accept| accept.to_str().ok());
     *asked.method == Method::GET && accept.is_some_and(|accept| accept.contains("text/html"))
 }
 

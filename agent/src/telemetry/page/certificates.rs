@@ -70,7 +70,10 @@ impl Leaf {
     ) -> Option<(&'static str, Self)> {
         let (_rest, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
         let validity = certificate.validity();
-        let (from, to) = (validity.not_before.timestamp(), validity.not_after.timestamp());
+        let (from, to) = (
+            validity.not_before.timestamp(),
+            validity.not_after.timestamp(),
+        );
         let seconds = |time: SystemTime| {
             let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
             i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
@@ -138,9 +141,17 @@ mod tests {
         assert_eq!(json["notAfter"], "1970-01-12T14:03:20Z");
         assert_eq!(json["renewAt"], "1970-01-12T13:55:00Z");
         assert_eq!(json["fingerprint"].as_str().map(str::len), Some(64));
-        let none = Certificate::new("spiffe://a/ns/b/sa/c".into(), None, Some("why".into()), at(0));
+        let none = Certificate::new(
+            "spiffe://a/ns/b/sa/c".into(),
+            None,
+            Some("why".into()),
+            at(0),
+        );
         let json = serde_json::to_value(none).expect("JSON");
-        assert_eq!((&json["state"], &json["error"]), (&"missing".into(), &"why".into()));
+        assert_eq!(
+            (&json["state"], &json["error"]),
+            (&"missing".into(), &"why".into())
+        );
         assert!(json.get("serial").is_none());
     }
 }

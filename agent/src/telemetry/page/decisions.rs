@@ -96,7 +96,14 @@ impl Decisions {
         let kind = text(record, "/kind");
         // The rest is many and nobody's decision.
         let shown = [
-            "connection", "request", "bypass", "token", "agent", "gap", "retention", "reopened",
+            "connection",
+            "request",
+            "bypass",
+            "token",
+            "agent",
+            "gap",
+            "retention",
+            "reopened",
         ];
         if !shown.contains(&kind) || line.len() > MOST_BYTES {
             return;
@@ -126,9 +133,8 @@ impl Decisions {
             filter.process.to_lowercase(),
         );
         let same = |wanted: &str, is: &str| wanted.is_empty() || wanted == is;
-        let within = |wanted: &str, text: &str| {
-            wanted.is_empty() || text.to_lowercase().contains(wanted)
-        };
+        let within =
+            |wanted: &str, text: &str| wanted.is_empty() || text.to_lowercase().contains(wanted);
         let fits = |kept: &&Kept| {
             filter.before.is_none_or(|before| kept.row.seq < before)
                 && since.is_none_or(|since| kept.at >= since)
@@ -180,12 +186,19 @@ impl Kept {
                 .collect()
         };
         let mut names = of_ends(&["identity", "pod", "workload", "address"]);
-        for pointer in ["/host", "/dialled", "/service", "/remote", "/local", "/object", "/subject"] {
+        for pointer in [
+            "/host", "/dialled", "/service", "/remote", "/local", "/object", "/subject",
+        ] {
             names.push(cut(text(record, pointer)));
         }
         let process = ["/source/process", "/process"]
             .iter()
-            .map(|at| (text(record, &format!("{at}/comm")), text(record, &format!("{at}/exe"))))
+            .map(|at| {
+                (
+                    text(record, &format!("{at}/comm")),
+                    text(record, &format!("{at}/exe")),
+                )
+            })
             .find(|(comm, exe)| !comm.is_empty() || !exe.is_empty());
         let row = Row {
             seq: record["seq"].as_u64().unwrap_or(0),
@@ -232,9 +245,11 @@ fn what(record: &Value, kind: &str) -> String {
     match kind {
         "request" => {
             let line = some(&["/method", "/host", "/path"]);
-            match record["status"].as_u64() {
-                Some(status) => format!("{status} {line}"),
-                None => format!("{line} {}", text(record, "/reason")),
+            match (record["status"].as_u64(), line.as_str()) {
+                // It was no request that anybody could read.
+                (Some(status), "") => format!("{status} {}", text(record, "/reason")),
+                (Some(status), line) => format!("{status} {line}"),
+                (None, line) => format!("{line} {}", text(record, "/reason")),
             }
         }
         "connection" => some(&["/service", "/dialled", "/protocol"]),
@@ -243,7 +258,9 @@ fn what(record: &Value, kind: &str) -> String {
         "gap" => {
             let count = record["count"].as_u64().unwrap_or(0);
             let (lost, reason) = (text(record, "/lost"), text(record, "/reason"));
-            format!("{count} lost: {lost} {reason}").trim_end().to_owned()
+            format!("{count} lost: {lost} {reason}")
+                .trim_end()
+                .to_owned()
         }
         _ => some(&["/event", "/detail"]),
     }
@@ -269,19 +286,40 @@ mod tests {
             "process": {"comm": "curl", "exe": "/usr/bin/curl"}});
         let bank = json!({"address": "10.0.2.10:80", "namespace": "bank", "pod": "db-0"});
         for (seq, record) in [
-            (1, json!({"kind": "connection", "transport": "hbone", "verdict": "allow",
-                "source": web, "destination": bank, "dialled": "10.0.2.10:80"})),
-            (2, json!({"kind": "request", "verdict": "deny", "source": web, "destination": bank,
+            (
+                1,
+                json!({"kind": "connection", "transport": "hbone", "verdict": "allow",
+                "source": web, "destination": bank, "dialled": "10.0.2.10:80"}),
+            ),
+            (
+                2,
+                json!({"kind": "request", "verdict": "deny", "source": web, "destination": bank,
                 "method": "GET", "host": "bank.example", "path": "/<b>", "status": 403,
-                "policy": {"kind": "AuthorizationPolicy", "namespace": "bank", "name": "Nobody"}})),
-            (3, json!({"kind": "flow", "namespace": "shop", "pod": "web-0"})),
-            (4, json!({"kind": "bypass", "direction": "outbound", "namespace": "shop",
+                "policy": {"kind": "AuthorizationPolicy", "namespace": "bank", "name": "Nobody"}}),
+            ),
+            (
+                3,
+                json!({"kind": "flow", "namespace": "shop", "pod": "web-0"}),
+            ),
+            (
+                4,
+                json!({"kind": "bypass", "direction": "outbound", "namespace": "shop",
                 "pod": "web-0", "remote": "198.51.100.1:53", "event": "first", "protocol": "udp",
-                "why": "UDP is not carried", "cut": false, "process": {"comm": "dig"}})),
-            (5, json!({"kind": "token", "identity": "spiffe://cluster.local/ns/shop/sa/web",
-                "grant": "tokenExchange", "object": "shop/api", "error": "invalid_grant"})),
-            (6, json!({"kind": "agent", "event": "started", "detail": "version 1"})),
-            (7, json!({"kind": "gap", "lost": "records", "count": 3, "reason": "queue"})),
+                "why": "UDP is not carried", "cut": false, "process": {"comm": "dig"}}),
+            ),
+            (
+                5,
+                json!({"kind": "token", "identity": "spiffe://cluster.local/ns/shop/sa/web",
+                "grant": "tokenExchange", "object": "shop/api", "error": "invalid_grant"}),
+            ),
+            (
+                6,
+                json!({"kind": "agent", "event": "started", "detail": "version 1"}),
+            ),
+            (
+                7,
+                json!({"kind": "gap", "lost": "records", "count": 3, "reason": "queue"}),
+            ),
         ] {
             add(&mut decisions, record, seq);
         }
@@ -320,7 +358,12 @@ mod tests {
             assert_eq!(found(&decisions, filter.clone()), expected, "{filter}");
         }
         let wrong: Filter = serde_json::from_value(json!({"since": "noon"})).expect("a filter");
-        assert!(decisions.find(&wrong).expect_err("no time").contains("noon"));
+        assert!(
+            decisions
+                .find(&wrong)
+                .expect_err("no time")
+                .contains("noon")
+        );
         assert!(serde_json::from_value::<Filter>(json!({"sinse": ""})).is_err());
     }
 
@@ -345,7 +388,10 @@ mod tests {
         assert_eq!(found.rows[3].destination, "198.51.100.1:53");
         assert!(!found.more);
         let line = decisions.line(2).expect("it is there");
-        assert_eq!(serde_json::from_str::<Value>(line).expect("JSON")["status"], 403);
+        assert_eq!(
+            serde_json::from_str::<Value>(line).expect("JSON")["status"],
+            403
+        );
         assert_eq!(decisions.line(3), None);
     }
 
@@ -358,13 +404,21 @@ mod tests {
         assert_eq!((decisions.rows.len(), decisions.rows[0].row.seq), (MOST, 5));
         let long = "x".repeat(MOST_BYTES / 8);
         for seq in 0..16 {
-            add(&mut decisions, json!({"kind": "agent", "detail": long}), 10_000 + seq);
+            add(
+                &mut decisions,
+                json!({"kind": "agent", "detail": long}),
+                10_000 + seq,
+            );
         }
         assert!(decisions.bytes <= MOST_BYTES && decisions.rows.len() == 7);
         let sum: usize = decisions.rows.iter().map(|kept| kept.line.len()).sum();
         assert_eq!(sum, decisions.bytes);
         let too_long = "x".repeat(MOST_BYTES);
-        add(&mut decisions, json!({"kind": "agent", "detail": too_long}), 20_000);
+        add(
+            &mut decisions,
+            json!({"kind": "agent", "detail": too_long}),
+            20_000,
+        );
         assert_eq!(decisions.rows.len(), 7);
     }
 }

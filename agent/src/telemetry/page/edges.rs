@@ -134,9 +134,10 @@ impl Edges {
     pub fn add(&mut self, record: &Value, at: At, here: &HashSet<String>) {
         let kind = text(record, "/kind");
         let [source, destination] = match kind {
-            "connection" | "request" => {
-                [end(record, "/source", here), end(record, "/destination", here)]
-            }
+            "connection" | "request" => [
+                end(record, "/source", here),
+                end(record, "/destination", here),
+            ],
             "bypass" => bypassing(record, here),
             _ => return,
         };
@@ -394,7 +395,12 @@ mod tests {
         for (records, transport, verdict, denied) in [
             (vec![connection("hbone", "allow")], "hbone", "allow", 0),
             (vec![connection("local", "deny")], "local", "deny", 1),
-            (vec![connection("plaintext", "failed")], "plaintext", "failed", 0),
+            (
+                vec![connection("plaintext", "failed")],
+                "plaintext",
+                "failed",
+                0,
+            ),
             (
                 vec![connection("hbone", "allow"), connection("hbone", "deny")],
                 "hbone",
@@ -405,10 +411,20 @@ mod tests {
             let map = map(&records, &["shop/web-0"]);
             assert_eq!(map.edges.len(), 1);
             let edge = &map.edges[0];
-            assert_eq!((edge.source.as_str(), edge.destination.as_str()), ("shop/web", "shop/db"));
-            assert_eq!((edge.transport, edge.verdict, edge.denied), (transport, verdict, denied));
+            assert_eq!(
+                (edge.source.as_str(), edge.destination.as_str()),
+                ("shop/web", "shop/db")
+            );
+            assert_eq!(
+                (edge.transport, edge.verdict, edge.denied),
+                (transport, verdict, denied)
+            );
             assert_eq!(edge.sent, 10 * records.len() as u64);
-            let named: &[&str] = if denied > 0 { &["AuthorizationPolicy shop/p"] } else { &[] };
+            let named: &[&str] = if denied > 0 {
+                &["AuthorizationPolicy shop/p"]
+            } else {
+                &[]
+            };
             assert_eq!(edge.policies, named);
             let here: Vec<_> = map.nodes.iter().map(|n| (n.id.as_str(), n.here)).collect();
             assert_eq!(here, [("shop/db", false), ("shop/web", true)]);
@@ -428,7 +444,10 @@ mod tests {
         ] {
             let map = map(&[request(identity)], &here);
             let edge = &map.edges[0];
-            assert_eq!((edge.transport, edge.requests, edge.errors), (expected, 1, 1));
+            assert_eq!(
+                (edge.transport, edge.requests, edge.errors),
+                (expected, 1, 1)
+            );
         }
     }
 
@@ -443,7 +462,10 @@ mod tests {
         let records = [request("source"), request("destination"), connection];
         let map = map(&records, &["shop/web-0", "shop/db-0"]);
         let edge = &map.edges[0];
-        assert_eq!((map.edges.len(), edge.requests, edge.connections), (1, 1, 1));
+        assert_eq!(
+            (map.edges.len(), edge.requests, edge.connections),
+            (1, 1, 1)
+        );
         assert_eq!(edge.rate, 1.0 / 60.0);
     }
 
@@ -457,7 +479,14 @@ mod tests {
             "pod": "web-0", "workload": "web", "remote": "198.51.100.7:443", "cut": true});
         let map = map(&[probe, outside, bypass], &[]);
         let edges: Vec<_> = (map.edges.iter())
-            .map(|e| (e.source.as_str(), e.destination.as_str(), e.transport, e.verdict))
+            .map(|e| {
+                (
+                    e.source.as_str(),
+                    e.destination.as_str(),
+                    e.transport,
+                    e.verdict,
+                )
+            })
             .collect();
         assert_eq!(
             edges,
@@ -487,7 +516,8 @@ mod tests {
         let mut edges = Edges::default();
         for number in 0..MOST + 10 {
             let mut record = connection("plaintext", "allow");
-            record["source"] = json!({"address": format!("10.1.{}.{}:1", number / 250, number % 250)});
+            record["source"] =
+                json!({"address": format!("10.1.{}.{}:1", number / 250, number % 250)});
             edges.add(&record, at(0), &HashSet::new());
             record["source"] = json!({"address": "192.0.2.1:1"});
             edges.add(&record, at(0), &HashSet::new());

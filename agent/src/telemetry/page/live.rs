@@ -151,7 +151,10 @@ impl Live {
                 break;
             }
         }
-        let here = (!lines.is_empty()).then(|| (self.here)()).unwrap_or_default();
+        let here = match lines.is_empty() {
+            true => HashSet::new(),
+            false => (self.here)(),
+        };
         let mut state = self.state();
         let Shown {
             decisions,

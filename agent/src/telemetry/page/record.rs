@@ -114,7 +114,10 @@ mod tests {
         let at = |text: &str| At::parse(text).expect(text);
         assert!(at("2026-01-01T00:00:00Z") < at("2026-01-01T00:00:00.001Z"));
         assert_eq!(at("2026-01-01T01:00:00+01:00"), at("2026-01-01T00:00:00Z"));
-        assert_eq!(at("2026-01-01T00:00:00Z").to_string(), "2026-01-01T00:00:00Z");
+        assert_eq!(
+            at("2026-01-01T00:00:00Z").to_string(),
+            "2026-01-01T00:00:00Z"
+        );
         assert_eq!(At::parse("yesterday"), None);
     }
 

@@ -85,7 +85,11 @@ mod tests {
             [
                 ("tunnels".into(), vec![], 3.0),
                 ("kernel".into(), vec![pair("name", "lost_exec_events")], 7.0),
-                ("odd".into(), vec![pair("a", "x\"},b=\\"), pair("c", "2\n3")], 1.5),
+                (
+                    "odd".into(),
+                    vec![pair("a", "x\"},b=\\"), pair("c", "2\n3")],
+                    1.5
+                ),
             ]
         );
     }

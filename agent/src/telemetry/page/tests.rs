@@ -82,7 +82,10 @@ fn write(directory: &FilePath, first: u64, records: &[Value]) {
     use std::io::Write as _;
     std::fs::create_dir_all(directory).expect("a directory");
     let path = directory.join(format!("audit-{:020}.jsonl", 1));
-    let file = std::fs::OpenOptions::new().append(true).create(true).open(path);
+    let file = std::fs::OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(path);
     let mut file = file.expect("a file");
     for (seq, record) in (first..).zip(records) {
         // `seq` is first in every line of the log.
@@ -99,7 +102,11 @@ fn request(verdict: &str) -> Value {
         "method": "GET", "host": "db", "path": HOSTILE})
 }
 
-async fn get_with(routes: &Router, path: &str, tag: Option<&str>) -> (StatusCode, HeaderMap, String) {
+async fn get_with(
+    routes: &Router,
+    path: &str,
+    tag: Option<&str>,
+) -> (StatusCode, HeaderMap, String) {
     let mut request = Request::get(path).header("host", "localhost:15000");
     if let Some(tag) = tag {
         request = request.header(IF_NONE_MATCH, tag);
@@ -143,7 +150,10 @@ async fn the_api_follows_the_log() {
     assert_eq!(found["rows"].as_array().map(Vec::len), Some(2));
     let what = found["rows"][0]["what"].as_str().expect("text");
     assert_eq!(what, format!("200 GET db {HOSTILE}"));
-    let denied = until(&routes, "/api/decisions?verdict=deny&kind=request", |_| true).await;
+    let denied = until(&routes, "/api/decisions?verdict=deny&kind=request", |_| {
+        true
+    })
+    .await;
     assert_eq!(denied["rows"].as_array().map(Vec::len), Some(1));
 
     let (status, headers, record) = get_with(&routes, "/api/decisions/3", None).await;
@@ -196,7 +206,11 @@ async fn health_and_certificates() {
     assert_eq!(health["samples"][0]["value"], 3.0);
     assert_eq!(health["limits"]["MESH"], 131_072);
     assert_eq!(health["guarded"], false);
-    assert!(health["started"].as_str().is_some_and(|at| At::parse(at).is_some()));
+    assert!(
+        health["started"]
+            .as_str()
+            .is_some_and(|at| At::parse(at).is_some())
+    );
     let certificates = until(&routes, "/api/certificates", |_| true).await;
     assert_eq!(certificates[0]["state"], "missing");
 }
@@ -217,15 +231,34 @@ async fn every_answer_has_the_headers() {
     let more = Router::new().route("/status", get(|| async { "status" }));
     let routes = routes(page(&agent()), more);
     for path in [
-        "/", "/app.js", "/draw.js", "/style.css", "/icon.svg", "/login", "/status", "/api/map",
-        "/api/decisions", "/api/decisions/1", "/api/certificates", "/api/health", "/nowhere",
+        "/",
+        "/app.js",
+        "/draw.js",
+        "/style.css",
+        "/icon.svg",
+        "/login",
+        "/status",
+        "/api/map",
+        "/api/decisions",
+        "/api/decisions/1",
+        "/api/certificates",
+        "/api/health",
+        "/nowhere",
     ] {
         let (_, headers, _) = get_with(&routes, path, None).await;
         let policy = headers[CONTENT_SECURITY_POLICY].to_str().expect("text");
-        for part in ["default-src 'none'", "frame-ancestors 'none'", "base-uri 'none'"] {
+        for part in [
+            "default-src 'none'",
+            "frame-ancestors 'none'",
+            "base-uri 'none'",
+        ] {
             assert!(policy.contains(part), "{path}: {policy}");
         }
-        let form = if path == "/login" { "form-action 'self'" } else { "form-action 'none'" };
+        let form = if path == "/login" {
+            "form-action 'self'"
+        } else {
+            "form-action 'none'"
+        };
         assert!(policy.contains(form), "{path}: {policy}");
         assert!(!policy.contains("unsafe"), "{policy}");
         for (name, value) in [
@@ -273,8 +306,18 @@ async fn a_flood_of_refusals_is_two_records_a_while() {
 fn nothing_makes_markup_of_data() {
     for script in [APP, DRAW] {
         for way in [
-            "innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(",
-            "createContextualFragment", "DOMParser", "srcdoc", ".href =", ".src =", "http://www.w3.org/1999",
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "Function(",
+            "createContextualFragment",
+            "DOMParser",
+            "srcdoc",
+            ".href =",
+            ".src =",
+            "http://www.w3.org/1999",
         ] {
             assert!(!script.contains(way), "{way}");
         }

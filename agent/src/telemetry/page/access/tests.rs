@@ -74,7 +74,13 @@ fn ask(access: &Access, request: &Request<'_>) -> Answer {
 
 fn with(access: &Access, headers: &[(&'static str, &str)]) -> Answer {
     let headers = headers.iter().map(|(n, v)| (*n, (*v).to_owned())).collect();
-    ask(access, &Request { headers, ..Request::default() })
+    ask(
+        access,
+        &Request {
+            headers,
+            ..Request::default()
+        },
+    )
 }
 
 #[test]
@@ -82,14 +88,26 @@ fn on_loopback_only_its_own_names_lead_here() {
     let access = loopback();
     assert_eq!(with(&access, &[]), Answer::Pass);
     for name in [
-        "localhost", "LOCALHOST:15000", "127.0.0.1:15000", "127.0.0.1", "[::1]:15000",
-        "localhost:8080", "127.0.0.2",
+        "localhost",
+        "LOCALHOST:15000",
+        "127.0.0.1:15000",
+        "127.0.0.1",
+        "[::1]:15000",
+        "localhost:8080",
+        "127.0.0.2",
     ] {
         assert_eq!(with(&access, &[("host", name)]), Answer::Pass, "{name}");
     }
     for name in [
-        "evil.example", "evil.example:15000", "localhost.evil.example", "127.0.0.1.evil.example",
-        "192.0.2.1:15000", "", "a b", "0.0.0.0:15000", "localhost@evil.example",
+        "evil.example",
+        "evil.example:15000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "192.0.2.1:15000",
+        "",
+        "a b",
+        "0.0.0.0:15000",
+        "localhost@evil.example",
     ] {
         let answer = with(&access, &[("host", name)]);
         let refused = matches!(answer, Answer::Refused(StatusCode::MISDIRECTED_REQUEST, _));
@@ -101,28 +119,98 @@ fn on_loopback_only_its_own_names_lead_here() {
 fn what_other_sites_send_is_refused() {
     let forbidden = |answer: &Answer| matches!(answer, Answer::Refused(StatusCode::FORBIDDEN, _));
     for (method, path, headers, refused) in [
-        ("GET", "/api/map", vec![("sec-fetch-site", "same-origin")], false),
-        ("POST", "/log", vec![("sec-fetch-site", "same-origin")], false),
+        (
+            "GET",
+            "/api/map",
+            vec![("sec-fetch-site", "same-origin")],
+            false,
+        ),
+        (
+            "POST",
+            "/log",
+            vec![("sec-fetch-site", "same-origin")],
+            false,
+        ),
         ("POST", "/log", vec![("sec-fetch-site", "none")], false),
         ("POST", "/log", vec![], false),
         ("POST", "/log", vec![("sec-fetch-site", "cross-site")], true),
         ("POST", "/log", vec![("sec-fetch-site", "same-site")], true),
         // Another port of this machine is the same site.
-        ("GET", "/config", vec![("sec-fetch-site", "same-site"), ("sec-fetch-mode", "no-cors")], true),
-        ("GET", "/", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")], false),
-        ("GET", "/", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "no-cors")], true),
-        ("GET", "/config", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")], true),
-        ("POST", "/", vec![("sec-fetch-site", "cross-site"), ("sec-fetch-mode", "navigate")], true),
+        (
+            "GET",
+            "/config",
+            vec![
+                ("sec-fetch-site", "same-site"),
+                ("sec-fetch-mode", "no-cors"),
+            ],
+            true,
+        ),
+        (
+            "GET",
+            "/",
+            vec![
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "navigate"),
+            ],
+            false,
+        ),
+        (
+            "GET",
+            "/",
+            vec![
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "no-cors"),
+            ],
+            true,
+        ),
+        (
+            "GET",
+            "/config",
+            vec![
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "navigate"),
+            ],
+            true,
+        ),
+        (
+            "POST",
+            "/",
+            vec![
+                ("sec-fetch-site", "cross-site"),
+                ("sec-fetch-mode", "navigate"),
+            ],
+            true,
+        ),
         // Without Sec-Fetch-Site.
-        ("POST", "/log", vec![("origin", "http://localhost:15000")], false),
-        ("POST", "/log", vec![("origin", "http://localhost:8000")], true),
-        ("POST", "/log", vec![("origin", "http://evil.example")], true),
+        (
+            "POST",
+            "/log",
+            vec![("origin", "http://localhost:15000")],
+            false,
+        ),
+        (
+            "POST",
+            "/log",
+            vec![("origin", "http://localhost:8000")],
+            true,
+        ),
+        (
+            "POST",
+            "/log",
+            vec![("origin", "http://evil.example")],
+            true,
+        ),
         ("POST", "/log", vec![("origin", "null")], true),
     ] {
         let mut headers: Vec<_> = headers.iter().map(|(n, v)| (*n, (*v).to_owned())).collect();
         headers.push(("host", "localhost:15000".into()));
         let about = format!("{method} {path} {headers:?}");
-        let request = Request { method, path, headers, ..Request::default() };
+        let request = Request {
+            method,
+            path,
+            headers,
+            ..Request::default()
+        };
         assert_eq!(forbidden(&ask(&loopback(), &request)), refused, "{about}");
     }
 }
@@ -130,7 +218,9 @@ fn what_other_sites_send_is_refused() {
 #[test]
 fn elsewhere_it_takes_the_token() {
     let access = guarded();
-    let bearer = |scheme: &str, token: &str| with(&access, &[("authorization", &format!("{scheme} {token}"))]);
+    let bearer = |scheme: &str, token: &str| {
+        with(&access, &[("authorization", &format!("{scheme} {token}"))])
+    };
     assert_eq!(bearer("Bearer", TOKEN), Answer::Pass);
     assert_eq!(bearer("bearer", TOKEN), Answer::Pass);
     for (scheme, token) in [
@@ -141,22 +231,47 @@ fn elsewhere_it_takes_the_token() {
         ("", TOKEN),
     ] {
         let answer = bearer(scheme, token);
-        assert!(matches!(answer, Answer::Refused(StatusCode::UNAUTHORIZED, _)), "{answer:?}");
+        assert!(
+            matches!(answer, Answer::Refused(StatusCode::UNAUTHORIZED, _)),
+            "{answer:?}"
+        );
     }
     // Nothing but the way in is open.
     for (path, passes) in [
-        ("/", false), ("/api/map", false), ("/status", false), ("/config", false), ("/log", false),
-        ("/app.js", false), ("/login", true), ("/style.css", true), ("/login/", false), ("//login", false),
+        ("/", false),
+        ("/api/map", false),
+        ("/status", false),
+        ("/config", false),
+        ("/log", false),
+        ("/app.js", false),
+        ("/login", true),
+        ("/style.css", true),
+        ("/login/", false),
+        ("//login", false),
     ] {
         for method in ["GET", "POST"] {
-            let request = Request { method, path, ..Request::default() };
-            assert_eq!(ask(&access, &request) == Answer::Pass, passes, "{method} {path}");
+            let request = Request {
+                method,
+                path,
+                ..Request::default()
+            };
+            assert_eq!(
+                ask(&access, &request) == Answer::Pass,
+                passes,
+                "{method} {path}"
+            );
         }
     }
     assert_eq!(with(&access, &[("accept", "text/html,*/*")]), Answer::LogIn);
     // A foreign name gets in by the token alone.
     assert_eq!(
-        with(&access, &[("host", "node1.example"), ("authorization", &format!("Bearer {TOKEN}"))]),
+        with(
+            &access,
+            &[
+                ("host", "node1.example"),
+                ("authorization", &format!("Bearer {TOKEN}"))
+            ]
+        ),
         Answer::Pass
     );
 }
@@ -168,7 +283,13 @@ fn people_log_in_for_a_while_and_out() {
     let Login::In(cookie) = access.log_in(&format!(" {TOKEN} "), from, NOW) else {
         panic!("not let in");
     };
-    for part in ["__Host-postern-admin=", "; Path=/", "; Secure", "; HttpOnly", "; SameSite=Strict"] {
+    for part in [
+        "__Host-postern-admin=",
+        "; Path=/",
+        "; Secure",
+        "; HttpOnly",
+        "; SameSite=Strict",
+    ] {
         assert!(cookie.contains(part), "{cookie}");
     }
     assert!(!cookie.contains(TOKEN) && !cookie.contains("Domain"));
@@ -176,7 +297,14 @@ fn people_log_in_for_a_while_and_out() {
     assert_eq!(value.split_once('=').expect("a value").1.len(), 43);
     let shown = |now: u64, cookie: &str| {
         let headers = vec![("cookie", format!("other=1; {cookie}"))];
-        ask(&access, &Request { headers, now, ..Request::default() })
+        ask(
+            &access,
+            &Request {
+                headers,
+                now,
+                ..Request::default()
+            },
+        )
     };
     assert_eq!(shown(NOW + SESSION - 1, &value), Answer::Pass);
     assert_ne!(shown(NOW + SESSION, &value), Answer::Pass);
@@ -208,16 +336,30 @@ fn wrong_tokens_are_bounded_by_address() {
     let access = guarded();
     let attempt = |from: &str, token: &str, now: u64| {
         let headers = vec![("authorization", format!("Bearer {token}"))];
-        ask(&access, &Request { headers, from, now, ..Request::default() })
+        ask(
+            &access,
+            &Request {
+                headers,
+                from,
+                now,
+                ..Request::default()
+            },
+        )
     };
     for _ in 0..ATTEMPTS {
         let answer = attempt("192.0.2.9", "wrong", NOW);
-        assert!(matches!(answer, Answer::Refused(StatusCode::UNAUTHORIZED, _)));
+        assert!(matches!(
+            answer,
+            Answer::Refused(StatusCode::UNAUTHORIZED, _)
+        ));
     }
     // Not even the right one, or guesses could go on.
     for token in ["wrong", TOKEN] {
         let answer = attempt("192.0.2.9", token, NOW);
-        assert!(matches!(answer, Answer::Refused(StatusCode::TOO_MANY_REQUESTS, _)));
+        assert!(matches!(
+            answer,
+            Answer::Refused(StatusCode::TOO_MANY_REQUESTS, _)
+        ));
     }
     let from: IpAddr = "192.0.2.9".parse().expect("an address");
     assert_eq!(access.log_in(TOKEN, from, NOW), Login::TooMany);
@@ -238,9 +380,18 @@ fn a_weak_or_open_token_is_refused_with_its_key() {
         Ok(_) => panic!("taken"),
         Err(error) => error,
     };
-    for token in ["", "short", "0123456789012345678901234567890", &"a b".repeat(20), &"ä".repeat(40)] {
+    for token in [
+        "",
+        "short",
+        "0123456789012345678901234567890",
+        &"a b".repeat(20),
+        &"ä".repeat(40),
+    ] {
         let error = refused(&guard(dir.path(), token));
-        assert!(error.contains("listen.adminToken") && error.contains("32"), "{error}");
+        assert!(
+            error.contains("listen.adminToken") && error.contains("32"),
+            "{error}"
+        );
         assert!(token.is_empty() || !error.contains(token));
     }
     let open = guard(dir.path(), TOKEN);

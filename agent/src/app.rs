@@ -25,7 +25,10 @@ use tokio::{
 };
 
 use crate::{
-    audit::{Audit, Join, Processes, Record, send},
+    audit::{
+        Audit, Join, Processes, Record,
+        send::{self, Senders, Standings},
+    },
     config::{Config, Unknown},
     fetch::Trust,
     judge::Judge,
@@ -36,7 +39,9 @@ use crate::{
         Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
         Proxy, Tunnels,
     },
-    telemetry::{Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve},
+    telemetry::{
+        Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
+    },
     workload::Table,
 };
 
@@ -146,6 +151,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         config: config.clone(),
         proxy: proxy.clone(),
         identities: identities.clone(),
+        sinks: senders.as_ref().map(Senders::standings),
         agent_cgroup: own_cgroup(&cgroup),
         workloads: Mutex::default(),
         problems: Mutex::new(vec!["starting".into()]),
@@ -221,6 +227,8 @@ pub(crate) struct State {
     config: Config,
     proxy: Arc<Proxy>,
     identities: Arc<Identities>,
+    /// Of the audit log's receivers.
+    sinks: Option<Standings>,
     agent_cgroup: u64,
     workloads: Mutex<Vec<LocalWorkload>>,
     problems: Mutex<Vec<String>>,
@@ -298,6 +306,12 @@ impl StatusSource for State {
             metrics.set_kernel(name, counters[counter as usize]);
         }
         metrics.set_audit(audit.written(), audit.lost());
+        let (incomplete, _) = self.proxy.join.counts();
+        metrics.set_incomplete(incomplete);
+        let sinks = self.sinks.as_ref().map(Standings::progress);
+        for sink in sinks.into_iter().flatten() {
+            metrics.set_sink(&sink);
+        }
         metrics.text()
     }
 
@@ -307,6 +321,27 @@ impl StatusSource for State {
 
     fn jwks(&self) -> Option<serde_json::Value> {
         self.identities.jwks()
+    }
+
+    fn certificates(&self) -> Vec<Certificate> {
+        let now = SystemTime::now();
+        let accounts = self.identities.list().into_iter();
+        accounts
+            .map(|(id, credentials, error)| {
+                let chain = credentials.as_ref().map(|c| (c.signing().1, c.renew_at()));
+                let leaf = chain
+                    .as_ref()
+                    .and_then(|(chain, at)| Some((chain.first()?, *at)));
+                Certificate::new(id.to_string(), leaf, error, now)
+            })
+            .collect()
+    }
+
+    fn refused(&self, detail: String) {
+        self.proxy.audit.record(Record::Agent {
+            event: "adminRefused",
+            detail,
+        });
     }
 }
 

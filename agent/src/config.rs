@@ -1,22 +1,21 @@
 //! The agent's configuration: one YAML file, parsed once into types that cannot
 //! be wrong. `config/agent.yaml` lists every key with its default.
 
+mod listen;
 mod normalization;
 mod values;
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use listen::{Admin, Guard, Listen};
 pub use normalization::Normalization;
-pub use values::{
-    Bytes, Count, DiskBytes, Loopback, QueueLength, RingBytes, Span, SyncPolicy, Window,
-};
+pub use values::{Bytes, Count, DiskBytes, QueueLength, RingBytes, Span, SyncPolicy, Window};
 
 use crate::{
     audit::{chain, send::config::Sinks},
@@ -218,18 +217,6 @@ pub struct Transport {
     /// HTTP/2 window of a stream, bytes. A tunnel's is as large as all its streams'
     /// together, so that receivers that stop reading never stop the others.
     pub stream_window: Window,
-}
-
-/// Addresses in the node's own network namespace.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
-#[serde(default, deny_unknown_fields, rename_all = "camelCase")]
-pub struct Listen {
-    /// Administration. Must be a loopback address: it is not authenticated.
-    pub admin: Loopback,
-    /// Prometheus metrics.
-    pub metrics: SocketAddr,
-    /// Readiness, for the kubelet.
-    pub ready: SocketAddr,
 }
 
 /// Kernel programs and maps.
@@ -479,17 +466,6 @@ impl Default for Transport {
             keepalive_timeout: Span::seconds(20),
             streams_per_tunnel: Count(64),
             stream_window: Window(512 << 10),
-        }
-    }
-}
-
-impl Default for Listen {
-    fn default() -> Self {
-        let any = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-        Self {
-            admin: Loopback(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000))),
-            metrics: SocketAddr::new(any, 15020),
-            ready: SocketAddr::new(any, 15021),
         }
     }
 }

@@ -437,7 +437,7 @@ fn agent(file: &ConfigFile) -> Result<()> {
 }
 
 fn status(config: &Config, output: Output) -> Result<()> {
-    let body = get(config.listen.admin.0, "/status")?;
+    let body = telemetry::ask(&config.listen.admin, "/status")?;
     let status: telemetry::Status = serde_json::from_str(&body).context("the agent's answer")?;
     match output {
         Output::Json => println!("{body}"),
@@ -469,25 +469,6 @@ fn status(config: &Config, output: Output) -> Result<()> {
         bail!("the agent has problems");
     }
     Ok(())
-}
-
-/// One HTTP/1.0 request to loopback: too little to want a client library for.
-fn get(address: std::net::SocketAddr, path: &str) -> Result<String> {
-    use std::io::{Read as _, Write as _};
-    let limit = std::time::Duration::from_secs(5);
-    let mut stream = std::net::TcpStream::connect_timeout(&address, limit)
-        .with_context(|| format!("no agent at {address}"))?;
-    stream.set_read_timeout(Some(limit))?;
-    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer)?;
-    match answer.split_once("\r\n\r\n") {
-        Some((head, body)) if head.contains(" 200 ") => Ok(body.to_owned()),
-        _ => bail!(
-            "the agent at {address} answered {:?}",
-            answer.lines().next().unwrap_or("")
-        ),
-    }
 }
 
 fn examine(config: &Config) -> ExitCode {

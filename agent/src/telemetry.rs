@@ -1,9 +1,13 @@
 //! What operators see of the agent itself: logs, metrics, readiness, administration.
 
 mod admin;
+mod door;
 mod log;
 mod metrics;
+mod page;
 
 pub use admin::{Endpoints, LocalWorkload, Status, StatusSource, serve};
+pub use door::ask;
 pub use log::{LogHandle, start as start_log};
 pub use metrics::{ConnectionLabels, GrantLabels, Metrics};
+pub use page::Certificate;

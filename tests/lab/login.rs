@@ -100,7 +100,7 @@ pub fn trusting(dir: &Path, root: &Path) -> Result<PathBuf> {
     Ok(home)
 }
 
-fn script(dir: &Path, name: &str, content: &str) -> Result<PathBuf> {
+pub fn script(dir: &Path, name: &str, content: &str) -> Result<PathBuf> {
     let path = dir.join(name);
     std::fs::File::options()
         .create_new(true)

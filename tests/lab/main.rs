@@ -14,6 +14,7 @@ mod login;
 mod oauth;
 mod operate;
 mod outbound;
+mod page;
 mod policy;
 mod programs;
 mod provider;

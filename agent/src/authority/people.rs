@@ -32,9 +32,8 @@ use zeroize::Zeroizing;
 
 use super::{Config, Server, Shared, StoreError, User, config::UserEntry, pages};
 use crate::audit::AuthorityRecord;
-use limit::Limit;
 
-pub use limit::network;
+pub use limit::{Limit, network};
 pub use secret::{hash, random};
 pub use seen::Seen;
 pub(super) use store::TABLES;

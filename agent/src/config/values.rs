@@ -1,6 +1,6 @@
 //! Values that cannot be wrong: each is checked where it is parsed.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -39,31 +39,6 @@ impl From<Span> for String {
         humantime::format_duration(span.0)
             .to_string()
             .replace(' ', "")
-    }
-}
-
-/// A loopback address and port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-#[serde(try_from = "SocketAddr", into = "SocketAddr")]
-#[schemars(with = "String")]
-pub struct Loopback(pub SocketAddr);
-
-impl TryFrom<SocketAddr> for Loopback {
-    type Error = String;
-
-    fn try_from(address: SocketAddr) -> Result<Self, String> {
-        if address.ip().is_loopback() {
-            return Ok(Self(address));
-        }
-        Err(format!(
-            "{address} is not on loopback; use 127.0.0.1 or [::1]"
-        ))
-    }
-}
-
-impl From<Loopback> for SocketAddr {
-    fn from(loopback: Loopback) -> Self {
-        loopback.0
     }
 }
 

@@ -149,6 +149,23 @@ impl Identities {
         Ok(account.credentials.clone())
     }
 
+    /// All accounts, by name: what they have, and what the last attempt came to.
+    pub fn list(&self) -> Vec<(SpiffeId, Option<Arc<Credentials>>, Option<String>)> {
+        let accounts = self.accounts.lock().expect("no panic while it is held");
+        let mut list: Vec<_> = accounts
+            .iter()
+            .map(|(id, account)| {
+                (
+                    id.clone(),
+                    account.credentials.clone(),
+                    account.error.clone(),
+                )
+            })
+            .collect();
+        list.sort_by_key(|(id, ..)| id.to_string());
+        list
+    }
+
     /// Why an account has no certificate yet.
     pub fn why_not(&self, id: &SpiffeId) -> Option<String> {
         let accounts = self.accounts.lock().expect("no panic while it is held");

@@ -1,4 +1,4 @@
-//! Three small HTTP servers: administration (loopback only), metrics, readiness.
+//! Three small HTTP servers: administration, metrics, readiness.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -11,9 +11,16 @@ use axum::{
 };
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
 
-use super::LogHandle;
-use crate::{config::Config, lifecycle::Watcher};
+use super::{
+    LogHandle, door,
+    page::{self, Access, Certificate, Page},
+};
+use crate::{
+    config::{self, Config},
+    lifecycle::Watcher,
+};
 
 /// What `postern status` prints.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -48,12 +55,19 @@ pub trait StatusSource: Send + Sync + 'static {
     fn config(&self) -> Config;
     /// The keys that JWT-SVIDs of this node verify with, if they are the agent's own.
     fn jwks(&self) -> Option<serde_json::Value>;
+    /// Certificates of the accounts on this node.
+    fn certificates(&self) -> Vec<Certificate>;
+    /// Somebody was refused at the admin address: for the audit log.
+    fn refused(&self, detail: String);
 }
 
 pub struct Endpoints {
-    pub admin: TcpListener,
-    pub metrics: TcpListener,
-    pub ready: TcpListener,
+    admin: TcpListener,
+    access: Access,
+    /// Where administration is not for this machine alone.
+    tls: Option<(TlsAcceptor, config::Guard)>,
+    metrics: TcpListener,
+    ready: TcpListener,
 }
 
 impl Endpoints {
@@ -63,8 +77,15 @@ impl Endpoints {
                 .await
                 .map_err(|e| format!("listen.{key} {address}: {e}"))
         }
+        let admin = &config.admin;
+        let tls = match &admin.guard {
+            Some(guard) => Some((door::tls(guard)?, guard.clone())),
+            None => None,
+        };
         Ok(Self {
-            admin: one("admin", config.admin.0).await?,
+            admin: one("admin", admin.address).await?,
+            access: Access::new(admin.address, admin.guard.as_ref())?,
+            tls,
             metrics: one("metrics", config.metrics).await?,
             ready: one("ready", config.ready).await?,
         })
@@ -75,7 +96,8 @@ type Shared = (Arc<dyn StatusSource>, LogHandle);
 
 /// Serves all three until told to stop.
 pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle, stop: &Watcher) {
-    let shared: Shared = (source, log);
+    let shared: Shared = (source.clone(), log);
+    let page = Arc::new(Page::new(source, endpoints.access));
     let admin = Router::new()
         .route(
             "/status",
@@ -89,18 +111,26 @@ pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle
             "/log",
             get(|State(s): State<Shared>| async move { s.1.get() }),
         )
-        .route("/log", post(set_level));
+        .route("/log", post(set_level))
+        .with_state(shared.clone());
+    let admin = page::routes(page, admin);
     let metrics = Router::new().route("/metrics", get(metrics));
     let ready = Router::new()
         .route("/ready", get(ready))
         .route("/jwks.json", get(jwks))
         .route("/healthz/ready", get(ready));
-    for (listener, router) in [
-        (endpoints.admin, admin),
-        (endpoints.metrics, metrics),
-        (endpoints.ready, ready),
-    ] {
-        let router = router.with_state(shared.clone());
+    let mut plain = vec![
+        (endpoints.metrics, metrics.with_state(shared.clone())),
+        (endpoints.ready, ready.with_state(shared)),
+    ];
+    match endpoints.tls {
+        None => plain.push((endpoints.admin, admin)),
+        Some((acceptor, guard)) => {
+            let served = door::serve(endpoints.admin, acceptor, guard, admin, stop.clone());
+            tokio::spawn(served);
+        }
+    }
+    for (listener, router) in plain {
         let mut stop = stop.clone();
         tokio::spawn(async move {
             let stopped = async move { stop.triggered().await };

@@ -10,7 +10,7 @@ use prometheus_client::{
 };
 
 use crate::{
-    audit::{Reporter, Verdict},
+    audit::{Reporter, Verdict, send::Progress},
     identity::SpiffeId,
     workload::{NamespacedName, Workload},
 };
@@ -112,6 +112,12 @@ pub struct Name {
     pub name: &'static str,
 }
 
+/// A receiver of the audit log.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Sink {
+    sink: String,
+}
+
 /// Of requests that policy had read.
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RequestLabels {
@@ -151,6 +157,8 @@ pub struct Metrics {
     pub kernel: Family<Name, Counter>,
     pub audit_written: Counter,
     pub audit_lost: Counter,
+    audit_incomplete: Counter,
+    sinks: [(&'static str, Family<Sink, Gauge>); 4],
     pub certificate_errors: Counter,
 }
 
@@ -177,6 +185,8 @@ impl Default for Metrics {
             kernel: Family::default(),
             audit_written: Counter::default(),
             audit_lost: Counter::default(),
+            audit_incomplete: Counter::default(),
+            sinks: ["sent", "behind", "skipped", "rejected"].map(|what| (what, Family::default())),
             certificate_errors: Counter::default(),
             registry: Registry::default(),
         };
@@ -255,6 +265,18 @@ impl Default for Metrics {
             m.audit_lost.clone(),
         );
         own.register(
+            "audit_incomplete",
+            "Records of connections without what the kernel saw of them",
+            m.audit_incomplete.clone(),
+        );
+        for (what, family) in &m.sinks {
+            own.register(
+                format!("audit_sink_{what}"),
+                "Audit records of this receiver",
+                family.clone(),
+            );
+        }
+        own.register(
             "certificate_errors",
             "Certificates that could not be renewed",
             m.certificate_errors.clone(),
@@ -309,6 +331,26 @@ impl Metrics {
     pub fn set_audit(&self, written: u64, lost: u64) {
         set(&self.audit_written, written);
         set(&self.audit_lost, lost);
+    }
+
+    pub fn set_incomplete(&self, count: u64) {
+        set(&self.audit_incomplete, count);
+    }
+
+    pub fn set_sink(&self, progress: &Progress) {
+        let Progress {
+            name,
+            sent,
+            behind,
+            skipped,
+            rejected,
+            ..
+        } = progress;
+        let label = Sink { sink: name.clone() };
+        for ((_, family), count) in self.sinks.iter().zip([sent, behind, skipped, rejected]) {
+            let gauge = family.get_or_create(&label);
+            gauge.set(i64::try_from(*count).unwrap_or(i64::MAX));
+        }
     }
 }
 

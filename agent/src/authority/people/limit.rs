@@ -43,6 +43,12 @@ impl Limit {
         let before = count.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_add(1));
         before.is_ok_and(|before| before < self.most)
     }
+
+    /// Whether the next attempt would be one too many; counts nothing.
+    pub fn spent(&self, address: IpAddr, now: u64) -> bool {
+        let count = self.counts.get(&(network(address), now / 60));
+        count.is_some_and(|count| count.load(Ordering::Relaxed) >= self.most)
+    }
 }
 
 pub fn network(address: IpAddr) -> IpAddr {

@@ -4,14 +4,14 @@
 use std::{
     collections::BTreeMap,
     io::Write as _,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
-use postern_tests::{Lab, Node, Pod, PodOptions, Running, binary, eventually, output, text};
+use postern_tests::{Lab, Pod, PodOptions, Running, binary, eventually, output, text};
 use serde_json::Value;
 
 use crate::{

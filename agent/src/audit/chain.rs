@@ -26,6 +26,28 @@ pub use read::{Line, ReadError, Reader, last_seq};
 pub use verify::{Problem, Report, VerifyError, latest_checkpoint, verify};
 pub use write::{Committed, Log, OpenError, PUBLIC_KEY, Settings, Sync};
 
+/// Settings for one more of several servers in a test's directory: a log has one writer.
+#[cfg(test)]
+pub fn beside(settings: Settings) -> Settings {
+    let name = |n: u32| settings.directory.with_added_extension(n.to_string());
+    let number = (0..).find(|n| !name(*n).exists()).expect("a number");
+    Settings {
+        ledger: settings.ledger.with_added_extension(number.to_string()),
+        directory: name(number),
+        ..settings
+    }
+}
+
+/// What was handed in to the logs that [`beside`] made of this one.
+#[cfg(test)]
+pub fn records_beside(directory: &std::path::Path) -> Vec<serde_json::Value> {
+    (0..100)
+        .map(|n: u32| directory.with_added_extension(n.to_string()))
+        .filter(|directory| directory.exists())
+        .flat_map(|directory| records(&directory))
+        .collect()
+}
+
 /// Records that were handed in, for tests.
 #[cfg(test)]
 pub fn records(directory: &std::path::Path) -> Vec<serde_json::Value> {

@@ -96,6 +96,9 @@ pub enum Direction {
 pub struct Flow {
     pub event: FlowEvent,
     pub protocol: FlowProtocol,
+    /// Of IP for a raw socket, of Ethernet for a packet socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub protocol_number: Option<u16>,
     pub direction: Direction,
     /// Absent where the agent does not know the pod, and refused what it dialled.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -142,6 +145,7 @@ impl Flow {
         Self {
             event,
             protocol,
+            protocol_number: None,
             direction: Direction::Outbound,
             pod: workload.map(|w| w.name.clone()),
             namespace: workload.map(|w| w.namespace.clone()),

@@ -107,8 +107,8 @@ impl Teller {
             EventKind::Raw {
                 cookie,
                 packet,
+                protocol: number,
                 task,
-                ..
             } => {
                 let protocol = match packet {
                     true => FlowProtocol::Packet,
@@ -117,6 +117,7 @@ impl Teller {
                 let mut flow = self.flow(&pod, FlowEvent::First, protocol);
                 flow.process = Some(self.process(&task));
                 flow.socket = Some(of_cookie(cookie));
+                flow.protocol_number = Some(number);
                 flow.why = Some(RAW);
                 self.told(flow);
             }

@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    path::PathBuf,
     sync::{Arc, LazyLock},
     time::{Duration, Instant},
 };
@@ -145,7 +144,7 @@ impl World {
         let log = self.dir.path().join("audit");
         let end = Instant::now() + Duration::from_secs(10);
         loop {
-            let records = chain::records(&log);
+            let records = chain::records_beside(&log);
             if enough(&records) {
                 return records;
             }
@@ -157,7 +156,8 @@ impl World {
 
 async fn open(config: &Config, clock: &Clock) -> Shared {
     std::fs::create_dir_all(&config.state).expect("a directory");
-    let opened = Audit::open("authority", config.audit_log(), 1024);
+    let log = chain::beside(config.audit_log());
+    let opened = Audit::open("authority", log, 1024);
     let (audit, _writer) = opened.expect("the audit log");
     let server = Server::open(config.clone(), clock.clone(), audit).await;
     Arc::new(server.expect("a server"))

@@ -146,7 +146,9 @@ async fn a_refresh_token_is_good_once_and_its_reuse_ends_the_family() {
     assert!(!kit.active("app", &second.text("access_token")).await);
     let (_directory, log) = kit.close().await;
     assert!(
-        log.contains(r#""event":"reuse","grant":"refresh_token","client":"app""#),
+        log.contains(
+            r#""client":"app","error":"invalid_grant","event":"reuse","grant":"refresh_token""#
+        ),
         "{log}"
     );
 }

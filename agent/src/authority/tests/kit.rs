@@ -181,7 +181,7 @@ impl Kit {
         };
         change(&mut config, directory.path());
         std::fs::create_dir_all(&config.state).expect("a directory");
-        let opened = Audit::open("authority", config.audit_log(), 4096);
+        let opened = Audit::open("authority", chain::beside(config.audit_log()), 4096);
         let (audit, writer) = opened.expect("an audit log");
         let server = Server::open(config, clock.clone(), audit).await;
         let mut server = server.expect("opens");
@@ -215,7 +215,7 @@ impl Kit {
         self.server.store.pool.close().await;
         drop((self.router, self.server));
         self.writer.join().expect("the audit writer");
-        let log = chain::records(&self.directory.path().join("audit"));
+        let log = chain::records_beside(&self.directory.path().join("audit"));
         let lines: Vec<String> = log.iter().map(ToString::to_string).collect();
         (self.directory, lines.join("\n"))
     }

@@ -174,7 +174,7 @@ fn tamper(files: &mut Files, kind: usize, random: &mut Random) -> Done {
             let forged = line.replace("\"number\":", "\"number\":9");
             lines[index] = forged.into_bytes();
             rechain(files, (file, index));
-            done("changed and chained anew", at, at + 25)
+            done("changed and chained anew", at, at + 30)
         }
         5 => {
             let keep = random.below(index + 1);

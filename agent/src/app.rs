@@ -27,6 +27,7 @@ use tokio::{
 use crate::{
     audit::{
         Audit, Join, Processes, Record,
+        chain::OpenError,
         send::{self, Senders, Standings},
     },
     config::{Config, Unknown},
@@ -95,7 +96,15 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let (audit, writer) = if config.audit.enabled {
         let log = config.audit.settings(&config.state);
         let opened = Audit::open(&node, log, config.audit.queue.0);
-        let (audit, writer) = opened.map_err(|e| Misconfigured(format!("audit.directory: {e}")))?;
+        let (audit, writer) = match opened {
+            Err(OpenError::Busy(log)) => {
+                bail!(
+                    "{} is held by another agent; only one can run on a node",
+                    log.display()
+                )
+            }
+            opened => opened.map_err(|e| Misconfigured(format!("audit.directory: {e}")))?,
+        };
         (audit, Some(writer))
     } else {
         (Audit::off(&node), None)

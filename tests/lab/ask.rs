@@ -63,12 +63,8 @@ fn files_are_read_by_others_and_sums_are_those_of_the_records() -> Result<()> {
     let directory = lab.nodes[1].audit_path();
 
     // Byte for byte.
-    let mut stands = String::new();
-    let mut files: Vec<_> = std::fs::read_dir(&directory)?.flatten().collect();
-    files.sort_by_key(std::fs::DirEntry::path);
-    for file in &files {
-        stands += &std::fs::read_to_string(file.path())?;
-    }
+    lab.nodes[1].stop()?;
+    let stands = lab.nodes[1].audit_text()?;
     let lines = output(&mut audit(&directory, &["query", "-o", "json"])?)?.stdout;
     assert_eq!(text(&lines), stands);
     let records: Vec<Value> = stands

@@ -2,6 +2,7 @@
 
 mod addresses;
 mod ask;
+mod audit;
 mod authority;
 mod bypass;
 mod enrolment;

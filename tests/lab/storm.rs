@@ -199,7 +199,7 @@ fn every_connection_of_twenty_thousand_is_recorded_once_and_in_full() -> Result<
         (sent, received),
         (number(&echoed, "sent"), number(&echoed, "received"))
     );
-    assert_eq!(verdict(&connections, "deny"), DENIED);
+    assert_eq!(verdict(&connections, "deny"), DENIED + HTTP / 3);
     for record in connections.iter().filter(|r| r["dialled"] == far) {
         assert_eq!(
             record["destination"]["process"]["comm"], "probe",

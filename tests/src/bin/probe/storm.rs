@@ -92,10 +92,13 @@ fn work(storm: &Storm, next: &AtomicUsize) -> Tally {
 
 fn one(storm: &Storm, number: usize, tally: &mut Tally) -> io::Result<String> {
     if matches!(storm.kind, Kind::Udp) {
-        let socket = UdpSocket::bind(match storm.address {
-            SocketAddr::V4(_) => "0.0.0.0:0",
-            SocketAddr::V6(_) => "[::]:0",
-        })?;
+        // No port twice: that would be the same flow.
+        let port = 10_000 + number as u16;
+        let own = match storm.address {
+            SocketAddr::V4(_) => SocketAddr::from(([0, 0, 0, 0], port)),
+            SocketAddr::V6(_) => SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port)),
+        };
+        let socket = UdpSocket::bind(own)?;
         for _ in 0..3 {
             tally.sent += socket.send_to(b"datagram", storm.address)? as u64;
         }

@@ -67,6 +67,12 @@ fn files_are_read_by_others_and_sums_are_those_of_the_records() -> Result<()> {
     let stands = lab.nodes[1].audit_text()?;
     let lines = output(&mut audit(&directory, &["query", "-o", "json"])?)?.stdout;
     assert_eq!(text(&lines), stands);
+    let ocsf = output(&mut audit(&directory, &["query", "-o", "ocsf"])?)?.stdout;
+    assert_eq!(text(&ocsf).lines().count(), stands.lines().count());
+    for event in text(&ocsf).lines() {
+        let event: Value = serde_json::from_str(event)?;
+        assert_eq!(event["metadata"]["product"]["name"], "Postern", "{event}");
+    }
     let records: Vec<Value> = stands
         .lines()
         .map(serde_json::from_str)

@@ -18,7 +18,7 @@ use crate::kit::{ECHO, at, echoes, is_connection, pair};
 const OWN: [&str; 3] = ["checkpoint", "reopened", "retention"];
 
 /// `postern audit verify` and what it says.
-fn verify(directory: &Path, more: &[&str]) -> Result<(Option<i32>, String)> {
+pub fn verify(directory: &Path, more: &[&str]) -> Result<(Option<i32>, String)> {
     let mut command = Command::new(binary("postern")?);
     command
         .args(["audit", "verify", "--directory"])

@@ -8,6 +8,7 @@ use postern_tests::{Lab, binary, eventually, output, text};
 use serde_json::Value;
 
 use crate::{
+    audit::verify,
     kit::{at, authorization, is_connection},
     requests::{PYTHON, script},
 };
@@ -225,6 +226,8 @@ fn every_connection_of_twenty_thousand_is_recorded_once_and_in_full() -> Result<
     assert_eq!(requests(200, "/"), HTTP - HTTP / 3);
     assert_eq!(requests(200, "/a.B/C"), GRPC);
     for node in &lab.nodes {
+        let (code, said) = verify(&node.audit_path(), &[])?;
+        assert_eq!(code, Some(0), "{said}");
         let gaps: Vec<Value> = node
             .audit()?
             .into_iter()

@@ -20,6 +20,7 @@ use super::{
         write_file,
     },
     chain::{self, ReadError, VerifyError},
+    ocsf,
     replay::{Replay, Sets, Workloads},
 };
 use crate::{
@@ -105,7 +106,7 @@ pub struct TailArgs {
     #[arg(short, value_name = "N", default_value_t = 10)]
     number: usize,
     #[arg(long, short, value_enum, default_value_t)]
-    output: Lines,
+    output: Rows,
 }
 
 #[derive(Args)]
@@ -155,8 +156,22 @@ enum Output {
     Parquet,
     /// Arrow IPC file.
     Arrow,
+    /// Events of the Open Cybersecurity Schema Framework, a JSON object a line.
+    Ocsf,
 }
 
+/// How records are shown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Rows {
+    #[default]
+    Table,
+    /// Lines as they stand in the log, byte for byte.
+    Json,
+    /// As of `query`.
+    Ocsf,
+}
+
+/// How sums are shown.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 enum Lines {
     #[default]
@@ -269,14 +284,16 @@ fn code(troubles: &Troubles) -> u8 {
 enum Shown<'a> {
     Table(Table<BufWriter<StdoutLock<'a>>>),
     Json(BufWriter<StdoutLock<'a>>),
+    Ocsf(BufWriter<StdoutLock<'a>>),
 }
 
 impl Shown<'_> {
-    fn new(output: Lines) -> Self {
+    fn new(output: Rows) -> Self {
         let out = BufWriter::new(io::stdout().lock());
         match output {
-            Lines::Table => Self::Table(Table::new(out, terminal_width())),
-            Lines::Json => Self::Json(out),
+            Rows::Table => Self::Table(Table::new(out, terminal_width())),
+            Rows::Json => Self::Json(out),
+            Rows::Ocsf => Self::Ocsf(out),
         }
     }
 
@@ -284,13 +301,17 @@ impl Shown<'_> {
         match self {
             Self::Table(table) => table.add(entry),
             Self::Json(out) => writeln!(out, "{}", entry.line.text),
+            Self::Ocsf(out) => match ocsf::map(&entry.value) {
+                Some(event) => writeln!(out, "{event}"),
+                None => Ok(()),
+            },
         }
     }
 
     fn flush(&mut self) -> io::Result<()> {
         match self {
             Self::Table(table) => table.flush(),
-            Self::Json(out) => out.flush(),
+            Self::Json(out) | Self::Ocsf(out) => out.flush(),
         }
     }
 }
@@ -298,8 +319,9 @@ impl Shown<'_> {
 impl Query {
     fn run(self) -> Result<u8, AuditError> {
         let output = match self.output {
-            Output::Table => Ok(Lines::Table),
-            Output::Json => Ok(Lines::Json),
+            Output::Table => Ok(Rows::Table),
+            Output::Json => Ok(Rows::Json),
+            Output::Ocsf => Ok(Rows::Ocsf),
             Output::Parquet => Err(Format::Parquet),
             Output::Arrow => Err(Format::Arrow),
         };

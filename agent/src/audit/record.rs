@@ -343,6 +343,9 @@ pub struct TokenRecord {
     pub act: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub scope: Vec<String>,
+    /// The same, where its issuer calls it so.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub scp: Vec<String>,
     /// SHA-256 of its `jti`, the first 16 hexadecimal digits: enough to find it by.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub jti: Option<String>,
@@ -356,6 +359,12 @@ pub struct TokenRecord {
 impl TokenRecord {
     pub fn new(claims: &Claims) -> Self {
         let own = |text: Option<&str>| text.map(str::to_owned);
+        let scopes = claims.scopes().into_iter().take(MAX_SCOPES);
+        let scopes: Vec<String> = scopes.map(str::to_owned).collect();
+        let (scope, scp) = match claims.scope_claim() {
+            "scope" => (scopes, Vec::new()),
+            _ => (Vec::new(), scopes),
+        };
         Self {
             iss: own(claims.issuer()),
             sub: own(claims.subject()),
@@ -363,9 +372,8 @@ impl TokenRecord {
             azp: own(claims.presenter()),
             client_id: own(claims.client()),
             act: claims.actors().into_iter().map(str::to_owned).collect(),
-            scope: (claims.scopes().into_iter().take(MAX_SCOPES))
-                .map(str::to_owned)
-                .collect(),
+            scope,
+            scp,
             jti: claims
                 .id()
                 .map(|id| hex(&digest(&SHA256, id.as_bytes()).as_ref()[..8])),

@@ -213,6 +213,14 @@ impl Claims {
         words("scope").or_else(|| words("scp")).unwrap_or_default()
     }
 
+    /// The claim that [`Self::scopes`] are of: policy on `scope` does not look at `scp`.
+    pub fn scope_claim(&self) -> &'static str {
+        match self.payload.get("scope") {
+            Some(_) => "scope",
+            None => "scp",
+        }
+    }
+
     /// Who acts for the subject, the one who acts now first (RFC 8693 4.1).
     pub fn actors(&self) -> Vec<&str> {
         let first = self.payload.get("act");

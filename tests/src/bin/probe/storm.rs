@@ -108,7 +108,7 @@ fn one(storm: &Storm, number: usize, tally: &mut Tally) -> io::Result<String> {
     stream.set_read_timeout(Some(Duration::from_secs(30)))?;
     let text = match storm.kind {
         Kind::Http => {
-            let path = if number % storm.private == 0 {
+            let path = if number.is_multiple_of(storm.private) {
                 "/private"
             } else {
                 "/"

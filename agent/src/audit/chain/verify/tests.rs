@@ -200,7 +200,7 @@ fn tamper(files: &mut Files, kind: usize, random: &mut Random) -> Done {
 
 #[test]
 fn each_of_a_thousand_tamperings_is_found_and_named() {
-    let mut random = Random(0x5eed_0f_a_1095);
+    let mut random = Random(0x5eed_0fa1_0950);
     for compress in [false, true] {
         let dir = TempDir::new().expect("directory");
         let settings = log(&dir, compress);

@@ -56,9 +56,11 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .truncate(true)
         .mode(0o600)
         .open(&temporary)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
+    let written = file.write_all(bytes).and_then(|()| file.sync_all());
+    if let Err(error) = written.and_then(|()| fs::rename(&temporary, path)) {
+        let _takes_no_room = fs::remove_file(&temporary);
+        return Err(error);
+    }
     sync_directory(path.parent().unwrap_or(Path::new(".")))
 }
 

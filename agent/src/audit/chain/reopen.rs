@@ -14,6 +14,9 @@ use super::{
     segment::{self, Segment},
 };
 
+/// More records than any segment has.
+const FAR: u64 = 1 << 32;
+
 /// The end of a log.
 pub struct Found {
     /// The segment to go on in, and the bytes of its whole lines. `None`: a new one is due.
@@ -41,7 +44,13 @@ impl Found {
         };
         let mut last = true;
         for segment in all.into_iter().rev() {
-            let scan = Scan::of(&segment).map_err(ReadError::file(&segment.path))?;
+            // One that cannot be read is evidence: a new one is begun behind it.
+            let scan = Scan::of(&segment).unwrap_or_else(|error| Scan {
+                last: Some((segment.first, Hash::NONE)),
+                broken: Some(format!("{}: {error}", segment.name())),
+                marked: true,
+                ..Scan::default()
+            });
             let marked = scan.marked;
             found.take(segment, scan, last);
             last = false;
@@ -135,12 +144,17 @@ impl Scan {
 
     fn line(&mut self, first: u64, line: &[u8], hash: Hash) -> Result<(), String> {
         let before = self.last;
-        let (seq, prev) = before.map_or((first - 1, None), |(seq, prev)| (seq, Some(prev)));
+        let (seq, prev) = before.map_or((first.saturating_sub(1), None), |(seq, prev)| {
+            (seq, Some(prev))
+        });
         // A line that cannot be read is still what the next one is behind.
         self.last = Some((seq + 1, hash));
         self.closed = false;
         let (head, says) = Head::parse(line)?;
-        self.last = Some((head.seq.max(seq), hash));
+        // Lines may be missing; a number far off is damage.
+        if (seq..seq.saturating_add(FAR)).contains(&head.seq) {
+            self.last = Some((head.seq, hash));
+        }
         self.count(&head.kind, line);
         if head.seq != seq + 1 {
             return Err(format!("record {} where {} is due", head.seq, seq + 1));
@@ -166,8 +180,6 @@ impl Scan {
             }
             ("gap", "records", _) => self.settled += counts.count,
             ("gap", "connections", "restart") => self.connections += counts.count,
-            // Of what was written already.
-            ("gap", "segment", _) => {}
             // Of the kernel: it was handed in as any record.
             ("gap", ..) => self.settled += 1,
             _ => {}

@@ -35,6 +35,11 @@ pub struct Link {
 }
 
 impl Due {
+    /// The last record that goes.
+    pub fn last(&self) -> u64 {
+        self.last
+    }
+
     /// `end`: hash of the log's last record.
     pub fn link(&self, end: Hash) -> Link {
         Link {
@@ -46,13 +51,21 @@ impl Due {
     }
 }
 
-/// The oldest segments, as many as are beyond the bounds; never the one that is written to.
-pub fn due(settings: &Settings, active: u64) -> io::Result<Option<Due>> {
-    let all = segment::list(&settings.directory)?;
+/// The oldest segments, as many as are beyond the bounds; never the one that is written to,
+/// and none up to the record that is removed already.
+pub fn due(settings: &Settings, active: u64, removed: u64) -> io::Result<Option<Due>> {
+    let mut all = segment::list(&settings.directory)?;
+    all.retain(|segment| segment.first > removed);
     let mut sizes = Vec::new();
     for segment in &all {
-        let metadata = fs::metadata(&segment.path)?;
-        sizes.push((metadata.len(), metadata.modified()?));
+        match fs::metadata(&segment.path) {
+            // It was compressed in between: next time.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            metadata => {
+                let metadata = metadata?;
+                sizes.push((metadata.len(), metadata.modified()?));
+            }
+        }
     }
     let mut total: u64 = sizes.iter().map(|(length, _)| length).sum();
     let now = SystemTime::now();

@@ -5,7 +5,7 @@
 use std::{
     fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, mpsc::Sender},
     time::{Duration, Instant, SystemTime},
@@ -92,6 +92,9 @@ impl OpenError {
 /// How often it is looked whether the file is still there.
 const LOOK: Duration = Duration::from_secs(1);
 
+/// How often the age of old segments is looked at.
+const RETENTION: Duration = Duration::from_secs(60);
+
 /// Public half of the key, for those who verify.
 pub const PUBLIC_KEY: &str = "audit.pub";
 
@@ -108,6 +111,9 @@ pub struct Log {
     dirty: bool,
     checkpointed: Instant,
     looked: Instant,
+    retained: Instant,
+    /// The last record that is removed, or soon will be.
+    removed: u64,
     /// Records that are lost and of which no gap record tells yet.
     lost: Lost,
     /// The disk took nothing the last time.
@@ -146,6 +152,7 @@ impl Active {
     fn make(directory: &Path, first: u64) -> io::Result<Self> {
         let segment = Segment::plain(directory, first);
         let file = File::options()
+            .read(true)
             .append(true)
             .create_new(true)
             .mode(0o600)
@@ -160,7 +167,8 @@ impl Active {
     }
 
     fn reopen(segment: Segment, length: u64) -> io::Result<Self> {
-        let file = File::options().append(true).open(&segment.path)?;
+        let mut options = File::options();
+        let file = options.read(true).append(true).open(&segment.path)?;
         Ok(Self {
             segment,
             file,
@@ -253,6 +261,8 @@ impl Log {
             dirty: false,
             checkpointed: moment,
             looked: moment,
+            retained: moment,
+            removed: 0,
             lost: Lost::default(),
             failing: false,
             uncut: false,
@@ -356,6 +366,9 @@ impl Log {
         let old = now.duration_since(self.active.since) >= self.settings.segment_age;
         if self.active.length > 0 && old {
             self.rotate();
+        }
+        if now.duration_since(self.retained) >= RETENTION {
+            self.retain();
         }
         if let Sync::Every(every) = self.settings.sync
             && now.duration_since(self.synced) >= every
@@ -503,49 +516,57 @@ impl Log {
         }
     }
 
-    /// Whether the file is still where it should be. What stood in one that was removed
-    /// is lost, and the chain goes on in a new one.
+    /// Whether the file is still where it should be. One that was removed is written anew.
     fn find_again(&mut self) {
         let path = &self.active.segment.path;
         let own = self.active.file.metadata().map(|m| (m.dev(), m.ino()));
         let there = fs::metadata(path).map(|m| (m.dev(), m.ino()));
-        let (Ok(own), Ok(there)) = (&own, &there) else {
-            return self.begin_anew();
-        };
-        if own != there {
-            self.begin_anew();
+        let same = matches!((own, there), (Ok(own), Ok(there)) if own == there);
+        if !same && let Err(error) = self.restore() {
+            let path = self.active.segment.path.display();
+            tracing::error!(%error, "{path}: was removed, and cannot be restored yet");
         }
     }
 
-    fn begin_anew(&mut self) {
+    /// The open file has all that was written, whatever became of its name.
+    fn restore(&mut self) -> io::Result<()> {
         let directory = &self.settings.directory;
-        let made = fs::DirBuilder::new()
+        fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
-            .create(directory)
-            .and_then(|()| Active::make(directory, self.state.seq + 1));
-        match made {
-            Ok(active) => {
-                let gone = std::mem::replace(&mut self.active, active);
-                let count = (self.state.seq + 1).saturating_sub(gone.segment.first);
-                tracing::error!("{}: was removed", gone.segment.path.display());
-                self.gap("segment", Some(count), "removed", Entry::Own);
-                self.write_or_count();
-            }
-            Err(error) => {
-                if !self.failing {
-                    self.failing = true;
-                    let path = self.active.segment.path.display();
-                    tracing::error!(%error, "{path}: was removed, and no other can be made");
-                }
-            }
+            .create(directory)?;
+        let public = self.key.public() + "\n";
+        write_whole(&directory.join(PUBLIC_KEY), public.as_bytes())?;
+        let mut text = vec![0; usize::try_from(self.active.length).unwrap_or(usize::MAX)];
+        self.active.file.read_exact_at(&mut text, 0)?;
+        let path = &self.active.segment.path;
+        if path.exists() {
+            // Whatever was put there is evidence.
+            fs::rename(path, path.with_added_extension("replaced"))?;
         }
+        write_whole(path, &text)?;
+        let Active {
+            segment,
+            length,
+            since,
+            ..
+        } = &self.active;
+        self.active = Active {
+            since: *since,
+            ..Active::reopen(segment.clone(), *length)?
+        };
+        tracing::error!(
+            "{}: was removed; it is restored",
+            self.active.segment.path.display()
+        );
+        Ok(())
     }
 
     /// Removes the oldest segments that retention no longer keeps. The log says so first,
     /// so that its new beginning is linked to what was before.
     fn retain(&mut self) {
-        let due = retain::due(&self.settings, self.active.segment.first);
+        self.retained = Instant::now();
+        let due = retain::due(&self.settings, self.active.segment.first, self.removed);
         let due = match due {
             Ok(Some(due)) => due,
             Ok(None) => return,
@@ -562,6 +583,7 @@ impl Log {
         // Not without its record.
         if self.state.seq > before {
             self.sync();
+            self.removed = due.last();
             for segment in due.segments {
                 self.job(Job::Remove(segment));
             }

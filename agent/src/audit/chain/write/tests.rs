@@ -265,30 +265,51 @@ fn segments_end_by_age_and_checkpoints_come_by_time() {
 }
 
 #[test]
-fn a_directory_that_is_taken_away_is_made_again_and_told() {
+fn a_directory_that_is_taken_away_comes_back_whole() {
     let dir = TempDir::new().expect("directory");
     let settings = settings(&dir);
     let (mut log, _ledger) = open(&settings);
     append(&mut log, 1);
     log.commit();
     fs::remove_dir_all(&settings.directory).expect("removed");
+    append(&mut log, 2);
+    log.commit();
     log.looked = Instant::now() - LOOK;
     log.tick();
-    append(&mut log, 2);
+    append(&mut log, 3);
     assert_eq!(log.commit().written, 1);
+    // Another file in its place is kept, and is not the log.
+    let path = log.active.segment.path.clone();
+    fs::remove_file(&path).expect("removed");
+    fs::write(&path, "forged\n").expect("written");
+    log.looked = Instant::now() - LOOK;
+    log.tick();
     log.close();
+    assert_eq!(of_kind(&lines(&settings), "agent").len(), 3);
+    is_whole(&settings);
+    let kept = fs::read(path.with_added_extension("replaced")).expect("evidence");
+    assert_eq!(kept, b"forged\n");
+}
+
+/// Time goes back in the records; order, age and intervals do not mind.
+#[test]
+fn a_clock_that_is_set_back_changes_nothing() {
+    let dir = TempDir::new().expect("directory");
+    let settings = settings(&dir);
+    let (mut log, _ledger) = open(&settings);
+    for year in [2026, 2025, 1970, 2030] {
+        let record = json!({"time": format!("{year}-01-01T00:00:00Z"), "kind": "agent"});
+        log.append(|text| serde_json::to_writer(text, &record).expect("memory"));
+        log.commit();
+        log.tick();
+    }
+    log.close();
+    is_whole(&settings);
     let lines = lines(&settings);
-    let gap = of_kind(&lines, "gap")[0];
-    assert_eq!(
-        (&gap["lost"], &gap["count"]),
-        (&json!("segment"), &json!(2))
-    );
-    let report = verify(&settings.directory, None).expect("readable");
+    let numbers: Vec<u64> = lines.iter().filter_map(|l| l["seq"].as_u64()).collect();
     assert!(
-        report.problems[0]
-            .what
-            .contains("records 1 to 2 are missing"),
-        "{report}"
+        numbers.windows(2).all(|pair| pair[1] == pair[0] + 1),
+        "{numbers:?}"
     );
 }
 

@@ -50,6 +50,9 @@ use crate::{
 /// sent after the next start.
 const SEND_AT_END: Duration = Duration::from_secs(5);
 
+/// How long the audit log is waited for at the end, and how long who fills it.
+pub const AUDIT_END: Duration = Duration::from_secs(5);
+
 /// The agent is wrongly configured: exit code 2, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -202,33 +205,21 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     // The sockets of the last connections are still to be told of.
     let _no_observer = seen_enough.send(());
     if let Some(observer) = observer {
-        let _panicked = observer.await;
+        let _late = tokio::time::timeout(AUDIT_END, observer).await;
     }
     audit.record(Record::Agent {
         event: "stopped",
         detail: String::new(),
     });
     // Connections that were cut hold the log, too: it ends all the same.
-    audit.close();
     if let Some(writer) = writer {
-        let _ = tokio::task::spawn_blocking(move || flush(&writer)).await;
+        let _ = tokio::task::spawn_blocking(move || audit.close(&writer, AUDIT_END)).await;
     }
     // Last, so that receivers get the log's last record, too.
     if let Some(senders) = senders {
         senders.finish(SEND_AT_END).await;
     }
     Ok(())
-}
-
-/// Gives the audit writer a moment to write what is queued, and its last checkpoint.
-pub fn flush(writer: &std::thread::JoinHandle<()>) {
-    for _ in 0..500 {
-        if writer.is_finished() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    tracing::warn!("the audit log could not be ended in order");
 }
 
 /// What the servers show of the agent.

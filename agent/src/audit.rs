@@ -22,15 +22,15 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use chain::{Ledger, Log, OpenError, Settings};
 pub use join::{Ends, Join, Key, Seen};
-pub use processes::{Exec, Processes};
+pub use processes::{Exec, Processes, executable};
 use record::timestamp;
 pub use record::{
     AuthorityRecord, Bytes, Connection, Fault, GrantRecord, Lost, OutboundRecord, Peer, Record,
@@ -139,11 +139,13 @@ impl Audit {
         &self.node
     }
 
-    pub fn record(&self, record: Record) {
-        if let Some(open) = &self.open {
-            open.ledger.accept();
-            open.hand_in(record);
-        }
+    /// Says whether it found a place in the queue.
+    pub fn record(&self, record: Record) -> bool {
+        let Some(open) = &self.open else {
+            return true;
+        };
+        open.ledger.accept();
+        open.hand_in(record)
     }
 
     /// A connection has begun, whose record is to come: if the agent is killed before,
@@ -158,14 +160,26 @@ impl Audit {
     pub fn ended(&self, record: Record) {
         if let Some(open) = &self.open {
             open.ledger.accept_closed();
-            open.hand_in(record);
+            let _counted_if_not = open.hand_in(record);
         }
     }
 
-    /// The last word: what is handed in after it is lost, and told by the next start.
-    pub fn close(&self) {
-        if let Some(open) = &self.open {
-            let _ended_by_itself = open.queue.send(Message::Close);
+    /// The last word: what is handed in after it is lost, and told by the next start. A
+    /// disk that hangs is waited for so long at most. Not for the runtime's threads.
+    pub fn close(&self, writer: &JoinHandle<()>, limit: Duration) {
+        let Some(open) = &self.open else { return };
+        let until = Instant::now() + limit;
+        let mut told = false;
+        while Instant::now() < until && !writer.is_finished() {
+            told = told
+                || !matches!(
+                    open.queue.try_send(Message::Close),
+                    Err(TrySendError::Full(_))
+                );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if !writer.is_finished() {
+            tracing::warn!("the audit log could not be ended in order");
         }
     }
 
@@ -198,11 +212,13 @@ impl Audit {
 }
 
 impl Open {
-    fn hand_in(&self, record: Record) {
+    fn hand_in(&self, record: Record) -> bool {
         // Full, or closed.
-        if self.queue.try_send(Message::Record(record)).is_err() {
+        let taken = self.queue.try_send(Message::Record(record)).is_ok();
+        if !taken {
             self.counts.queue.fetch_add(1, Ordering::Relaxed);
         }
+        taken
     }
 }
 

@@ -193,6 +193,7 @@ pub async fn run(config: Config) -> Result<()> {
     make_state(&config)?;
     let (audit, writer) = Audit::open("authority", config.audit_log(), config.audit.queue.0)
         .context("the audit log")?;
+    let log = audit.clone();
     let server = Arc::new(Server::open(config, Clock::system(), audit).await?);
     let watching = tokio::spawn(ca::watch(server.clone()));
     let mut terminate = signal(SignalKind::terminate())?;
@@ -210,6 +211,6 @@ pub async fn run(config: Config) -> Result<()> {
     watching.abort();
     drop(server);
     // Connections that were cut hold the log, too; they end with the runtime.
-    let _ = tokio::task::spawn_blocking(move || app::flush(&writer)).await;
+    let _ = tokio::task::spawn_blocking(move || log.close(&writer, app::AUDIT_END)).await;
     Ok(())
 }

@@ -14,18 +14,21 @@ use super::observe::tell::{NOT_HANDED_OVER, NOT_STEERED, in_mesh};
 use crate::{
     audit::{Direction, Flow, FlowEvent, FlowProtocol, Record, Socket},
     config::Bypass,
-    kernel::diag::{TcpSocket, destroy, tcp_sockets},
+    kernel::diag::{TcpSocket, destroy, tcp_listeners, tcp_sockets},
     lifecycle::Watcher,
     proxy::{LocalPod, Proxy},
     workload::Table,
 };
+
+/// Connections that were told, by cookie, and whether they were ended.
+type Known = HashMap<u64, bool>;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 /// `include/net/tcp_states.h`.
 const ESTABLISHED: u8 = 1;
 
 pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut stop: Watcher) {
-    let mut known: HashMap<u64, HashSet<u64>> = HashMap::new();
+    let mut known: HashMap<u64, Known> = HashMap::new();
     let mut tick = tokio::time::interval(INTERVAL);
     loop {
         tokio::select! {
@@ -51,31 +54,24 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
     }
 }
 
-fn look(
-    proxy: &Proxy,
-    pod: &LocalPod,
-    agent_cgroup: u64,
-    enforce: Bypass,
-    seen: &mut HashSet<u64>,
-) {
-    let sockets = match tcp_sockets(&pod.netns) {
-        Ok(sockets) => sockets,
+fn look(proxy: &Proxy, pod: &LocalPod, agent_cgroup: u64, enforce: Bypass, seen: &mut Known) {
+    let listed = tcp_sockets(&pod.netns).and_then(|s| Ok((s, tcp_listeners(&pod.netns)?)));
+    let (sockets, listeners) = match listed {
+        Ok(listed) => listed,
         Err(error) => {
             let pod = &pod.workload.load().name;
             return tracing::warn!(pod, %error, "cannot list its sockets");
         }
     };
     let table = proxy.table.load();
-    let mut open = HashSet::new();
+    let mut open = Known::new();
     for socket in sockets.iter().filter(|s| s.cgroup != agent_cgroup) {
-        let Some((direction, why)) = uncarried(&table, socket) else {
+        let Some((direction, why)) = uncarried(&table, &listeners, socket) else {
             continue;
         };
-        open.insert(socket.cookie);
-        if seen.contains(&socket.cookie) {
-            continue;
-        }
+        let before = seen.get(&socket.cookie);
         let cut = enforce == Bypass::Cut
+            && before != Some(&true)
             && match destroy(&pod.netns, socket) {
                 Ok(()) => true,
                 Err(error) => {
@@ -84,6 +80,11 @@ fn look(
                     false
                 }
             };
+        open.insert(socket.cookie, cut);
+        // Told once; one that could not be ended is tried again.
+        if before.is_some() {
+            continue;
+        }
         let workload = pod.workload.load();
         let identity = pod.identity().clone();
         let mut flow = Flow::new(
@@ -107,7 +108,11 @@ fn look(
 }
 
 /// Whether a socket's connection should be carried and is not.
-fn uncarried(table: &Table, socket: &TcpSocket) -> Option<(Direction, &'static str)> {
+fn uncarried(
+    table: &Table,
+    listeners: &HashSet<u16>,
+    socket: &TcpSocket,
+) -> Option<(Direction, &'static str)> {
     let (local, remote) = (socket.local, socket.remote);
     // The kernel says which sockets are whose; without that nothing is known.
     let foreign = socket.state == ESTABLISHED
@@ -117,13 +122,11 @@ fn uncarried(table: &Table, socket: &TcpSocket) -> Option<(Direction, &'static s
     if !foreign {
         return None;
     }
-    // Who dialled is not kept; a server's port is the lower one, as a rule.
-    let dialled = local.port() > remote.port();
-    match dialled {
-        true if in_mesh(table, remote, false) => Some((Direction::Outbound, NOT_STEERED)),
-        true => None,
-        false => Some((Direction::Inbound, NOT_HANDED_OVER)),
+    // Who dialled is not kept: who comes to a port that is listened on did.
+    if listeners.contains(&local.port()) {
+        return Some((Direction::Inbound, NOT_HANDED_OVER));
     }
+    in_mesh(table, remote, false).then_some((Direction::Outbound, NOT_STEERED))
 }
 
 #[cfg(test)]
@@ -142,11 +145,16 @@ mod tests {
             cookie: 1,
             cgroup: 7,
         };
-        let outside = socket("10.0.1.2:40000", "203.0.113.9:443");
-        assert_eq!(uncarried(&table, &outside), None);
+        let listeners = HashSet::from([80, 50051]);
+        let uncarried = |socket: &TcpSocket| super::uncarried(&table, &listeners, socket);
+        for outside in ["203.0.113.9:443", "203.0.113.9:61616"] {
+            assert_eq!(uncarried(&socket("10.0.1.2:40000", outside)), None);
+        }
+        let low = socket("10.0.1.2:50051", "203.0.113.9:40000");
+        assert!(uncarried(&low).is_some());
         let inbound = socket("10.0.1.2:80", "203.0.113.9:40000");
         assert_eq!(
-            uncarried(&table, &inbound),
+            uncarried(&inbound),
             Some((Direction::Inbound, NOT_HANDED_OVER))
         );
         for not in [
@@ -161,7 +169,7 @@ mod tests {
                 ..inbound.clone()
             },
         ] {
-            assert_eq!(uncarried(&table, &not), None, "{not:?}");
+            assert_eq!(uncarried(&not), None, "{not:?}");
         }
     }
 }

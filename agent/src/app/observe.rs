@@ -20,7 +20,7 @@ use crate::{
     kernel::decode,
     proxy::Proxy,
 };
-use tell::Teller;
+use tell::{EARLY, Teller};
 
 /// What the kernel counts as lost, and why. Their order is the ledger's.
 const LOSSES: [(Counter, Lost, &str); 10] = [
@@ -36,6 +36,8 @@ const LOSSES: [(Counter, Lost, &str); 10] = [
     (Counter::LimitedRaw, Lost::KernelRaw, "rate"),
 ];
 const _: () = assert!(LOSSES.len() <= KINDS);
+/// Events that are taken in one turn.
+const TURN: usize = 4_096;
 /// How often losses are looked for.
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How often stories that wait for their sockets are looked at.
@@ -51,9 +53,13 @@ pub async fn kernel_events(
     let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) };
     let mut ring = match ring {
         Ok(ring) => ring,
-        Err(error) => return tracing::error!(%error, "cannot wait for kernel events"),
+        Err(error) => {
+            proxy.join.sees_no_more();
+            return tracing::error!(%error, "cannot wait for kernel events");
+        }
     };
     let mut teller = Teller::new(proxy.clone());
+    let _when_it_ends = Blinded(proxy.clone());
     for (kind, (counter, ..)) in LOSSES.into_iter().enumerate() {
         // The kernel counts anew where its maps are new.
         let now = proxy.kernel.counter(counter);
@@ -66,13 +72,10 @@ pub async fn kernel_events(
         tokio::select! {
             ready = ring.readable_mut() => {
                 let Ok(mut ready) = ready else { return };
-                let ring = ready.get_inner_mut();
-                while let Some(bytes) = ring.next() {
-                    if let Some(event) = decode(&bytes) {
-                        teller.tell(event);
-                    }
+                // Not for ever: the clock has its turn, too.
+                if !take(ready.get_inner_mut(), &mut teller) {
+                    ready.clear_ready();
                 }
-                ready.clear_ready();
             }
             _ = tick.tick() => losses(&proxy),
             _ = sweep.tick() => {
@@ -80,17 +83,33 @@ pub async fn kernel_events(
                 proxy.join.sweep(Instant::now(), false);
             }
             _ = &mut enough => {
-                let ring = ring.get_mut();
-                while let Some(bytes) = ring.next() {
-                    if let Some(event) = decode(&bytes) {
-                        teller.tell(event);
-                    }
-                }
-                teller.retry(Instant::now());
-                proxy.join.sweep(Instant::now(), true);
+                let _more = take(ring.get_mut(), &mut teller);
+                teller.retry(Instant::now() + EARLY);
                 return losses(&proxy);
             }
         }
+    }
+}
+
+/// Takes so many events at most; whether there may be more.
+fn take(ring: &mut RingBuf<MapData>, teller: &mut Teller) -> bool {
+    for _ in 0..TURN {
+        let Some(bytes) = ring.next() else {
+            return false;
+        };
+        if let Some(event) = decode(&bytes) {
+            teller.tell(event);
+        }
+    }
+    true
+}
+
+/// However it ends, stories do not wait for what nobody tells.
+struct Blinded(Arc<Proxy>);
+
+impl Drop for Blinded {
+    fn drop(&mut self) {
+        self.0.join.sees_no_more();
     }
 }
 
@@ -98,8 +117,8 @@ pub async fn kernel_events(
 fn losses(proxy: &Proxy) {
     for (kind, (counter, lost, reason)) in LOSSES.into_iter().enumerate() {
         let (now, before) = (proxy.kernel.counter(counter), proxy.audit.reported(kind));
-        if now > before {
-            proxy.audit.record(Record::gap(lost, now - before, reason));
+        // A full queue is asked again.
+        if now > before && proxy.audit.record(Record::gap(lost, now - before, reason)) {
             proxy.audit.set_reported(kind, now);
         }
     }

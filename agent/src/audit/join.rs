@@ -9,7 +9,10 @@
 use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -61,7 +64,7 @@ struct Found {
 pub struct Join {
     audit: Audit,
     /// Whether the kernel tells of sockets at all.
-    sees: bool,
+    sees: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -78,14 +81,14 @@ impl Join {
     pub fn new(audit: Audit, sees: bool) -> Self {
         Self {
             audit,
-            sees,
+            sees: sees.into(),
             state: Mutex::default(),
         }
     }
 
     /// A connection has a socket by this key. To be called before the socket can end.
     pub fn expect(&self, ends: &Ends, key: Key) {
-        if !self.sees {
+        if !self.sees.load(Ordering::Relaxed) {
             return;
         }
         let mut state = self.lock();
@@ -105,14 +108,15 @@ impl Join {
 
     /// The kernel has seen a socket end. `false`: it is of no connection that is known.
     pub fn socket(&self, key: Key, seen: impl FnOnce() -> Seen) -> bool {
+        let Some(ends) = self.lock().keys.remove(&key) else {
+            return false;
+        };
+        // Not while anything is locked: it may have to look into `/proc`.
+        let seen = seen();
         let done = {
-            let mut state = self.lock();
-            let Some(ends) = state.keys.remove(&key) else {
-                return false;
-            };
             let mut found = ends.lock();
             found.expected.retain(|other| *other != key);
-            found.add(key, seen());
+            found.add(key, seen);
             found.whole()
         };
         self.tell(done);
@@ -125,7 +129,11 @@ impl Join {
         let done = {
             let mut state = self.lock();
             ends.lock().record = Some(Box::new(record));
-            let whole = ends.lock().whole();
+            let mut whole = ends.lock().whole();
+            if whole.is_none() && !self.sees.load(Ordering::Relaxed) {
+                let mut found = ends.lock();
+                whole = found.record.take().map(|record| found.complete(record));
+            }
             if whole.is_none() {
                 state.waiting.push_back((now + PATIENCE, ends.clone()));
             }
@@ -151,6 +159,13 @@ impl Join {
         for record in due {
             self.tell(Some(record));
         }
+    }
+
+    /// Nobody tells of sockets any more: stories that wait are told without, and no other
+    /// waits.
+    pub fn sees_no_more(&self) {
+        self.sees.store(false, Ordering::Relaxed);
+        self.sweep(Instant::now(), true);
     }
 
     /// Stories that were told without a socket of theirs, and keys that are held.

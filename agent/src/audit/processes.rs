@@ -19,7 +19,7 @@ use crate::{
 /// Processes that are known at once; the oldest are forgotten first.
 const MOST: usize = 32_768;
 /// How long an ended process is still known: its last connections end after it.
-const GRACE: Duration = Duration::from_secs(60);
+const GRACE: Duration = Duration::from_secs(10);
 
 /// What an exec told of a process.
 pub struct Exec<'a> {
@@ -85,8 +85,8 @@ impl Processes {
         Some(process)
     }
 
-    /// Who made a system call, by what the kernel noted of it. What an exec told counts
-    /// only while user and name are the same: the number may have become another's.
+    /// Who made a system call, by what the kernel noted of it, for the record. What an exec
+    /// told counts only while the user is the same: the number may have become another's.
     pub fn of(&self, pid: u32, uid: u32, comm: &str) -> Process {
         if let Some((_, known)) = self.lock().by_pid.get(&pid)
             && known.uid == uid
@@ -147,17 +147,23 @@ impl Known {
     }
 }
 
+/// The program that a process runs now; `None`: it is gone. What an exec told is the name
+/// that was asked for, which may be relative or a link: decisions go by this.
+pub fn executable(pid: u32) -> Option<String> {
+    let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    Some(path.to_string_lossy().into_owned())
+}
+
 /// What `/proc` still tells.
 fn look(pid: u32, uid: u32, comm: &str) -> Process {
     let proc = |what: &str| format!("/proc/{pid}/{what}");
-    let exe = std::fs::read_link(proc("exe")).ok();
     let cgroup = cgroup_of(pid);
     let argv = std::fs::read(proc("cmdline")).unwrap_or_default();
     Process {
         pid,
         uid,
         comm: comm.to_owned(),
-        exe: exe.map(|path| path.to_string_lossy().into_owned()),
+        exe: executable(pid),
         argv: (!argv.is_empty()).then(|| argv_hash(&argv)),
         container: cgroup.as_deref().and_then(container),
         cgroup,

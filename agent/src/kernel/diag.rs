@@ -4,6 +4,7 @@
 mod message;
 
 use std::{
+    collections::HashSet,
     io,
     net::SocketAddr,
     os::fd::{AsRawFd as _, OwnedFd},
@@ -52,6 +53,18 @@ pub fn tcp_sockets(netns: &Netns) -> io::Result<Vec<TcpSocket>> {
         exchange(&socket, &wanted, &mut found)?;
     }
     Ok(found)
+}
+
+/// Ports that something listens on in a namespace.
+pub fn tcp_listeners(netns: &Netns) -> io::Result<HashSet<u16>> {
+    let socket = open(netns)?;
+    let mut found = Vec::new();
+    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
+        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
+        let wanted = request(SOCK_DIAG_BY_FAMILY, flags, family, 1 << LISTEN, None);
+        exchange(&socket, &wanted, &mut found)?;
+    }
+    Ok(found.iter().map(|socket| socket.local.port()).collect())
 }
 
 /// Ends a connection: its owner sees ECONNABORTED, its peer a reset. Fails with

@@ -16,7 +16,7 @@ use super::{
     story::{Ending, Story},
 };
 use crate::{
-    audit::{Fault, Key, Reporter, Transport},
+    audit::{Fault, Key, Reporter, Transport, executable},
     kernel::{from_abi, text},
     lifecycle::Watcher,
     policy::{Caller, Denial, Facts},
@@ -61,16 +61,20 @@ pub async fn carry(
         address,
     );
     proxy.join.expect(&story.ends, Key::Dialled(dialled.cookie));
-    let process = (proxy.processes).of(dialled.tgid, dialled.uid, &text(&dialled.comm));
+    let program = executable(dialled.tgid);
+    let mut process = (proxy.processes).of(dialled.tgid, dialled.uid, &text(&dialled.comm));
+    process.exe = program.clone().or(process.exe);
     story.source.process = Some(process);
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
     let judged = route(&proxy, &mut story, address)
         .map_err(|(fault, why)| Ending::Failed(fault, why))
-        .and_then(|route| match may_connect(&proxy, pod, &story) {
-            Ok(()) => Ok(route),
-            Err(denial) => Err(Ending::Denied(denial)),
-        });
+        .and_then(
+            |route| match may_connect(&proxy, pod, program.as_deref(), &story) {
+                Ok(()) => Ok(route),
+                Err(denial) => Err(Ending::Denied(denial)),
+            },
+        );
     let ending = match judged {
         Err(ending) => {
             reset(stream);
@@ -122,10 +126,15 @@ async fn now_sends_tokens(
 
 /// Whether ConnectPolicy lets this process go where the connection leads. A process
 /// that is gone already has no executable: it matches no rule that names one.
-fn may_connect(proxy: &Proxy, pod: &LocalPod, story: &Story) -> Result<(), Denial> {
+fn may_connect(
+    proxy: &Proxy,
+    pod: &LocalPod,
+    executable: Option<&str>,
+    story: &Story,
+) -> Result<(), Denial> {
     let process = story.source.process.as_ref();
     proxy.selected(pod).connect(&Caller {
-        executable: process.and_then(|p| p.exe.as_deref()),
+        executable,
         uid: process.map_or(u32::MAX, |p| p.uid),
         destination: story.destination.address.unwrap_or(story.dialled),
     })

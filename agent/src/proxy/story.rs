@@ -47,6 +47,18 @@ pub struct Story {
     pub requests: Told,
     /// Whether `opened` was counted, so that `closed` is.
     open: Option<ConnectionLabels>,
+    /// It is told.
+    ended: bool,
+}
+
+/// Also one whose task came to no end of its own.
+impl Drop for Story {
+    fn drop(&mut self) {
+        if !self.ended {
+            let why = "its task in the agent ended before it";
+            self.end(Ending::Failed(Fault::Agent, why.into()));
+        }
+    }
 }
 
 /// One end, as far as it is known.
@@ -138,6 +150,7 @@ impl Story {
             ends: Ends::default(),
             requests: Told::default(),
             open: None,
+            ended: false,
         }
     }
 
@@ -159,6 +172,11 @@ impl Story {
     }
 
     pub fn finish(mut self, ending: Ending) {
+        self.end(ending);
+    }
+
+    fn end(&mut self, ending: Ending) {
+        self.ended = true;
         let (fault, end) = match ending {
             Ending::Closed => (Fault::None, "closed".to_owned()),
             Ending::Drained => (Fault::Agent, "ended by the agent's shutdown".to_owned()),
@@ -220,11 +238,14 @@ impl Story {
                 source: self.source.peer(),
                 destination: self.destination.peer(),
                 dialled: self.dialled,
-                service: self.service.map(|s| format!("{}/{}", s.namespace, s.name)),
+                service: self
+                    .service
+                    .take()
+                    .map(|s| format!("{}/{}", s.namespace, s.name)),
                 verdict: self.verdict,
-                policy: self.policy,
-                told: self.told,
-                tls: self.tls,
+                policy: self.policy.take(),
+                told: std::mem::take(&mut self.told),
+                tls: self.tls.take(),
                 bytes,
                 requests,
                 end,

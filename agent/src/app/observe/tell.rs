@@ -21,7 +21,7 @@ use crate::{
 
 /// How long a steered socket's end waits for the agent to accept the connection that it
 /// was of: an application may dial and leave at once.
-const EARLY: Duration = Duration::from_secs(5);
+pub const EARLY: Duration = Duration::from_secs(5);
 /// Ends that wait so at once.
 const MOST: usize = 16_384;
 

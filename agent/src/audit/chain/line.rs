@@ -68,4 +68,6 @@ pub struct Counts {
     pub lost: String,
     pub count: u64,
     pub reason: String,
+    #[serde(rename = "lastSeq")]
+    pub last_seq: u64,
 }

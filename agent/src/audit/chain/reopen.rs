@@ -42,6 +42,7 @@ impl Found {
             torn: Vec::new(),
             broken: None,
         };
+        let oldest = all.first().map_or(1, |segment| segment.first);
         let mut last = true;
         for segment in all.into_iter().rev() {
             // One that cannot be read is evidence: a new one is begun behind it.
@@ -52,7 +53,13 @@ impl Found {
                 ..Scan::default()
             });
             let marked = scan.marked;
+            let gone = scan.unsigned_removal.filter(|last| *last < oldest);
             found.take(segment, scan, last);
+            if let Some(gone) = gone.filter(|_| last) {
+                let why = format!("records up to {gone} are gone, and nothing signed says why");
+                found.broken.get_or_insert(why);
+                found.active = None;
+            }
             last = false;
             // Older ones say nothing more about the run before.
             if marked {
@@ -122,6 +129,8 @@ struct Scan {
     whole: u64,
     torn: Vec<u8>,
     broken: Option<String>,
+    /// Says that records up to this one were removed, and no checkpoint covers it.
+    unsigned_removal: Option<u64>,
 }
 
 impl Scan {
@@ -172,7 +181,11 @@ impl Scan {
         }
         let counts: Counts = serde_json::from_slice(line).unwrap_or_default();
         match (kind, counts.lost.as_str(), counts.reason.as_str()) {
+            ("retention", ..) => self.unsigned_removal = Some(counts.last_seq),
             ("checkpoint" | "reopened", _, reason) => {
+                if kind == "checkpoint" {
+                    self.unsigned_removal = None;
+                }
                 self.closed = kind == "checkpoint" && reason == "closed";
                 self.run = counts.ledger;
                 self.marked |= counts.ledger.is_some();

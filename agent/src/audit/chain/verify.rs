@@ -231,6 +231,8 @@ struct Check {
     removed: HashMap<u64, String>,
     /// The last record that retention removed.
     removed_to: u64,
+    /// What says so and no checkpoint covers yet: anybody can write such a record.
+    unsigned: Vec<Removed>,
 }
 
 impl Check {
@@ -245,6 +247,7 @@ impl Check {
             begins_behind: None,
             removed: HashMap::new(),
             removed_to: 0,
+            unsigned: Vec::new(),
         }
     }
 
@@ -275,7 +278,14 @@ impl Check {
 
     fn segment(&mut self, segment: &Segment, last: bool) {
         let name = segment.name();
-        let mut lines = match Lines::open(segment) {
+        let opened = match Lines::open(segment) {
+            // It has been compressed since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !segment.packed => {
+                Lines::open(&segment.to_packed())
+            }
+            opened => opened,
+        };
+        let mut lines = match opened {
             Ok(lines) => lines,
             Err(error) => return self.problem(&name, 0, segment.first, error.to_string()),
         };
@@ -338,6 +348,15 @@ impl Check {
             let what = format!("the name of its file says that it is {first}");
             self.problem(file, number, seq, what);
         }
+        // Each file but the last ends with a checkpoint, unless its agent could not go on.
+        let unsigned = self.report.uncovered > 0 && head.kind != "reopened";
+        if let Some((before, _)) = self.before
+            && number == 1
+            && unsigned
+        {
+            let what = "no checkpoint is where its file ends";
+            self.problem(file, number, before, what);
+        }
         match self.before {
             None => self.begin(file, number, seq, prev),
             Some((before, _)) if seq > before + 1 => {
@@ -369,6 +388,7 @@ impl Check {
         match head.kind.as_ref() {
             "checkpoint" => self.checkpoint(file, number, seq, text),
             "retention" => self.retention(file, number, seq, text),
+            "reopened" => self.reopened(file, number, seq, text),
             _ => {}
         }
         if let Some(pinned) = &mut self.pinned
@@ -411,6 +431,10 @@ impl Check {
             Ok(key) => {
                 self.report.checkpoints += 1;
                 self.report.uncovered = 0;
+                for removed in std::mem::take(&mut self.unsigned) {
+                    self.removed_to = self.removed_to.max(removed.last_seq);
+                    self.removed.insert(removed.last_seq, removed.last_hash);
+                }
                 let known = self.key.get_or_insert_with(|| key.clone());
                 if *known != key {
                     // The next ones with this key are one problem with it.
@@ -422,12 +446,21 @@ impl Check {
         }
     }
 
+    /// An agent found the log otherwise than it was written, and went on behind that.
+    fn reopened(&mut self, file: &str, number: u64, seq: u64, line: &str) {
+        #[derive(Deserialize)]
+        struct Reopened {
+            broken: Option<String>,
+        }
+        if let Ok(Reopened { broken: Some(why) }) = serde_json::from_str(line) {
+            let what = format!("says that the log was not whole when an agent started: {why}");
+            self.problem(file, number, seq, what);
+        }
+    }
+
     fn retention(&mut self, file: &str, number: u64, seq: u64, line: &str) {
         match serde_json::from_str::<Removed>(line) {
-            Ok(removed) if removed.first_seq <= removed.last_seq => {
-                self.removed_to = self.removed_to.max(removed.last_seq);
-                self.removed.insert(removed.last_seq, removed.last_hash);
-            }
+            Ok(removed) if removed.first_seq <= removed.last_seq => self.unsigned.push(removed),
             Ok(_) => self.problem(file, number, seq, "removes nothing"),
             Err(error) => self.problem(file, number, seq, error.to_string()),
         }

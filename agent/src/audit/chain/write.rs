@@ -112,6 +112,8 @@ pub struct Log {
     checkpointed: Instant,
     looked: Instant,
     retained: Instant,
+    /// When a new segment could not be begun.
+    rotated: Option<Instant>,
     /// The last record that is removed, or soon will be.
     removed: u64,
     /// Records that are lost and of which no gap record tells yet.
@@ -157,7 +159,11 @@ impl Active {
             .create_new(true)
             .mode(0o600)
             .open(&segment.path)?;
-        sync_directory(directory)?;
+        if let Err(error) = sync_directory(directory) {
+            // Readers would go on to it.
+            let _as_it_was = fs::remove_file(&segment.path);
+            return Err(error);
+        }
         Ok(Self {
             segment,
             file,
@@ -237,15 +243,21 @@ impl Log {
         let aside = found
             .cut(directory, now.map_or(0, |now| now.as_nanos()))
             .map_err(OpenError::at(directory))?;
+        // What was written does not go away with the agent: somebody took it.
+        let missing = (losses.last > found.seq).then(|| {
+            let (first, last) = (found.seq + 1, losses.last);
+            format!("records {first} to {last} were written, and are gone")
+        });
+        let broken = found.broken.clone().or(missing);
         let state = State {
-            seq: found.seq,
+            seq: found.seq.max(losses.last),
             hash: found.hash,
             settled: found.logged.settled,
             uncovered: 1,
         };
         let active = match &found.active {
-            Some((segment, length)) => Active::reopen(segment.clone(), *length),
-            None => Active::make(directory, state.seq + 1),
+            Some((segment, length)) if broken.is_none() => Active::reopen(segment.clone(), *length),
+            _ => Active::make(directory, state.seq + 1),
         };
         let active = active.map_err(OpenError::at(directory))?;
         let jobs = pack::start().map_err(OpenError::at(directory))?;
@@ -262,6 +274,7 @@ impl Log {
             checkpointed: moment,
             looked: moment,
             retained: moment,
+            rotated: None,
             removed: 0,
             lost: Lost::default(),
             failing: false,
@@ -272,21 +285,21 @@ impl Log {
         };
         log.told_late("records", losses.records, Entry::Queue);
         log.told_late("connections", losses.connections, |_| Entry::Own);
-        let reason = match (found.seq, found.broken.is_some(), found.logged.closed) {
-            (0, ..) => "first",
-            (_, true, _) => "broken",
-            (_, _, true) => "start",
+        let reason = match (&broken, found.seq, found.logged.closed) {
+            (Some(_), ..) => "broken",
+            (None, 0, _) => "first",
+            (None, _, true) => "start",
             _ => "unclean",
         };
         let what = Reopened {
-            after: found.seq,
+            after: state.seq,
             ledger: ledger.run(),
             settled: 0,
             reason,
             torn: found.torn.len() as u64,
             torn_file: aside
                 .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned())),
-            broken: found.broken.clone(),
+            broken,
         };
         log.batch.own(Entry::Begin, node, "reopened", &what);
         let path = log.settings.directory.clone();
@@ -498,12 +511,24 @@ impl Log {
 
     /// Goes on in a new file. Where none can be made, the old one grows.
     fn rotate(&mut self) {
+        if self
+            .rotated
+            .is_some_and(|failed| failed.elapsed() < RETENTION)
+        {
+            return;
+        }
+        self.rotated = Some(Instant::now());
         self.checkpoint("rotation");
+        // A segment ends with a signature.
+        if self.state.uncovered > 0 {
+            return;
+        }
         self.sync();
         let directory = &self.settings.directory;
         match Active::make(directory, self.state.seq + 1) {
             Ok(active) => {
                 let full = std::mem::replace(&mut self.active, active);
+                self.rotated = None;
                 if self.settings.compress {
                     self.job(Job::Pack(full.segment));
                 }
@@ -521,7 +546,17 @@ impl Log {
         let path = &self.active.segment.path;
         let own = self.active.file.metadata().map(|m| (m.dev(), m.ino()));
         let there = fs::metadata(path).map(|m| (m.dev(), m.ino()));
-        let same = matches!((own, there), (Ok(own), Ok(there)) if own == there);
+        let same = matches!((&own, &there), (Ok(own), Ok(there)) if own == there);
+        let length = self.active.file.metadata().map_or(0, |m| m.len());
+        if length < self.active.length {
+            // Its own lines are gone: the chain goes on without them, and `verify` says so.
+            tracing::error!("{}: was truncated", path.display());
+            match Active::make(&self.settings.directory, self.state.seq + 1) {
+                Ok(active) => self.active = active,
+                Err(error) => tracing::error!(%error, "no new segment"),
+            }
+            return;
+        }
         if !same && let Err(error) = self.restore() {
             let path = self.active.segment.path.display();
             tracing::error!(%error, "{path}: was removed, and cannot be restored yet");
@@ -578,10 +613,10 @@ impl Log {
         let link = due.link(self.state.hash);
         let entry = Entry::Own;
         self.batch.own(entry, &self.node, "retention", &link);
-        let before = self.state.seq;
         self.write_or_count();
-        // Not without its record.
-        if self.state.seq > before {
+        // Not without its record, and that not without a signature: anybody can write one.
+        self.checkpoint("retention");
+        if self.state.uncovered == 0 {
             self.sync();
             self.removed = due.last();
             for segment in due.segments {

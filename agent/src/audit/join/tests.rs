@@ -156,6 +156,19 @@ fn a_dial_that_failed_has_no_socket() {
 }
 
 #[test]
+fn without_eyes_nothing_waits() {
+    let (join, records) = join();
+    let (early, late) = (Ends::default(), Ends::default());
+    join.expect(&early, hop(1));
+    join.expect(&late, hop(2));
+    join.ended(&early, story());
+    join.sees_no_more();
+    assert!(told(&records).is_some());
+    join.ended(&late, story());
+    assert!(told(&records).is_some());
+}
+
+#[test]
 fn all_is_told_at_the_end() {
     let (join, records) = join();
     let ends = Ends::default();

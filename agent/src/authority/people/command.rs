@@ -183,8 +183,8 @@ fn record(config: &Config, subject: &str, what: &str) -> Result<()> {
         reason: what.to_owned(),
         ..AuthorityRecord::default()
     })));
-    drop(audit);
-    if writer.join().is_err() {
+    audit.close(&writer, PATIENCE);
+    if !writer.is_finished() || audit.written() != 1 {
         bail!("the audit log could not be written");
     }
     Ok(())

@@ -143,11 +143,17 @@ fn a_torn_write_costs_what_was_torn_and_no_more() {
     let dir = TempDir::new().expect("directory");
     let own = settings(&dir);
     let (mut log, ledger) = open(&own);
-    for number in 0..5 {
+    for number in 0..4 {
         ledger.accept();
         append(&mut log, number);
     }
     log.commit();
+    ledger.accept();
+    append(&mut log, 4);
+    // The agent dies within its write: of its end the ledger knows nothing.
+    let before = fs::read(&own.ledger).expect("a ledger");
+    log.commit();
+    fs::write(&own.ledger, before).expect("written");
     let path = log.active.segment.path.clone();
     drop((log, ledger));
     let whole = fs::read(&path).expect("a segment");
@@ -231,7 +237,8 @@ fn segments_are_compressed_and_removed_only_with_a_link() {
     let report = verify(&settings.directory, None).expect("readable");
     assert_eq!(report.problems.len(), 1, "{report}");
     assert!(report.problems[0].what.contains("are missing"), "{report}");
-    // It opens all the same, and what is wrong stays told.
+    // It opens all the same, and what is wrong stays told (by the log, too, where it could
+    // see it).
     let (log, _) = open(&settings);
     log.close();
     let report = verify(&settings.directory, None).expect("readable");
@@ -341,8 +348,13 @@ fn tampering_of_the_last_segment_is_kept_as_it_is() {
         "{again}"
     );
     let report = verify(&settings.directory, None).expect("readable");
-    assert_eq!(report.problems.len(), 1, "{report}");
-    assert_eq!(report.problems[0].seq, 5);
+    let places: Vec<u64> = report.problems.iter().map(|problem| problem.seq).collect();
+    // What was changed, and that the next agent saw it.
+    assert!(places.len() == 2 && places[0] == 5, "{report}");
+    assert!(
+        report.problems[1].what.contains("was not whole"),
+        "{report}"
+    );
 }
 
 #[test]
@@ -362,5 +374,79 @@ fn a_ledger_that_cannot_be_read_is_an_unknown_loss() {
     assert!(
         gaps.iter()
             .all(|gap| gap["count"].is_null() && gap["reason"] == "restart")
+    );
+}
+
+#[test]
+fn a_tail_that_was_cut_off_between_two_agents_is_missed() {
+    let dir = TempDir::new().expect("directory");
+    let settings = settings(&dir);
+    let (mut log, _ledger) = open(&settings);
+    for number in 0..5 {
+        append(&mut log, number);
+    }
+    log.commit();
+    let path = log.active.segment.path.clone();
+    log.close();
+    let text = fs::read_to_string(&path).expect("a segment");
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    fs::write(&path, lines[..4].concat()).expect("written");
+    let (log, _) = open(&settings);
+    log.close();
+    let report = verify(&settings.directory, None).expect("readable");
+    assert!(
+        report
+            .problems
+            .iter()
+            .any(|p| p.what.contains("are missing")),
+        "{report}"
+    );
+    assert!(
+        report.problems.iter().any(|p| p.what.contains("are gone")),
+        "{report}"
+    );
+}
+
+/// One without the key removes the oldest segments and says that it was in order.
+#[test]
+fn a_removal_that_nothing_signed_is_none() {
+    let dir = TempDir::new().expect("directory");
+    let settings = Settings {
+        segment_bytes: 2_000,
+        compress: false,
+        ..settings(&dir)
+    };
+    let (mut log, _ledger) = open(&settings);
+    for number in 0..60 {
+        append(&mut log, number);
+        log.commit();
+    }
+    log.close();
+    let all = segment::list(&settings.directory).expect("a directory");
+    assert!(all.len() > 2);
+    let last = fs::read_to_string(&all[all.len() - 1].path).expect("a segment");
+    let next = fs::read_to_string(&all[1].path).expect("a segment");
+    let prev = &next[next.find("\"prev\":\"").expect("prev") + 8..][..64];
+    let end = last.lines().last().expect("a line");
+    let seq = crate::audit::chain::last_seq(&settings.directory).expect("readable") + 1;
+    let forged = format!(
+        "{{\"seq\":{seq},\"prev\":\"{}\",\"kind\":\"retention\",\"firstSeq\":1,\"lastSeq\":{},\"lastHash\":\"{prev}\",\"files\":[]}}\n",
+        super::super::line::Hash::of(end.as_bytes()).as_str(),
+        all[1].first - 1
+    );
+    fs::write(&all[all.len() - 1].path, last.clone() + &forged).expect("written");
+    fs::remove_file(&all[0].path).expect("removed");
+    let report = verify(&settings.directory, None).expect("readable");
+    assert!(!report.problems.is_empty(), "{report}");
+    // Nor does the next agent sign it away.
+    let (log, _) = open(&settings);
+    log.close();
+    let report = verify(&settings.directory, None).expect("readable");
+    assert!(
+        report
+            .problems
+            .iter()
+            .any(|p| p.what.contains("nothing signed")),
+        "{report}"
     );
 }

@@ -202,6 +202,16 @@ impl Drop for Tmpfs {
     }
 }
 
+/// A file that takes all the room that is left.
+fn node_filler(node: &Node) -> Result<PathBuf> {
+    use std::io::Write as _;
+    let path = node.audit_path().join("filler");
+    let mut file = std::fs::File::create(&path)?;
+    let block = [0; 4096];
+    while file.write_all(&block).is_ok() {}
+    Ok(path)
+}
+
 #[test]
 fn a_full_disk_costs_records_that_are_counted_and_never_traffic() -> Result<()> {
     const CALLS: u64 = 1_500;
@@ -224,6 +234,21 @@ fn a_full_disk_costs_records_that_are_counted_and_never_traffic() -> Result<()> 
     let (code, said) = verify(&node.audit_path(), &[])?;
     assert_eq!(code, Some(0), "{said}");
     assert!(node.log().contains("the audit log cannot be written"));
+    // A disk that is full at the start keeps no agent from it, either.
+    lab.nodes[0].stop()?;
+    let filler = node_filler(&lab.nodes[0])?;
+    lab.nodes[0].start()?;
+    lab.known(&client)?;
+    let seen = storm(&client, &at(&server, ECHO), 100)?;
+    assert_eq!(seen["outcomes"]["eof"], 100, "{seen}");
+    std::fs::remove_file(filler)?;
+    eventually("it is told", Duration::from_secs(10), || {
+        let records = lab.nodes[0].audit().unwrap_or_default();
+        let again = records.iter().rposition(|r| r["kind"] == "reopened");
+        again.is_some_and(|at| gaps(&records[at..], "records", "disk") > 100)
+    })?;
+    let (code, said) = verify(&lab.nodes[0].audit_path(), &[])?;
+    assert_eq!(code, Some(0), "{said}");
     lab.nodes[0].stop()?;
     drop(disk);
     Ok(())

@@ -118,6 +118,10 @@ pub struct Log {
     removed: u64,
     /// Records that are lost and of which no gap record tells yet.
     lost: Lost,
+    /// What a run begins with is written.
+    begun: bool,
+    /// Records that came before that.
+    dropped: u64,
     /// The disk took nothing the last time.
     failing: bool,
     /// What stands behind the last whole line is still to be cut off.
@@ -277,6 +281,8 @@ impl Log {
             rotated: None,
             removed: 0,
             lost: Lost::default(),
+            begun: false,
+            dropped: 0,
             failing: false,
             uncut: false,
             jobs,
@@ -302,11 +308,34 @@ impl Log {
             broken,
         };
         log.batch.own(Entry::Begin, node, "reopened", &what);
-        let path = log.settings.directory.clone();
-        log.write().map_err(OpenError::at(&path))?;
-        log.batch.clear(log.state);
+        match log.begin() {
+            // A full disk costs records, not the node's traffic.
+            Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+                let path = log.active.segment.path.display();
+                tracing::error!(%error, "{path}: the audit log cannot be written; what is lost is counted");
+                log.failing = true;
+            }
+            result => result.map_err(OpenError::at(&log.settings.directory))?,
+        }
         log.tidy();
         Ok((log, ledger))
+    }
+
+    /// Writes what a run begins with, whole or not at all: it stays in the batch until then,
+    /// and nothing comes before it.
+    fn begin(&mut self) -> io::Result<()> {
+        let (state, length) = (self.state, self.active.length);
+        if let Err(error) = self.write() {
+            self.state = state;
+            self.active.length = length;
+            self.uncut = true;
+            self.cut()?;
+            return Err(error);
+        }
+        self.begun = true;
+        self.failing = false;
+        self.batch.clear(self.state);
+        Ok(())
     }
 
     /// What the run before lost, as far as it is known.
@@ -330,7 +359,10 @@ impl Log {
 
     /// A record that was handed in: one JSON object.
     pub fn append(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
-        self.batch.push(Entry::Record, write);
+        match self.begun {
+            true => self.batch.push(Entry::Record, write),
+            false => self.dropped += 1,
+        }
     }
 
     /// So many more records found no place in the queue.
@@ -345,6 +377,12 @@ impl Log {
 
     /// Writes what was appended, and tells of what was lost.
     pub fn commit(&mut self) -> Committed {
+        if !self.begun {
+            let lost = std::mem::take(&mut self.dropped);
+            self.lost.disk += lost;
+            let _still_full = self.begin();
+            return Committed { written: 0, lost };
+        }
         let lost = std::mem::take(&mut self.lost);
         for (count, reason, entry) in [
             (lost.queue, "queue", Entry::Queue(lost.queue)),
@@ -367,6 +405,9 @@ impl Log {
     /// What is due by the clock. Intervals are the monotonic clock's: a wall clock may be
     /// set back.
     pub fn tick(&mut self) {
+        if !self.begun {
+            return;
+        }
         let now = Instant::now();
         if now.duration_since(self.looked) >= LOOK {
             self.looked = now;
@@ -503,6 +544,9 @@ impl Log {
     }
 
     fn checkpoint(&mut self, reason: &'static str) {
+        if !self.begun {
+            return;
+        }
         self.checkpointed = Instant::now();
         let run = self.ledger.run();
         self.batch.checkpoint(&self.node, &self.key, run, reason);
@@ -600,6 +644,9 @@ impl Log {
     /// Removes the oldest segments that retention no longer keeps. The log says so first,
     /// so that its new beginning is linked to what was before.
     fn retain(&mut self) {
+        if !self.begun {
+            return;
+        }
         self.retained = Instant::now();
         let due = retain::due(&self.settings, self.active.segment.first, self.removed);
         let due = match due {

@@ -382,13 +382,14 @@ fn allowed(config: &Config, subject: Subject, kind: Kind) -> bool {
     if interval == 0 {
         return false; // nobody wants to know
     }
+    // A pod can make namespaces of its own: only that of a workload has a bucket, in all
+    // others the pod is told by its cgroup.
+    // SAFETY: only whether it is there.
+    let known =
+        subject.netns != config.node_netns && unsafe { WORKLOADS.get(subject.netns) }.is_some();
     let bucket = Bucket {
-        netns: subject.netns,
-        cgroup: if subject.netns == config.node_netns {
-            subject.cgroup
-        } else {
-            0
-        },
+        netns: if known { subject.netns } else { 0 },
+        cgroup: if known { 0 } else { subject.cgroup },
         kind: kind as u32,
         _pad: 0,
     };

@@ -45,7 +45,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     app::{self, Misconfigured},
-    audit::{Audit, AuthorityRecord, Record},
+    audit::{Audit, AuthorityRecord, Record, chain::OpenError},
     identity::Root,
 };
 
@@ -186,13 +186,29 @@ pub fn routes(server: Shared) -> Router {
     all.merge(metadata::at_the_host(&path)).with_state(server)
 }
 
+/// A log has one writer: of replicas that share a state directory, each has its own.
+fn open_log(config: &Config) -> Result<(Audit, std::thread::JoinHandle<()>)> {
+    const REPLICAS: u32 = 16;
+    for number in 1..=REPLICAS {
+        let mut log = config.audit_log();
+        if number > 1 {
+            log.directory = log.directory.with_added_extension(number.to_string());
+            log.ledger = log.ledger.with_added_extension(number.to_string());
+        }
+        match Audit::open("authority", log, config.audit.queue.0) {
+            Err(OpenError::Busy(_)) => {}
+            opened => return opened.context("the audit log"),
+        }
+    }
+    anyhow::bail!("{REPLICAS} servers have their audit logs in this state directory already")
+}
+
 /// Runs the server until SIGTERM or SIGINT.
 pub async fn run(config: Config) -> Result<()> {
     // Keys live in this process's memory: no core file, no ptrace by others.
     nix::sys::prctl::set_dumpable(false).context("PR_SET_DUMPABLE")?;
     make_state(&config)?;
-    let (audit, writer) = Audit::open("authority", config.audit_log(), config.audit.queue.0)
-        .context("the audit log")?;
+    let (audit, writer) = open_log(&config)?;
     let log = audit.clone();
     let server = Arc::new(Server::open(config, Clock::system(), audit).await?);
     let watching = tokio::spawn(ca::watch(server.clone()));

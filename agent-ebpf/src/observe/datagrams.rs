@@ -141,7 +141,11 @@ fn flow(
     } else {
         let _full = DATAGRAMS.insert(flow, now, 0);
     }
-    let mut entry = room::<SocketEvent>(config, subject, Kind::Datagram)?;
+    let Some(mut entry) = room::<SocketEvent>(config, subject, Kind::Datagram) else {
+        // Not told: its next packet is the first again, so that none is hidden by a flood.
+        let _absent = DATAGRAMS.remove(flow);
+        return None;
+    };
     entry.write(SocketEvent {
         header: header(EVENT_DATAGRAM, subject),
         cookie: cookie(),
@@ -188,7 +192,10 @@ pub fn raw(sk: u64, packet: bool, cookie: impl FnOnce() -> u64) -> Option<()> {
             field(sk, offset!(sock_num))?
         }
     };
-    let mut entry = room::<SocketEvent>(config, subject, Kind::Raw)?;
+    let Some(mut entry) = room::<SocketEvent>(config, subject, Kind::Raw) else {
+        let _absent = RAWS.remove(key);
+        return None;
+    };
     entry.write(SocketEvent {
         header: header(if packet { EVENT_PACKET } else { EVENT_RAW }, subject),
         cookie,

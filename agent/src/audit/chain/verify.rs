@@ -233,6 +233,9 @@ struct Check {
     removed_to: u64,
     /// What says so and no checkpoint covers yet: anybody can write such a record.
     unsigned: Vec<Removed>,
+    /// The number that the last record should have had, where it has a larger one: the
+    /// next may go on from there.
+    meant: Option<u64>,
 }
 
 impl Check {
@@ -248,6 +251,7 @@ impl Check {
             removed: HashMap::new(),
             removed_to: 0,
             unsigned: Vec::new(),
+            meant: None,
         }
     }
 
@@ -357,6 +361,7 @@ impl Check {
             let what = "no checkpoint is where its file ends";
             self.problem(file, number, before, what);
         }
+        let meant = self.meant.take();
         match self.before {
             None => self.begin(file, number, seq, prev),
             Some((before, _)) if seq > before + 1 => {
@@ -369,7 +374,10 @@ impl Check {
                     ),
                 };
                 self.problem(file, number, before + 1, what);
+                self.meant = Some(before + 1);
             }
+            // The record before has another number than it was written with.
+            Some((before, _)) if seq <= before && meant.is_some_and(|meant| seq == meant + 1) => {}
             Some((before, _)) if seq <= before => {
                 // One that is too many: the next is due all the same.
                 let what = format!("record {seq} stands in its place");

@@ -434,6 +434,7 @@ impl Log {
     /// Ends the log in order: its last record is a checkpoint. What is being compressed
     /// may stay as it is.
     pub fn close(mut self) {
+        self.find_again();
         self.commit();
         self.checkpoint("closed");
         self.sync();

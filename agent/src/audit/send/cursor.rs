@@ -32,6 +32,14 @@ impl Cursor {
             source,
         };
         match fs::read_to_string(&path) {
+            // What a power cut may leave of it: all is sent again.
+            Ok(text) if text.trim().is_empty() => {
+                tracing::warn!(
+                    "{}: is empty; the log is sent from its beginning",
+                    path.display()
+                );
+                Ok(Self { path, reached: 0 })
+            }
             Ok(text) => match text.trim().parse() {
                 Ok(reached) => Ok(Self { path, reached }),
                 Err(_) => Err(CursorError::Content { path }),
@@ -52,8 +60,7 @@ impl Cursor {
         self.reached
     }
 
-    /// Whole or as it was, whatever happens in between. It is not synchronized to the
-    /// disk: what a power cut takes is sent again.
+    /// Whole or as it was, whatever happens in between.
     pub fn reach(&mut self, seq: u64) -> Result<(), CursorError> {
         // No name of a sink has a dot.
         let partial = self.path.with_extension("new");
@@ -63,7 +70,10 @@ impl Cursor {
             .truncate(true)
             .mode(0o600)
             .open(&partial)
-            .and_then(|mut file| writeln!(file, "{seq}"))
+            .and_then(|mut file| {
+                writeln!(file, "{seq}")?;
+                file.sync_data()
+            })
             .and_then(|()| fs::rename(&partial, &self.path));
         written.map_err(|source| CursorError::File {
             path: self.path.clone(),

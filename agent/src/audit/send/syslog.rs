@@ -23,6 +23,9 @@ use super::{
     tls,
 };
 
+/// What a UDP datagram holds over IPv4 is 65,507 bytes; the head needs some of them.
+const MOST_IN_DATAGRAM: usize = 64_000;
+
 pub struct Sender {
     header: Header,
     format: Format,
@@ -69,7 +72,13 @@ impl Sender {
         Ok(Self {
             header: Header::new(config.facility.0, node),
             format,
-            message_bytes: config.message_bytes.0 as usize,
+            // One datagram has a message, whole.
+            message_bytes: match config.transport {
+                Transport::Udp | Transport::Unix => {
+                    (config.message_bytes.0 as usize).min(MOST_IN_DATAGRAM)
+                }
+                Transport::Tcp | Transport::Tls => config.message_bytes.0 as usize,
+            },
             timeout: config.timeout.0,
             place,
             open: None,

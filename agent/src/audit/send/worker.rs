@@ -135,7 +135,8 @@ impl Worker {
                     self.failed(&error.to_string());
                 }
                 Err(error @ ReadError::File { .. }) => {
-                    failures += 1;
+                    // What is not to be had now is no damage: it is asked for again.
+                    failures = if is_for_now(&error) { 1 } else { failures + 1 };
                     self.failed(&error.to_string());
                     if *self.stopped.borrow() {
                         return Err(Stopped);
@@ -228,4 +229,14 @@ impl Standing {
     fn error(&self) -> std::sync::MutexGuard<'_, Option<String>> {
         self.error.lock().expect("no panic while it is held")
     }
+}
+/// Too many open files, no memory, no right to read: an operator or time mends it.
+fn is_for_now(error: &ReadError) -> bool {
+    let ReadError::File { source, .. } = error else {
+        return false;
+    };
+    let passing = [libc::EMFILE, libc::ENFILE, libc::ENOMEM, libc::EACCES];
+    source
+        .raw_os_error()
+        .is_some_and(|code| passing.contains(&code))
 }

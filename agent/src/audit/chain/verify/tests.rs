@@ -245,6 +245,34 @@ fn each_of_a_thousand_tamperings_is_found_and_named() {
     }
 }
 
+/// A number far off is one problem, and hides no other.
+#[test]
+fn a_changed_number_hides_nothing() {
+    let dir = TempDir::new().expect("directory");
+    let settings = log(&dir, false);
+    let mut files = read(&settings.directory);
+    let public = fs::read(settings.directory.join(PUBLIC_KEY)).expect("a key");
+    let change = |line: &mut Vec<u8>, from: &str, to: &str| {
+        let text = String::from_utf8(line.clone()).expect("text");
+        assert!(text.contains(from), "{text}");
+        *line = text.replacen(from, to, 1).into_bytes();
+    };
+    change(&mut files[0].1[10], "\"seq\":11,", "\"seq\":9011,");
+    let later = files[2].1.iter_mut().find(|line| {
+        line.ends_with(b"}\n") && { String::from_utf8_lossy(line).contains("\"number\":") }
+    });
+    change(later.expect("a record"), "\"number\":", "\"number\":7");
+    let to = TempDir::new().expect("directory");
+    write(&to, &public, &files);
+    let report = verify(to.path(), None).expect("readable");
+    let places: Vec<u64> = report.problems.iter().map(|problem| problem.seq).collect();
+    assert!(places.len() <= 4, "{report}");
+    assert!(
+        places[0] == 11 && places.iter().any(|seq| *seq > 100 && *seq < 400),
+        "{report}"
+    );
+}
+
 #[test]
 fn a_log_with_another_key_is_not_the_log() {
     let dir = TempDir::new().expect("directory");

@@ -42,7 +42,7 @@ fn storm(pod: &Pod, to: &str, count: u64) -> Result<Value> {
     Ok(serde_json::from_slice(&said.stdout)?)
 }
 
-fn metric(node: &Node, name: &str) -> Result<u64> {
+pub fn metric(node: &Node, name: &str) -> Result<u64> {
     let metrics = node.metrics()?;
     let line = metrics
         .lines()

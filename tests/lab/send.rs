@@ -148,7 +148,11 @@ fn a_restart_goes_on_at_the_cursor() -> Result<()> {
     let mut world = World::new("http", "")?;
     let _receiver = world.receiver()?;
     world.start()?;
-    world.write(100)?;
+    world.write(50)?;
+    eventually("the receiver is there", LONG, || {
+        world.received().len() >= 50
+    })?;
+    world.write(50)?;
     // What is left when the agent ends is sent before it does.
     world.finish();
     assert_eq!(sequences(&world.received()).len(), 100);

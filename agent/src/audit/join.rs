@@ -22,7 +22,7 @@ use super::{
 };
 
 /// How long a story that has ended waits for its sockets.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a key is remembered after its story was told without its socket.
 const LATE: Duration = Duration::from_secs(60);
 /// Stories that wait at once; one more is told at once, without its sockets.

@@ -117,9 +117,33 @@ impl fmt::Display for Report {
     }
 }
 
+/// How often it begins anew, where retention was faster.
+const ATTEMPTS: u32 = 10;
+
 /// Reads all of a log. `since`: a file with a checkpoint that the log must still have.
 pub fn verify(directory: &Path, since: Option<&Path>) -> Result<Report, VerifyError> {
     let since = since.map(Pinned::read).transpose()?;
+    let mut attempts = 1;
+    loop {
+        let (report, gone) = attempt(directory, since.clone())?;
+        // A live log may lose its beginning while it is read. Whether it may, the next
+        // attempt says: it must find a signed link there.
+        if gone.is_empty() || attempts == ATTEMPTS || !removed_since(directory, &gone)? {
+            return Ok(report);
+        }
+        attempts += 1;
+    }
+}
+
+/// Whether the log begins behind all these now.
+fn removed_since(directory: &Path, gone: &[u64]) -> Result<bool, VerifyError> {
+    let now = list_all(directory).map_err(VerifyError::at(directory))?;
+    let first = now.iter().map(|segment| segment.first).min();
+    Ok(first.is_some_and(|first| gone.iter().all(|gone| *gone < first)))
+}
+
+/// What one reading found, and the segments that were listed and then not there.
+fn attempt(directory: &Path, since: Option<Pinned>) -> Result<(Report, Vec<u64>), VerifyError> {
     let mut all = list_all(directory).map_err(VerifyError::at(directory))?;
     let mut check = Check::new(directory, since);
     all.dedup_by(|packed, plain| {
@@ -133,7 +157,8 @@ pub fn verify(directory: &Path, since: Option<&Path>) -> Result<Report, VerifyEr
     for (number, segment) in all.iter().enumerate() {
         check.segment(segment, number == last);
     }
-    Ok(check.finish(all.len()))
+    let gone = std::mem::take(&mut check.gone);
+    Ok((check.finish(all.len()), gone))
 }
 
 /// The last checkpoint's line, to be kept elsewhere.
@@ -161,6 +186,7 @@ fn is_checkpoint(line: &str) -> bool {
 }
 
 /// A checkpoint that was kept elsewhere.
+#[derive(Clone)]
 struct Pinned {
     seq: u64,
     hash: Hash,
@@ -236,6 +262,8 @@ struct Check {
     /// The number that the last record should have had, where it has a larger one: the
     /// next may go on from there.
     meant: Option<u64>,
+    /// Segments that are not there any more.
+    gone: Vec<u64>,
 }
 
 impl Check {
@@ -252,6 +280,7 @@ impl Check {
             removed_to: 0,
             unsigned: Vec::new(),
             meant: None,
+            gone: Vec::new(),
         }
     }
 
@@ -276,6 +305,8 @@ impl Check {
                 let what = format!("it says something else than {}", plain.name());
                 self.problem(&packed.name(), 0, packed.first, what);
             }
+            // One of them was compressed, or both were removed, since they were listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => self.problem(&packed.name(), 0, packed.first, error.to_string()),
         }
     }
@@ -291,7 +322,12 @@ impl Check {
         };
         let mut lines = match opened {
             Ok(lines) => lines,
-            Err(error) => return self.problem(&name, 0, segment.first, error.to_string()),
+            Err(error) => {
+                if error.kind() == io::ErrorKind::NotFound {
+                    self.gone.push(segment.first);
+                }
+                return self.problem(&name, 0, segment.first, error.to_string());
+            }
         };
         loop {
             match lines.next() {

@@ -148,7 +148,8 @@ function reachable(error) {
     return;
   }
   lost = null;
-  trouble(log.error ? `The audit log cannot be read: ${log.error}` : "");
+  const damage = log.damage ? `The audit log is damaged, see postern audit verify: ${log.damage}` : "";
+  trouble(log.error ? `The audit log cannot be read: ${log.error}` : damage);
 }
 
 const reading = () => (log.current || log.error ? "" : "The audit log is being read…");

@@ -25,6 +25,8 @@ pub struct Taken {
 pub enum Failure {
     /// These records, as they are, will never be taken.
     Bad { why: String },
+    /// So many at once are not taken.
+    Large { why: String },
     /// Whatever is sent is not taken now; the receiver may say for how long.
     Later {
         after: Option<Duration>,
@@ -61,6 +63,15 @@ impl Target {
             Self::Otlp(exporter) => exporter.send(entries).await,
             Self::Stdout(format) => stdout::send(entries, *format).await,
             Self::Syslog(sender) => sender.send(entries).await,
+        }
+    }
+
+    /// Whether the receiver takes what is of its protocol and says nothing: what refuses
+    /// that does not refuse a record for what is in it.
+    pub async fn takes_nothing(&mut self) -> Result<(), Failure> {
+        match self {
+            Self::Otlp(exporter) => exporter.send(&[]).await.map(|_taken| ()),
+            Self::Stdout(_) | Self::Syslog(_) => Ok(()),
         }
     }
 

@@ -166,23 +166,45 @@ impl Worker {
                     self.works();
                 }
                 // One of them is to blame; the others are to arrive.
-                Err(Failure::Bad { .. }) if part.len() > 1 => {
+                Err(Failure::Bad { .. } | Failure::Large { .. }) if part.len() > 1 => {
                     let (first, second) = part.split_at(part.len() / 2);
                     parts.extend([second, first]);
                 }
-                Err(Failure::Bad { why }) => self.reject(1, &why),
-                Err(Failure::Later { after, why }) => {
-                    self.failed(&why);
-                    if *self.stopped.borrow() {
-                        return Err(Stopped);
+                Err(Failure::Bad { why }) => match self.target.takes_nothing().await {
+                    Ok(()) => self.reject(1, &why),
+                    // It is not the record: somebody in between refuses everything.
+                    Err(_as_well) => {
+                        parts.push(part);
+                        self.later(&mut backoff, None, &why).await?;
                     }
+                },
+                Err(Failure::Later { after, why }) => {
                     parts.push(part);
-                    backoff.failed();
-                    let asked = after.unwrap_or_default().min(LONGEST_ASKED);
-                    self.pause(backoff.left().max(asked)).await;
+                    self.later(&mut backoff, after, &why).await?;
+                }
+                Err(Failure::Large { why }) => {
+                    parts.push(part);
+                    self.later(&mut backoff, None, &why).await?;
                 }
             }
         }
+        Ok(())
+    }
+
+    /// What is not taken now is handed over again after a while.
+    async fn later(
+        &mut self,
+        backoff: &mut Backoff,
+        after: Option<Duration>,
+        why: &str,
+    ) -> Result<(), Stopped> {
+        self.failed(why);
+        if *self.stopped.borrow() {
+            return Err(Stopped);
+        }
+        backoff.failed();
+        let asked = after.unwrap_or_default().min(LONGEST_ASKED);
+        self.pause(backoff.left().max(asked)).await;
         Ok(())
     }
 

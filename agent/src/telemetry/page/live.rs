@@ -16,7 +16,7 @@ use super::{
     edges::Edges,
     record::{At, text},
 };
-use crate::audit::chain::{Line, Reader, last_seq};
+use crate::audit::chain::{Line, ReadError, Reader, last_seq};
 
 /// How far back it begins, in records.
 const BACK: u64 = 5_000;
@@ -61,6 +61,9 @@ pub struct Log {
     /// What is wrong, as long as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// The last line that is none; what stands behind it is read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub damage: Option<String>,
 }
 
 impl Live {
@@ -140,15 +143,18 @@ impl Live {
             }
         };
         let mut lines: Vec<(Line, Value)> = Vec::new();
-        let mut wrong = None;
+        let (mut taken, mut damage, mut wrong) = (0, None, None);
         for line in reader.take(AT_ONCE) {
-            match line.map_err(|e| e.to_string()).and_then(parsed) {
+            taken += 1;
+            match line.map_err(Wrong::from).and_then(parsed) {
                 Ok(line) => lines.push(line),
+                // The reader is past it.
+                Err(Wrong::Line(error)) => damage = Some(error),
                 // What came before it is shown all the same.
-                Err(error) => wrong = Some(error),
-            }
-            if wrong.is_some() {
-                break;
+                Err(Wrong::File(error)) => {
+                    wrong = Some(error);
+                    break;
+                }
             }
         }
         let here = match lines.is_empty() {
@@ -170,12 +176,15 @@ impl Live {
             }
             log.latest = line.seq;
         }
+        if damage.is_some() {
+            log.damage = damage;
+        }
         if let Some(wrong) = wrong {
             return Err(wrong);
         }
-        log.current = lines.len() < AT_ONCE;
+        log.current = taken < AT_ONCE;
         log.error = None;
-        Ok(lines.len())
+        Ok(taken)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -183,9 +192,27 @@ impl Live {
     }
 }
 
-fn parsed(line: Line) -> Result<(Line, Value), String> {
+/// Why there is no record.
+enum Wrong {
+    Line(String),
+    File(String),
+}
+
+impl From<ReadError> for Wrong {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Line { .. } => Self::Line(error.to_string()),
+            ReadError::File { .. } => Self::File(error.to_string()),
+        }
+    }
+}
+
+fn parsed(line: Line) -> Result<(Line, Value), Wrong> {
     match serde_json::from_str(&line.text) {
         Ok(record) => Ok((line, record)),
-        Err(error) => Err(format!("{}:{}: {error}", line.file.display(), line.number)),
+        Err(error) => {
+            let at = format!("{}:{}", line.file.display(), line.number);
+            Err(Wrong::Line(format!("{at}: {error}")))
+        }
     }
 }

@@ -3,6 +3,7 @@
 //! OTLP has clients drop what is answered with a code that is not retryable. An audit
 //! log does so only where the data itself is refused. A receiver that refuses the agent
 //! (an expired credential, a wrong path) is one that somebody will mend: the log waits.
+//! Whether it is the data, an empty request tells, which OTLP has every receiver take.
 
 use std::time::Duration;
 
@@ -27,12 +28,12 @@ pub fn taken(answer: ExportLogsServiceResponse) -> Taken {
 
 pub fn grpc(status: &tonic::Status) -> Failure {
     let why = format!("{:?}: {}", status.code(), shown(status.message()));
+    let after = retry_info(status.details());
     match status.code() {
         Code::InvalidArgument => Failure::Bad { why },
-        _ => Failure::Later {
-            after: retry_info(status.details()),
-            why,
-        },
+        // A quota that fills again says when (OTLP: Failures); this is a message's size.
+        Code::ResourceExhausted if after.is_none() => Failure::Large { why },
+        _ => Failure::Later { after, why },
     }
 }
 
@@ -43,9 +44,8 @@ pub fn http(status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Failure {
         false => format!("{status}: {}", shown(&told.message)),
     };
     match status {
-        StatusCode::BAD_REQUEST
-        | StatusCode::PAYLOAD_TOO_LARGE
-        | StatusCode::UNPROCESSABLE_ENTITY => Failure::Bad { why },
+        StatusCode::BAD_REQUEST | StatusCode::UNPROCESSABLE_ENTITY => Failure::Bad { why },
+        StatusCode::PAYLOAD_TOO_LARGE => Failure::Large { why },
         _ => Failure::Later {
             after: retry_after(headers, OffsetDateTime::now_utc()).or_else(|| retry_info(body)),
             why,
@@ -135,17 +135,21 @@ mod tests {
     fn after(failure: &Failure) -> Option<Duration> {
         match failure {
             Failure::Later { after, .. } => *after,
-            Failure::Bad { .. } => panic!("{failure:?}"),
+            Failure::Bad { .. } | Failure::Large { .. } => panic!("{failure:?}"),
         }
     }
 
     #[test]
     fn only_bad_data_is_dropped() {
-        for code in [400, 413, 422] {
+        for code in [400, 422] {
             let code = StatusCode::from_u16(code).expect("status");
             let failure = http(code, &HeaderMap::new(), b"");
             assert!(matches!(failure, Failure::Bad { .. }), "{code}");
         }
+        let large = http(StatusCode::PAYLOAD_TOO_LARGE, &HeaderMap::new(), b"");
+        assert!(matches!(large, Failure::Large { .. }));
+        let large = grpc(&tonic::Status::resource_exhausted("message too large"));
+        assert!(matches!(large, Failure::Large { .. }));
         for code in [301, 401, 403, 404, 408, 429, 500, 502, 503, 504] {
             let code = StatusCode::from_u16(code).expect("status");
             assert_eq!(after(&http(code, &HeaderMap::new(), b"")), None, "{code}");
@@ -156,7 +160,6 @@ mod tests {
             Code::Unauthenticated,
             Code::PermissionDenied,
             Code::Unimplemented,
-            Code::ResourceExhausted,
             Code::Unavailable,
             Code::Internal,
         ] {

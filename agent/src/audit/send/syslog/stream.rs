@@ -17,6 +17,10 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 
 /// How often it is looked whether the receiver has all.
 const LOOK: Duration = Duration::from_millis(5);
+/// How long a receiver may take to refuse the agent's certificate: in TLS 1.3 it is sent
+/// with the handshake's last message, and the answer to it comes when it comes
+/// (RFC 8446, 4.6.2).
+const REFUSAL: Duration = Duration::from_millis(500);
 
 pub enum Stream {
     Tcp(TcpStream),
@@ -38,8 +42,19 @@ impl Stream {
     ) -> io::Result<Self> {
         let tcp = TcpStream::connect((host, port)).await?;
         tcp.set_nodelay(true)?;
+        let with_certificate = config.client_auth_cert_resolver.has_certs();
         let tls = TlsConnector::from(config).connect(name, tcp).await?;
-        Ok(Self::Tls(Box::new(tls)))
+        let mut stream = Self::Tls(Box::new(tls));
+        if with_certificate {
+            tokio::time::sleep(REFUSAL).await;
+            if stream.is_closed() {
+                return Err(io::Error::new(
+                    io::ErrorKind::ConnectionRefused,
+                    "the receiver closed the connection after the handshake: does it take the agent's certificate?",
+                ));
+            }
+        }
+        Ok(stream)
     }
 
     /// Until the receiver's kernel has all of it.

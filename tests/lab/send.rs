@@ -104,6 +104,30 @@ fn a_busy_receiver_is_left_alone_for_as_long_as_it_asks() -> Result<()> {
 }
 
 #[test]
+fn a_receiver_that_refuses_everything_costs_no_record() -> Result<()> {
+    for protocol in ["grpc", "http"] {
+        let mut world = World::new(protocol, "")?;
+        world.mode("wrong")?;
+        let _receiver = world.receiver()?;
+        world.start()?;
+        world.write(9)?;
+        eventually("it is asked again", LONG, || world.attempts().len() > 8)?;
+        assert_eq!(world.progress().rejected, 0);
+        // One record alone is another thing: it would hold up all others for ever.
+        world.mode("picky")?;
+        eventually("the others are there", LONG, || {
+            let mut there = sequences(&world.received());
+            there.sort_unstable();
+            there.dedup();
+            there == [1, 2, 4, 5, 6, 7, 8, 9]
+        })?;
+        eventually("it is counted", LONG, || world.progress().rejected == 1)?;
+        world.finish();
+    }
+    Ok(())
+}
+
+#[test]
 fn a_receiver_that_hangs_is_asked_again() -> Result<()> {
     for protocol in ["grpc", "http"] {
         let mut world = World::new(protocol, ", timeout: 300ms")?;

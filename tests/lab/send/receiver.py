@@ -35,6 +35,10 @@ def taken(request, metadata):
         time.sleep(30)
     if how in ("busy", "hang"):
         return None
+    logs = [r for one in request.resource_logs for scope in one.scope_logs for r in scope.log_records]
+    third = any('"seq":3,' in record.body.string_value for record in logs)
+    if how == "wrong" or (how == "picky" and third):
+        return "refused"
     if how == "partial":
         answer.partial_success.rejected_log_records = 2
         answer.partial_success.error_message = "too old"
@@ -70,6 +74,8 @@ def serve_grpc():
         if answer is None:
             context.set_trailing_metadata((("grpc-status-details-bin", retry_info()),))
             context.abort(grpc.StatusCode.UNAVAILABLE, "busy")
+        if answer == "refused":
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not like this")
         return answer
 
     method = grpc.unary_unary_rpc_method_handler(
@@ -107,6 +113,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         answer = taken(request, metadata)
         if answer is None:
             return self.answer(429, b"", ("retry-after", "2"))
+        if answer == "refused":
+            return self.answer(400, b"")
         return self.answer(200, answer.SerializeToString())
 
     def answer(self, status, body, *headers):

@@ -10,8 +10,9 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::{
-    bench, cmd,
+    cmd,
     docs::markdown::{Document, Line},
+    profile::Profile,
 };
 
 mod markdown;
@@ -61,8 +62,8 @@ pub fn run(verbs: &Verbs) -> Result<()> {
         let config = fs::read_to_string(root.join(name)).with_context(|| format!("read {name}"))?;
         known.extend(keys(&config).with_context(|| format!("parse {name}"))?);
     }
-    bench::build_release()?;
-    let postern = cmd::target().join("release/postern");
+    Profile::Quick.build()?;
+    let postern = Profile::Quick.directory().join("postern");
     let facts = Facts {
         verbs,
         subcommand: &|name| cmd::succeeds(cmd::in_root(&postern).args([name, "--help"])),

@@ -7,6 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use crate::{
     bpf::{self, Core},
     cmd, docs,
+    profile::Profile,
     setup::{self, Tier},
 };
 
@@ -42,9 +43,7 @@ fn format() -> Result<()> {
 }
 
 fn clippy() -> Result<()> {
-    let mut clippy = cmd::cargo();
-    clippy.args(["clippy", "--release", "--workspace"]);
-    clippy.args(["--exclude", "postern-ebpf"]);
+    let mut clippy = Profile::Quick.cargo("clippy");
     clippy.args(["--all-targets", "--", "-D", "warnings"]);
     cmd::run(&mut clippy)
 }

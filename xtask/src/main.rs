@@ -7,6 +7,7 @@ mod cmd;
 mod docs;
 mod image;
 mod lint;
+mod profile;
 mod setup;
 mod test;
 mod vm;
@@ -16,6 +17,7 @@ use std::{ffi::OsString, process::ExitCode};
 use anyhow::Result;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
+use profile::Profile;
 use setup::Tier;
 
 /// Sets a machine up, builds, tests, lints and packs Postern.
@@ -99,13 +101,13 @@ fn run(verb: Verb) -> Result<()> {
             }
             cmd::run(&mut build)
         }
-        Verb::Demo { args } => bench::exec("demo", &args),
+        Verb::Demo { args } => bench::exec(Profile::Quick, "demo", &args),
         Verb::Test { tier, filter } => test::run(tier, &filter),
         Verb::Lint => lint::run(&verbs()),
         Verb::Bench { args } if args.first().is_some_and(|first| first == "policy") => {
             bench::policy()
         }
-        Verb::Bench { args } => bench::exec("bench", &args),
+        Verb::Bench { args } => bench::exec(Profile::Release, "bench", &args),
         Verb::Image { tag } => image::run(&tag),
         Verb::VmRun { command } => vm::run_command(&command),
     }

@@ -5,7 +5,7 @@ use std::{fmt, fs, path::Path};
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{bench, cmd, setup, vm};
+use crate::{cmd, profile::Profile, setup, vm};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Tier {
@@ -94,11 +94,7 @@ pub fn run(only: Option<Tier>, filter: &[String]) -> Result<()> {
 fn unit(filter: &[String]) -> Result<Count> {
     setup::ensure(&[setup::Tier::Build, setup::Tier::Unit])?;
     let mut count = Count::default();
-    let mut test = cmd::cargo();
-    // The profile of everything else, so that dependencies are built once.
-    test.args(["test", "--release", "--workspace"]);
-    // The kernel programs run in a kernel only, as the lab's tests have them.
-    test.args(["--exclude", "postern-ebpf", "--exclude", "postern-tests"]);
+    let mut test = Profile::Quick.cargo("test");
     test.args(["--lib", "--bins", "--no-fail-fast", "--"])
         .args(filter);
     cmd::run_lines(&mut test, |line| count.line(line))?;
@@ -111,16 +107,10 @@ fn lab(filter: &[String]) -> Result<Count> {
         bail!("cannot run here: {}", lacking.join(", "));
     }
     setup::ensure(&[setup::Tier::Build, setup::Tier::Lab])?;
-    bench::build_release()?;
+    Profile::Quick.build()?;
     let mut count = Count::default();
-    let mut test = cmd::cargo();
-    test.arg("test").args(bench::SELECTED).args([
-        "--test",
-        "lab",
-        "--test",
-        "envoy",
-        "--no-fail-fast",
-    ]);
+    let mut test = Profile::Quick.cargo("test");
+    test.args(["--test", "lab", "--test", "envoy", "--no-fail-fast"]);
     test.args(["--", "--test-threads=2"]).args(filter);
     test.envs(programs()).env("POSTERN_ENVOY", setup::envoy());
     test.env("POSTERN_TOOLS", setup::tools());
@@ -130,8 +120,10 @@ fn lab(filter: &[String]) -> Result<Count> {
 
 /// Where the tests find the programs under test.
 pub fn programs() -> [(&'static str, String); 2] {
-    let release = cmd::target().join("release");
-    let path = |name| release.join(name).display().to_string();
+    let path = |name| {
+        let program = Profile::Quick.directory().join(name);
+        program.display().to_string()
+    };
     [
         ("POSTERN_BIN", path("postern")),
         ("POSTERN_PROBE", path("probe")),

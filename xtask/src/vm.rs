@@ -12,7 +12,8 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::{
-    bench, cmd,
+    cmd,
+    profile::Profile,
     setup::{self, Tier},
     test::Count,
 };
@@ -30,7 +31,7 @@ const BY_KPROBES: &str = "POSTERN_PROBES=kprobe";
 /// The tier: the end-to-end tests on the older kernel.
 pub fn test(filter: &[String]) -> Result<Count> {
     setup::ensure(&[Tier::Build, Tier::Lab, Tier::Vm])?;
-    bench::build_release()?;
+    Profile::Quick.build()?;
     let lab = test_program("lab")?;
     let command = script(&lab, filter);
     let mut count = Count::default();
@@ -67,8 +68,7 @@ pub fn run_command(command: &[String]) -> Result<()> {
 
 /// Build the test program `name` and find out where cargo put it.
 fn test_program(name: &str) -> Result<String> {
-    let mut build = cmd::cargo();
-    build.arg("test").args(bench::SELECTED);
+    let mut build = Profile::Quick.cargo("test");
     build.args(["--test", name, "--no-run"]);
     build.arg("--message-format=json-render-diagnostics");
     executable(&cmd::output(&mut build)?, name)

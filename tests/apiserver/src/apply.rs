@@ -155,11 +155,13 @@ fn remove(object: &mut Value, path: &[String]) {
     let Some((step, rest)) = path.split_first() else {
         return;
     };
-    let key = parse_key(step);
-    let child = match &key {
-        Some(key) => object
-            .as_array_mut()
-            .and_then(|all| all.iter_mut().find(|entry| fits(entry, key))),
+    // By place, for an entry that loses its key is no longer found by it.
+    let place = match (parse_key(step), &*object) {
+        (Some(key), Value::Array(all)) => all.iter().position(|entry| fits(entry, &key)),
+        _ => None,
+    };
+    let child = match place {
+        Some(place) => object.get_mut(place),
         None => object.get_mut(step),
     };
     let Some(child) = child else { return };
@@ -172,8 +174,8 @@ fn remove(object: &mut Value, path: &[String]) {
     if !(rest.is_empty() || empty) {
         return;
     }
-    match (&key, object) {
-        (Some(key), Value::Array(all)) => all.retain(|entry| !fits(entry, key)),
+    match (place, object) {
+        (Some(place), Value::Array(all)) => drop(all.remove(place)),
         (None, Value::Object(all)) => drop(all.remove(step)),
         _ => {}
     }

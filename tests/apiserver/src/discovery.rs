@@ -29,8 +29,9 @@ pub fn answer(store: &Store, path: &str) -> Result<Value, Refusal> {
             .ok_or_else(Refusal::no_such_path),
         ["api", version] => resources(store, "", version),
         ["apis", name, version] => resources(store, name, version),
-        // No schemas, so that clients validate nothing.
-        ["openapi", "v3"] => Ok(json!({"paths": {}})),
+        ["openapi", "v3"] => Ok(openapi(store)),
+        ["openapi", "v3", "api", version] => Ok(validation(store, "", version)),
+        ["openapi", "v3", "apis", group, version] => Ok(validation(store, group, version)),
         _ => Err(Refusal::no_such_path()),
     }
 }
@@ -66,7 +67,8 @@ fn resources(store: &Store, group: &str, version: &str) -> Result<Value, Refusal
     for kind in store.kinds.iter().filter(ours) {
         all.push(json!({
             "name": kind.plural, "singularName": kind.kind.to_lowercase(), "namespaced": kind.namespaced,
-            "kind": kind.kind, "verbs": ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"],
+            "kind": kind.kind, "shortNames": short(&kind.kind),
+            "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"],
         }));
         if kind.status {
             all.push(json!({
@@ -94,4 +96,50 @@ fn resources(store: &Store, group: &str, version: &str) -> Result<Value, Refusal
     Ok(
         json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": name, "resources": all}),
     )
+}
+
+/// Where the schemas of each version are.
+fn openapi(store: &Store) -> Value {
+    let mut paths = json!({});
+    for kind in &store.kinds {
+        for version in &kind.versions {
+            let path = match kind.group.as_str() {
+                "" => format!("api/{version}"),
+                group => format!("apis/{group}/{version}"),
+            };
+            paths[&path] = json!({"serverRelativeURL": format!("/openapi/v3/{path}")});
+        }
+    }
+    json!({"paths": paths})
+}
+
+/// No schemas: it says that the server validates, and so clients do not.
+fn validation(store: &Store, group: &str, version: &str) -> Value {
+    let mut paths = json!({});
+    let parameter = |name: &str| json!({"name": name, "in": "query", "schema": {"type": "string"}});
+    for kind in store.kinds.iter().filter(|kind| kind.group == group) {
+        paths[format!("/{}", kind.plural)] = json!({"patch": {
+            "parameters": [parameter("fieldValidation"), parameter("dryRun")],
+            "responses": {},
+            "x-kubernetes-group-version-kind": {"group": group, "version": version, "kind": kind.kind},
+        }});
+    }
+    json!({"openapi": "3.0.0", "info": {"title": "double", "version": "1"}, "paths": paths})
+}
+
+/// What `kubectl` users type.
+fn short(kind: &str) -> &'static [&'static str] {
+    match kind {
+        "Pod" => &["po"],
+        "Service" => &["svc"],
+        "Namespace" => &["ns"],
+        "Node" => &["no"],
+        "ConfigMap" => &["cm"],
+        "ServiceAccount" => &["sa"],
+        "Event" => &["ev"],
+        "DaemonSet" => &["ds"],
+        "Deployment" => &["deploy"],
+        "CustomResourceDefinition" => &["crd", "crds"],
+        _ => &[],
+    }
 }

@@ -227,6 +227,11 @@ impl Asked {
         if shared.options.rbac {
             self.permit(shared, user, target, query, verb)?;
         }
+        if self.content_type == "application/vnd.kubernetes.protobuf" {
+            // Some of kubectl's subcommands know no other form.
+            let message = "the body of the request was in an unknown format - accepted media types include: application/json, application/yaml";
+            return Err(Refusal::new(415, "UnsupportedMediaType", message));
+        }
         if self.method == Method::POST
             && let Some(review) = review::answer(shared, user, target, &self.body)
         {

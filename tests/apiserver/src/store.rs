@@ -151,6 +151,10 @@ impl Store {
     /// Writes an object. What the server owns of its metadata is the server's.
     pub fn put(&mut self, key: Key, mut object: Value) -> Arc<Value> {
         let old = self.objects.get(&key).cloned();
+        object["metadata"]["name"] = json!(key.name);
+        if !key.namespace.is_empty() {
+            object["metadata"]["namespace"] = json!(key.namespace);
+        }
         if let Some(old) = &old
             && same(old, &object)
         {
@@ -160,10 +164,6 @@ impl Store {
         self.revision += 1;
         let revision = self.revision;
         let meta = &mut object["metadata"];
-        meta["name"] = json!(key.name);
-        if !key.namespace.is_empty() {
-            meta["namespace"] = json!(key.namespace);
-        }
         meta["resourceVersion"] = json!(revision.to_string());
         match &old {
             Some(old) => {

@@ -14,7 +14,7 @@ use aya_ebpf::{
     helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
     programs::SockAddrContext,
 };
-use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW};
+use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MESH_NODE, MeshKey, NODES, UNKNOWN_ALLOW};
 
 use crate::{
     context::{Caller, caller, is_mapped, mapped, read_address, write_address},
@@ -146,13 +146,21 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
 /// Whether the destination is in the mesh, and where.
 #[inline(always)]
 fn in_mesh(address: Address, port: u32) -> Option<u32> {
+    let mut of_node = false;
     for port in [0, port] {
         // SAFETY: the map's values are only replaced whole, by the agent.
-        if let Some(place) = unsafe { MESH.get(MeshKey { address, port }) } {
-            return Some(*place);
+        match unsafe { MESH.get(MeshKey { address, port }) } {
+            Some(&MESH_NODE) => of_node = true,
+            Some(place) => return Some(*place),
+            None => {}
         }
     }
-    None
+    if !of_node {
+        return None;
+    }
+    let address = NODES;
+    // SAFETY: the map's values are only replaced whole, by the agent.
+    unsafe { MESH.get(MeshKey { address, port }) }.copied()
 }
 
 #[inline(always)]

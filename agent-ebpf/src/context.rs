@@ -1,7 +1,7 @@
 //! Who is calling: which workload the current process belongs to.
 
 use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
-use postern_ebpf::{Address, Config, MAPPED, PODS_ROOTS, Workload};
+use postern_ebpf::{Address, Config, DEEPEST, MAPPED, PODS_ROOTS, SOME_LEVEL, Workload};
 
 use crate::maps::{CGROUPS, WORKLOADS};
 
@@ -49,8 +49,19 @@ pub fn caller(config: &Config, netns: u64) -> Caller {
 fn pods_level(config: &Config) -> Option<u32> {
     for root in 0..PODS_ROOTS {
         let (id, level) = (config.pods_cgroup[root], config.pods_level[root]);
-        if id != 0 && ancestor(level) == id {
-            return Some(level);
+        if id == 0 {
+            continue;
+        }
+        if level != SOME_LEVEL {
+            if ancestor(level) == id {
+                return Some(level);
+            }
+            continue;
+        }
+        for level in 1..=DEEPEST {
+            if ancestor(level) == id {
+                return Some(level);
+            }
         }
     }
     None

@@ -36,7 +36,8 @@ pub struct Config {
     pub pods_cgroup: [u64; PODS_ROOTS],
     /// Depth of each below the cgroup v2 root, or [`SOME_LEVEL`].
     pub pods_level: [u32; PODS_ROOTS],
-    /// Thread group id of the agent, whose own sockets are never steered.
+    /// Thread group id of the agent, whose own sockets are never steered, or
+    /// [`ANY_TGID`]; 0: the programs are not in charge yet.
     pub agent_tgid: u32,
     /// What happens to a process that may be a pod's and is not known yet:
     /// [`UNKNOWN_REFUSE`] or [`UNKNOWN_ALLOW`].
@@ -50,6 +51,10 @@ pub struct Config {
     pub hbone_port: u32,
     pub _pad: u32,
 }
+
+/// The agent sees process ids of a namespace only (a node that is a container itself), and
+/// not those that the programs see: whatever is in its cgroup is the agent.
+pub const ANY_TGID: u32 = u32::MAX;
 
 /// Depth of a directory that is looked for: where the agent sees the inside of a cgroup
 /// namespace only (a node that is a container itself), it cannot know how deep that lies.

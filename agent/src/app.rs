@@ -33,7 +33,7 @@ use crate::{
     config::{Config, Unknown},
     fetch::Trust,
     judge::Judge,
-    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
+    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup, pids},
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
@@ -516,7 +516,7 @@ impl Rounds {
             pods_cgroup,
             pods_level,
             agent_cgroup: state.agent_cgroup,
-            agent_tgid: std::process::id(),
+            agent_tgid: pids::own(),
             unknown: match state.config.enrol.unknown {
                 Unknown::Refuse => UNKNOWN_REFUSE,
                 Unknown::Allow => UNKNOWN_ALLOW,

@@ -176,7 +176,7 @@ impl Kernel {
         let before = kernel.configured();
         if before.agent_tgid != 0 {
             // Before anything listens: what this agent dials must not be steered to it.
-            let (agent_tgid, agent_cgroup) = (std::process::id(), own_cgroup(cgroup));
+            let (agent_tgid, agent_cgroup) = (super::pids::own(), own_cgroup(cgroup));
             kernel.configure(Config {
                 agent_tgid,
                 agent_cgroup,

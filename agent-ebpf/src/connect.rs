@@ -8,16 +8,14 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock_addr,
-    helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns,
-    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
     programs::SockAddrContext,
 };
-use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW};
+use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MESH_NODE, MeshKey, NODES, UNKNOWN_ALLOW};
 
 use crate::{
-    context::{Caller, caller, is_mapped, mapped, read_address, write_address},
+    context::{Caller, caller, is_agent, is_mapped, mapped, read_address, write_address},
     maps::{DIALS, MESH, ORIGINS, config, count},
     observe::sockets,
     sockops::forget,
@@ -91,8 +89,7 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         return pass;
     }
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    // SAFETY: a helper without arguments.
-    if tgid == config.agent_tgid && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup {
+    if is_agent(config, tgid) {
         return pass;
     }
     // SAFETY: a helper of this program type; the context outlives the call.
@@ -146,13 +143,21 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
 /// Whether the destination is in the mesh, and where.
 #[inline(always)]
 fn in_mesh(address: Address, port: u32) -> Option<u32> {
+    let mut of_node = false;
     for port in [0, port] {
         // SAFETY: the map's values are only replaced whole, by the agent.
-        if let Some(place) = unsafe { MESH.get(MeshKey { address, port }) } {
-            return Some(*place);
+        match unsafe { MESH.get(MeshKey { address, port }) } {
+            Some(&MESH_NODE) => of_node = true,
+            Some(place) => return Some(*place),
+            None => {}
         }
     }
-    None
+    if !of_node {
+        return None;
+    }
+    let address = NODES;
+    // SAFETY: the map's values are only replaced whole, by the agent.
+    unsafe { MESH.get(MeshKey { address, port }) }.copied()
 }
 
 #[inline(always)]

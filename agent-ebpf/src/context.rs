@@ -1,7 +1,7 @@
 //! Who is calling: which workload the current process belongs to.
 
-use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
-use postern_ebpf::{Address, Config, MAPPED, PODS_ROOTS, Workload};
+use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id};
+use postern_ebpf::{ANY_TGID, Address, Config, DEEPEST, MAPPED, PODS_ROOTS, SOME_LEVEL, Workload};
 
 use crate::maps::{CGROUPS, WORKLOADS};
 
@@ -44,13 +44,32 @@ pub fn caller(config: &Config, netns: u64) -> Caller {
     }
 }
 
+/// Whether the current process, of this thread group, is the agent.
+#[inline(always)]
+pub fn is_agent(config: &Config, tgid: u32) -> bool {
+    let may_be = tgid == config.agent_tgid || config.agent_tgid == ANY_TGID;
+    // SAFETY: a helper without arguments.
+    may_be && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup
+}
+
 /// The depth of the pods' directory that the current process is below, if it is.
 #[inline(always)]
 fn pods_level(config: &Config) -> Option<u32> {
     for root in 0..PODS_ROOTS {
         let (id, level) = (config.pods_cgroup[root], config.pods_level[root]);
-        if id != 0 && ancestor(level) == id {
-            return Some(level);
+        if id == 0 {
+            continue;
+        }
+        if level != SOME_LEVEL {
+            if ancestor(level) == id {
+                return Some(level);
+            }
+            continue;
+        }
+        for level in 1..=DEEPEST {
+            if ancestor(level) == id {
+                return Some(level);
+            }
         }
     }
     None

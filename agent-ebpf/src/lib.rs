@@ -19,7 +19,7 @@ pub const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// Changes whenever a type, a map or a meaning in this file changes. It is part
 /// of the pin path, so that agents of different ABIs never share a map.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Directories that may hold pods: two kubelets, or two layouts, on one host.
 pub const PODS_ROOTS: usize = 4;
@@ -34,9 +34,10 @@ pub struct Config {
     pub agent_cgroup: u64,
     /// Cgroup ids of the directories that hold pods; 0 where there is none.
     pub pods_cgroup: [u64; PODS_ROOTS],
-    /// Depth of each below the cgroup v2 root.
+    /// Depth of each below the cgroup v2 root, or [`SOME_LEVEL`].
     pub pods_level: [u32; PODS_ROOTS],
-    /// Thread group id of the agent, whose own sockets are never steered.
+    /// Thread group id of the agent, whose own sockets are never steered, or
+    /// [`ANY_TGID`]; 0: the programs are not in charge yet.
     pub agent_tgid: u32,
     /// What happens to a process that may be a pod's and is not known yet:
     /// [`UNKNOWN_REFUSE`] or [`UNKNOWN_ALLOW`].
@@ -50,6 +51,16 @@ pub struct Config {
     pub hbone_port: u32,
     pub _pad: u32,
 }
+
+/// The agent sees process ids of a namespace only (a node that is a container itself), and
+/// not those that the programs see: whatever is in its cgroup is the agent.
+pub const ANY_TGID: u32 = u32::MAX;
+
+/// Depth of a directory that is looked for: where the agent sees the inside of a cgroup
+/// namespace only (a node that is a container itself), it cannot know how deep that lies.
+pub const SOME_LEVEL: u32 = u32::MAX;
+/// How deep [`SOME_LEVEL`] is looked for.
+pub const DEEPEST: u32 = 12;
 
 pub const UNKNOWN_REFUSE: u32 = 0;
 pub const UNKNOWN_ALLOW: u32 = 1;
@@ -77,6 +88,13 @@ pub struct MeshKey {
 pub const MESH_LOCAL: u32 = 1;
 /// Value of `MESH`: a destination somewhere else.
 pub const MESH_REMOTE: u32 = 0;
+/// Value of `MESH`, for all ports of an address: not steered by itself. It is a node's,
+/// so that ports which are entered for [`NODES`] are steered there.
+pub const MESH_NODE: u32 = 3;
+
+/// Stands in `MESH` for every address of a node. No TCP connection goes to a multicast
+/// address.
+pub const NODES: Address = [u32::MAX; 4];
 
 /// One TCP connect that was steered to the agent; value of `DIALS`, by socket cookie.
 #[repr(C)]

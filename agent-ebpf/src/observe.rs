@@ -22,7 +22,7 @@ use postern_ebpf::{
 };
 
 use crate::{
-    context::{Caller, caller, mapped},
+    context::{self, Caller, caller, mapped},
     maps::{BUCKETS, CGROUPS, EVENTS, WORKLOADS, count},
 };
 
@@ -220,8 +220,7 @@ impl Agents {
 #[inline(always)]
 fn is_agent(config: &Config) -> bool {
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    // SAFETY: a helper without arguments.
-    tgid == config.agent_tgid && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup
+    context::is_agent(config, tgid)
 }
 
 /// The enrolled pod that the current process belongs to, given a namespace: its own or

@@ -33,12 +33,12 @@ use crate::{
     config::{Config, Unknown},
     fetch::Trust,
     judge::Judge,
-    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
+    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup, pids},
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
-        Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES, OUTBOUND_PORT,
-        Proxy, Tunnels,
+        Choices, Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES,
+        OUTBOUND_PORT, Proxy, Tunnels,
     },
     telemetry::{
         Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
@@ -122,6 +122,14 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     };
 
     let (cgroup, mounts) = hook_cgroup(&config)?;
+    if own_cgroup(&cgroup) == 0 {
+        // Its own connections would be taken for a pod's, again and again.
+        bail!(
+            "the agent's own cgroup is not found in the tree of {}: it needs the node's \
+             process ids (hostPID) and its cgroups",
+            cgroup.display()
+        );
+    }
     let (kernel, events) =
         Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
     let sees = observed && kernel.sees_sockets();
@@ -140,6 +148,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         judge,
         http: (&config.http).into(),
         pods: ArcSwap::from_pointee(LocalPods::default()),
+        choices: Choices::default(),
         connections: Connections::default(),
         tunnels: Tunnels::default(),
         tokens,
@@ -477,7 +486,14 @@ impl Rounds {
             .as_ref()
             .is_some_and(|before| Arc::ptr_eq(before, &table));
         if !same || local != self.local {
-            proxy.kernel.set_mesh(&table.mesh(), &local)?;
+            let nodes = table.mesh_node_ports();
+            proxy.kernel.set_mesh(&table.mesh(), &local, &nodes)?;
+            let before = self.table.as_ref().map(|table| table.ignored.as_slice());
+            if before.unwrap_or_default() != table.ignored {
+                for what in &table.ignored {
+                    tracing::warn!("{what}");
+                }
+            }
             (self.table, self.local) = (Some(table), local);
             // Labels may have changed, and with them what selects a pod.
             proxy.recheck();
@@ -500,7 +516,7 @@ impl Rounds {
             pods_cgroup,
             pods_level,
             agent_cgroup: state.agent_cgroup,
-            agent_tgid: std::process::id(),
+            agent_tgid: pids::own(),
             unknown: match state.config.enrol.unknown {
                 Unknown::Refuse => UNKNOWN_REFUSE,
                 Unknown::Allow => UNKNOWN_ALLOW,

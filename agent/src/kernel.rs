@@ -3,7 +3,7 @@
 //! written at run time, `observers` is what pods are seen by, `events` decodes the ring,
 //! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
 //! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
-//! by, `btf` finds fields in its structures.
+//! by, `pids` says whose process ids are seen, `btf` finds fields in the kernel's structures.
 
 mod btf;
 mod cgroup;
@@ -15,10 +15,11 @@ mod load;
 mod maps;
 mod netns;
 mod observers;
+pub mod pids;
 
 pub use cgroup::{
     CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
-    processes,
+    processes, started,
 };
 pub use container::read_in_pod;
 pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};

@@ -7,6 +7,7 @@
 
 mod attach;
 mod behalf;
+mod choice;
 mod connections;
 mod deliver;
 mod enrol;
@@ -51,6 +52,7 @@ use crate::{
 };
 
 pub use attach::describe;
+pub use choice::Choices;
 pub use connections::Connections;
 pub use enrol::Enroller;
 pub use hbone::Tunnels;
@@ -83,6 +85,8 @@ pub struct Proxy {
     pub judge: Judge,
     pub http: http::Limits,
     pub pods: ArcSwap<LocalPods>,
+    /// Endpoints that clients of services stay with.
+    pub choices: Choices,
     pub connections: Connections,
     pub tunnels: Tunnels,
     pub tokens: Arc<TokenClient>,

@@ -1,10 +1,18 @@
 //! What runs where: the table of workloads and services that everything else
-//! looks up. `manifest` reads Kubernetes objects, `table` is what they become.
+//! looks up. `manifest` reads Kubernetes objects, `table` is what they become: `pod`s,
+//! `node`s, and `service`s with their `endpoints`.
 
+mod endpoints;
 mod manifest;
+mod node;
+mod pod;
+mod service;
 mod table;
 #[cfg(test)]
 mod tests;
 
 pub use manifest::WorkloadObject;
-pub use table::{Endpoint, NamespacedName, Service, ServicePort, Table, Target, Workload};
+pub use node::Node;
+pub use pod::Workload;
+pub use service::{Endpoint, NamespacedName, Service, ServicePort};
+pub use table::{Table, Target};

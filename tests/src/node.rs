@@ -53,6 +53,9 @@ pub struct NodeOptions {
     pub audit: String,
     /// Further configuration, as top-level YAML.
     pub more: String,
+    /// The node is a container, as with kind: its agent sees the node's part of the
+    /// cgroup tree only.
+    pub nested: bool,
 }
 
 impl Default for NodeOptions {
@@ -66,6 +69,7 @@ impl Default for NodeOptions {
             kernel: probes(),
             audit: String::new(),
             more: String::new(),
+            nested: false,
         }
     }
 }
@@ -191,6 +195,7 @@ impl Node {
             kernel,
             audit,
             more,
+            nested,
         } = &self.options;
         let (source, cluster) = match self.source() {
             Source::Directory => (String::new(), String::new()),
@@ -199,13 +204,17 @@ impl Node {
                 format!("kubernetes: {{kubeconfig: {dir}/kubeconfig{kubernetes}}}\n"),
             ),
         };
+        let hooks = match (nested, host::cgroup_mount()) {
+            (true, Ok(mount)) => mount,
+            _ => self.cgroup.clone(),
+        };
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
              workloads: {{{source}directory: {lab}/{manifests}}}\npolicies: {{{source}directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
              kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{directory: {dir}/audit{audit}}}\n\
              log: {{level: 'info,postern=debug'}}\n{cluster}{}{more}",
             self.name,
-            self.cgroup.display(),
+            hooks.display(),
             self.pin.display(),
             if more.contains("identity:") {
                 String::new()
@@ -220,7 +229,10 @@ impl Node {
     /// Starts the agent and waits until it is ready.
     pub fn start(&mut self) -> Result<()> {
         self.configure()?;
-        let mut command = self.command(binary("postern")?)?;
+        let mut command = match self.options.nested {
+            true => self.within()?,
+            false => self.command(binary("postern")?)?,
+        };
         command.arg("run").arg("--config").arg(self.config_path());
         let seen = self.log().len();
         let mut agent = Running::start(&mut command, self.dir.join("agent.log"))?;
@@ -242,6 +254,21 @@ impl Node {
         }
         self.agent = Some(agent);
         Ok(())
+    }
+
+    /// The agent in a cgroup namespace that begins with the node.
+    fn within(&self) -> Result<Command> {
+        let mount = host::cgroup_mount()?;
+        let mut command = Command::new("unshare");
+        command.args(["--cgroup", "--mount", "sh", "-c"]).arg(format!(
+            "echo $$ >{}/system/cgroup.procs && umount {1} && mount -t cgroup2 none {1} && exec {2} \"$@\"",
+            self.cgroup.display(),
+            mount.display(),
+            binary("postern")?.display()
+        ));
+        command.arg("sh");
+        host::place(&mut command, &self.cgroup, &self.netns)?;
+        Ok(command)
     }
 
     /// As [`Self::start`], for a configuration that must be refused: its exit code.

@@ -18,6 +18,8 @@ use crate::{
 pub struct Pod {
     pub name: String,
     pub uid: String,
+    /// What its cgroup is named after.
+    pub cgroup_uid: String,
     pub node: usize,
     node_name: String,
     pub netns: String,
@@ -27,7 +29,9 @@ pub struct Pod {
     pod_cgroup: PathBuf,
     container: PathBuf,
     dir: PathBuf,
-    _pause: Running,
+    /// Namespace of its node, and the name of its link there.
+    link: (String, String),
+    pause: Running,
 }
 
 #[derive(Clone)]
@@ -38,6 +42,8 @@ pub struct PodOptions {
     pub service_account: Option<String>,
     pub layout: Layout,
     pub host_network: bool,
+    /// From a file of the kubelet's: the object is a mirror, with a uid of its own.
+    pub from_file: bool,
     /// Further labels, as YAML flow pairs.
     pub labels: String,
     /// Container ports, as YAML flow entries.
@@ -54,6 +60,7 @@ impl Default for PodOptions {
             service_account: None,
             layout: Layout::Cgroupfs,
             host_network: false,
+            from_file: false,
             labels: String::new(),
             ports: String::new(),
             wait: true,
@@ -61,14 +68,53 @@ impl Default for PodOptions {
     }
 }
 
-/// How the kubelet's cgroup driver names a pod's directory.
+/// How the kubelet's cgroup driver names a pod's directory, and the runtime its
+/// containers'.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     Cgroupfs,
+    CgroupfsBestEffort,
     /// QoS class Guaranteed: one level less.
     CgroupfsGuaranteed,
-    /// The systemd driver's slices.
+    /// The systemd driver's slices, and containerd.
     Systemd,
+    SystemdGuaranteed,
+    /// The same with CRI-O and crun, which have a cgroup within the container's, and
+    /// conmon beside it.
+    Crio,
+    /// kind: its kubelet has a slice of its own.
+    Kind,
+}
+
+impl Layout {
+    /// Directories of a pod and of its container, below the node's.
+    fn directories(self, uid: &str) -> (String, &'static str) {
+        let flat = uid.replace('-', "_");
+        let cgroupfs = "container";
+        let containerd = "cri-containerd-0123456789abcdef.scope";
+        let crio = "crio-0123456789abcdef.scope/container";
+        match self {
+            Self::Cgroupfs => (format!("kubepods/burstable/pod{uid}"), cgroupfs),
+            Self::CgroupfsBestEffort => (format!("kubepods/besteffort/pod{uid}"), cgroupfs),
+            Self::CgroupfsGuaranteed => (format!("kubepods/pod{uid}"), cgroupfs),
+            Self::Systemd | Self::Crio => (
+                format!(
+                    "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{flat}.slice"
+                ),
+                if self == Self::Crio { crio } else { containerd },
+            ),
+            Self::SystemdGuaranteed => (
+                format!("kubepods.slice/kubepods-pod{flat}.slice"),
+                containerd,
+            ),
+            Self::Kind => (
+                format!(
+                    "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-besteffort.slice/kubelet-kubepods-besteffort-pod{flat}.slice"
+                ),
+                containerd,
+            ),
+        }
+    }
 }
 
 impl Pod {
@@ -87,45 +133,23 @@ impl Pod {
                 format!("fd00:2::{node}"),
             )
         } else {
-            let netns = format!("{id}-p{sequence}");
             let (ip, ip6) = (
                 format!("10.0.{node}.{host}"),
                 format!("fd00:0:0:{node}::{host}"),
             );
-            host::add_netns(&netns)?;
-            host::ip(
-                &netns,
-                &[
-                    format!(
-                        "link add eth0 type veth peer name v{sequence} netns {}",
-                        at.netns
-                    ),
-                    format!("address add {ip}/24 dev eth0"),
-                    format!("address add {ip6}/64 dev eth0 nodad"),
-                    "link set eth0 up".into(),
-                    format!("route add default via 10.0.{node}.1"),
-                    format!("route add default via fd00:0:0:{node}::1"),
-                ],
-            )?;
-            host::ip(
-                &at.netns,
-                &[
-                    format!("link set v{sequence} master pods"),
-                    format!("link set v{sequence} up"),
-                ],
-            )?;
-            (netns, ip, ip6)
+            (format!("{id}-p{sequence}"), ip, ip6)
         };
-        let pods = at.cgroup.join("kubepods");
-        let pod_cgroup = match options.layout {
-            Layout::Cgroupfs => pods.join("burstable").join(format!("pod{uid}")),
-            Layout::CgroupfsGuaranteed => pods.join(format!("pod{uid}")),
-            Layout::Systemd => at.cgroup.join(format!(
-                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{}.slice",
-                uid.replace('-', "_")
-            )),
+        let link = (at.netns.clone(), format!("v{sequence}"));
+        if !options.host_network {
+            sandbox(&netns, &ip, &ip6, node, &link)?;
+        }
+        let cgroup_uid = match options.from_file {
+            true => format!("{sequence:08x}{:024x}", std::process::id()),
+            false => uid.clone(),
         };
-        let container = pod_cgroup.join("container");
+        let (pod_dir, container) = options.layout.directories(&cgroup_uid);
+        let pod_cgroup = at.cgroup.join(pod_dir);
+        let container = pod_cgroup.join(container);
         std::fs::create_dir_all(&container).with_context(|| format!("{}", container.display()))?;
         let dir = lab_path.join(format!("pod-{name}"));
         std::fs::create_dir_all(&dir)?;
@@ -133,9 +157,10 @@ impl Pod {
         pause.arg("infinity");
         host::place(&mut pause, &container, &netns)?;
         Ok(Self {
-            _pause: Running::start(&mut pause, dir.join("pause.log"))?,
+            pause: Running::start(&mut pause, dir.join("pause.log"))?,
             name: name.to_owned(),
             uid,
+            cgroup_uid,
             node,
             node_name: at.name.clone(),
             netns,
@@ -145,7 +170,21 @@ impl Pod {
             pod_cgroup,
             container,
             dir,
+            link,
         })
+    }
+
+    /// Makes its sandbox anew, as the kubelet does when that has died: another network
+    /// namespace, the same pod and cgroup, and here the same addresses.
+    pub fn restart_sandbox(&mut self) -> Result<()> {
+        std::fs::write(self.pod_cgroup.join("cgroup.kill"), "1")?;
+        let _reaped = self.pause.child.wait();
+        host::output(Command::new("ip").args(["netns", "del", &self.netns]))?;
+        sandbox(&self.netns, &self.ip, &self.ip6, self.node, &self.link)?;
+        let mut pause = self.command("sleep")?;
+        pause.arg("infinity");
+        self.pause = Running::start(&mut pause, self.dir.join("pause.log"))?;
+        Ok(())
     }
 
     pub fn namespace(&self) -> &str {
@@ -191,8 +230,16 @@ impl Pod {
         } else {
             format!(", {labels}")
         };
+        let mirror = match self.options.from_file {
+            false => String::new(),
+            true => format!(
+                "annotations: {{kubernetes.io/config.mirror: '{0}', kubernetes.io/config.hash: '{0}'}}\n  \
+                 ownerReferences: [{{kind: Node, name: {node_name}, controller: true}}]\n  ",
+                self.cgroup_uid
+            ),
+        };
         format!(
-            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {namespace}\n  uid: {uid}\n  \
+            "apiVersion: v1\nkind: Pod\nmetadata:\n  name: {name}\n  namespace: {namespace}\n  uid: {uid}\n  {mirror}\
              labels: {{app: {name}{mesh}{labels}}}\nspec:\n  nodeName: {node_name}\n  serviceAccountName: {}\n  \
              hostNetwork: {host_network}\n  containers: [{{name: main, image: none, ports: [{ports}]}}]\nstatus:\n  \
              phase: Running\n  podIP: {ip}\n  podIPs: [{{ip: {ip}}}, {{ip: '{ip6}'}}]\n",
@@ -292,10 +339,39 @@ impl Pod {
     }
 }
 
+/// A network namespace on its node's bridge.
+fn sandbox(
+    netns: &str,
+    ip: &str,
+    ip6: &str,
+    node: usize,
+    (at, link): &(String, String),
+) -> Result<()> {
+    host::add_netns(netns)?;
+    host::ip(
+        netns,
+        &[
+            format!("link add eth0 type veth peer name {link} netns {at}"),
+            format!("address add {ip}/24 dev eth0"),
+            format!("address add {ip6}/64 dev eth0 nodad"),
+            "link set eth0 up".into(),
+            format!("route add default via 10.0.{node}.1"),
+            format!("route add default via fd00:0:0:{node}::1"),
+        ],
+    )?;
+    host::ip(
+        at,
+        &[
+            format!("link set {link} master pods"),
+            format!("link set {link} up"),
+        ],
+    )
+}
+
 impl Drop for Pod {
     fn drop(&mut self) {
         let _none_left = std::fs::write(self.pod_cgroup.join("cgroup.kill"), "1");
-        let _reaped = self._pause.child.wait();
+        let _reaped = self.pause.child.wait();
         crate::sweep::remove_cgroup(&self.pod_cgroup);
         if !self.options.host_network {
             let _gone = Command::new("ip")

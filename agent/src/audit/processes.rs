@@ -13,7 +13,7 @@ use aws_lc_rs::digest::{SHA256, digest};
 use super::seen::{Parent, Process};
 use crate::{
     identity::hex,
-    kernel::{cgroup_id, cgroup_mounts, text},
+    kernel::{cgroup_id, cgroup_mounts, pids, text},
 };
 
 /// Processes that are known at once; the oldest are forgotten first.
@@ -150,12 +150,23 @@ impl Known {
 /// The program that a process runs now; `None`: it is gone. What an exec told is the name
 /// that was asked for, which may be relative or a link: decisions go by this.
 pub fn executable(pid: u32) -> Option<String> {
-    let path = std::fs::read_link(format!("/proc/{pid}/exe")).ok()?;
+    // Of another namespace, the id would be another process's.
+    let path = pids::shared()
+        .then(|| std::fs::read_link(format!("/proc/{pid}/exe")))?
+        .ok()?;
     Some(path.to_string_lossy().into_owned())
 }
 
 /// What `/proc` still tells.
 fn look(pid: u32, uid: u32, comm: &str) -> Process {
+    if !pids::shared() {
+        return Process {
+            pid,
+            uid,
+            comm: comm.to_owned(),
+            ..Process::default()
+        };
+    }
     let proc = |what: &str| format!("/proc/{pid}/{what}");
     let cgroup = cgroup_of(pid);
     let argv = std::fs::read(proc("cmdline")).unwrap_or_default();

@@ -3,38 +3,75 @@
 //! containers into v1 only.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
+use postern_ebpf::SOME_LEVEL;
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupMount {
     pub path: PathBuf,
     pub v2: bool,
+    /// Whether it shows the whole tree, and not the inside of a cgroup namespace.
+    pub whole: bool,
 }
 
-/// All cgroup mounts of this mount namespace, v2 first.
+/// All cgroup mounts of this mount namespace, each tree once; v2 first, and of these
+/// the whole one. A container has one of its own, beside what it is given of the node's.
 pub fn cgroup_mounts() -> io::Result<Vec<CgroupMount>> {
-    Ok(parse_mounts(&std::fs::read_to_string("/proc/self/mounts")?))
+    /// Inode of the tree's own root.
+    const ROOT: u64 = 1;
+    let mut mounts = parse_mounts(&std::fs::read_to_string("/proc/self/mounts")?);
+    let mut seen = HashSet::new();
+    mounts.retain_mut(|mount| {
+        let Ok(about) = std::fs::metadata(&mount.path) else {
+            return false;
+        };
+        mount.whole = about.ino() == ROOT;
+        seen.insert((about.dev(), about.ino()))
+    });
+    mounts.sort_by_key(|mount| (!mount.v2, !mount.whole));
+    Ok(mounts)
 }
 
 fn parse_mounts(text: &str) -> Vec<CgroupMount> {
-    let mut mounts: Vec<CgroupMount> = text
-        .lines()
-        .filter_map(|line| {
-            let mut words = line.split(' ');
-            let (_device, path, kind) = (words.next()?, words.next()?, words.next()?);
-            let v2 = kind == "cgroup2";
-            (v2 || kind == "cgroup").then(|| CgroupMount {
-                path: path.into(),
-                v2,
-            })
+    let mounts = text.lines().filter_map(|line| {
+        let mut words = line.split(' ');
+        let (_device, path, kind) = (words.next()?, words.next()?, words.next()?);
+        let v2 = kind == "cgroup2";
+        (v2 || kind == "cgroup").then(|| CgroupMount {
+            path: path.into(),
+            v2,
+            whole: true,
         })
-        .collect();
-    mounts.sort_by_key(|mount| !mount.v2);
-    mounts
+    });
+    mounts.collect()
+}
+
+/// The cgroup that this process is in, as the hooks see it: looked for, where what
+/// `/proc/self/cgroup` says is relative to a cgroup namespace that this mount does not
+/// begin with.
+pub fn own(mount: &Path) -> Option<u64> {
+    let listed = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let path = listed.lines().find_map(|line| line.strip_prefix("0::/"));
+    let here = mount.join(path.unwrap_or_default());
+    let own = std::process::id() as i32;
+    let dir = if members(&here).contains(&own) {
+        here
+    } else {
+        holder(mount, own)?
+    };
+    id(&dir).ok()
+}
+
+fn holder(dir: &Path, pid: i32) -> Option<PathBuf> {
+    if members(dir).contains(&pid) {
+        return Some(dir.to_owned());
+    }
+    directories(dir).iter().find_map(|below| holder(below, pid))
 }
 
 /// A cgroup's id, as `bpf_get_current_cgroup_id` has it: its inode.
@@ -47,12 +84,13 @@ pub fn id(path: &Path) -> io::Result<u64> {
 pub struct PodsRoot {
     pub path: PathBuf,
     pub v2: bool,
-    /// Depth below the root of its cgroup mount.
+    /// Depth below the root of the tree; [`SOME_LEVEL`] where that is out of sight.
     pub level: u32,
 }
 
-/// How deep the kubelet's directory is looked for: `kubelet/kubepods`,
-/// `kubelet.slice/kubelet-kubepods.slice` and the like.
+/// How deep the kubelet's directory is looked for: `kubelet/kubepods` (kind),
+/// `kubelet.slice/kubelet-kubepods.slice` (kind, systemd driver), `docker/ID/kubepods`
+/// (k3d, seen from its host), and below a `--cgroup-root`.
 const SEARCH_DEPTH: u32 = 4;
 
 /// The directories named `kubepods`, `kubepods.slice` or `*-kubepods.slice` below
@@ -68,7 +106,13 @@ pub fn find_pods_roots(mounts: &[CgroupMount], below: Option<&Path>) -> Vec<Pods
         let level = start
             .strip_prefix(&mount.path)
             .map_or(0, |p| p.components().count() as u32);
+        let before = roots.len();
         search(start, mount.v2, level, SEARCH_DEPTH, &mut roots);
+        if !mount.whole {
+            for root in &mut roots[before..] {
+                root.level = SOME_LEVEL;
+            }
+        }
     }
     roots
 }
@@ -103,14 +147,17 @@ pub struct Pods {
 pub type PodDirs = Vec<(PathBuf, bool)>;
 
 impl Pods {
-    /// All pods' directories by uid.
+    /// All pods' directories by uid. A Guaranteed pod's lies in the root itself, others'
+    /// in the directory of their class (kubelet `pkg/kubelet/cm`).
     pub fn scan(&self) -> HashMap<String, PodDirs> {
         let mut found: HashMap<String, PodDirs> = HashMap::new();
         for root in &self.roots {
-            let classes = directories(&root.path).into_iter().filter(|d| !is_pod(d));
-            for parent in std::iter::once(root.path.clone()).chain(classes) {
-                for dir in directories(&parent) {
-                    if let Some(uid) = pod_uid(&dir) {
+            for class in ["", "burstable", "besteffort"] {
+                let Some(names) = Names::of(&root.path, class) else {
+                    continue;
+                };
+                for dir in directories(&names.parent) {
+                    if let Some(uid) = names.uid(&dir) {
                         found.entry(uid).or_default().push((dir, root.v2));
                     }
                 }
@@ -120,28 +167,74 @@ impl Pods {
     }
 }
 
-fn is_pod(dir: &Path) -> bool {
-    pod_uid(dir).is_some()
+/// How the pods of one class are named.
+struct Names {
+    parent: PathBuf,
+    before: String,
+    /// What follows the uid: `.slice`, or nothing.
+    after: &'static str,
 }
 
-/// The uid in a pod's directory name: `pod<uid>` (cgroupfs driver), or
-/// `kubepods[-<class>]-pod<uid with _ for ->.slice` (systemd driver).
-fn pod_uid(dir: &Path) -> Option<String> {
-    let name = dir.file_name()?.to_str()?;
-    match name.strip_suffix(".slice") {
-        Some(stem) => Some(stem.rsplit_once("-pod")?.1.replace('_', "-")),
-        None => name.strip_prefix("pod").map(str::to_owned),
+impl Names {
+    /// `ROOT/CLASS/podUID` (cgroupfs driver), or each directory named after all above
+    /// it: `kubepods.slice/kubepods-CLASS.slice/kubepods-CLASS-podUID.slice` (systemd).
+    fn of(root: &Path, class: &str) -> Option<Self> {
+        let name = root.file_name()?.to_str()?;
+        Some(match (name.strip_suffix(".slice"), class) {
+            (None, _) => Self {
+                parent: root.join(class),
+                before: "pod".into(),
+                after: "",
+            },
+            (Some(stem), "") => Self {
+                parent: root.to_owned(),
+                before: format!("{stem}-pod"),
+                after: ".slice",
+            },
+            (Some(stem), class) => Self {
+                parent: root.join(format!("{stem}-{class}.slice")),
+                before: format!("{stem}-{class}-pod"),
+                after: ".slice",
+            },
+        })
+    }
+
+    /// Systemd's names have `_` for the uid's `-`, which would be a level to it.
+    fn uid(&self, dir: &Path) -> Option<String> {
+        let name = dir.file_name()?.to_str()?;
+        let uid = name.strip_prefix(&self.before)?.strip_suffix(self.after)?;
+        let uid = match self.after {
+            "" => uid.to_owned(),
+            _ => uid.replace('_', "-"),
+        };
+        (!uid.is_empty()).then_some(uid)
     }
 }
 
 /// The processes of a directory and all below it.
 pub fn processes(dir: &Path) -> Vec<i32> {
-    let own = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    let mut all: Vec<i32> = own.lines().filter_map(|pid| pid.parse().ok()).collect();
+    let mut all = members(dir);
     for below in directories(dir) {
         all.extend(processes(&below));
     }
     all
+}
+
+/// When a process began, in ticks since the machine did (`/proc/PID/stat`, field 22);
+/// of one that is gone, never.
+pub fn started(pid: i32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The second field may contain anything, and ends with the last bracket.
+    let rest = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
+    let ticks = rest.split_whitespace().nth(19);
+    ticks
+        .and_then(|ticks| ticks.parse().ok())
+        .unwrap_or(u64::MAX)
+}
+
+fn members(dir: &Path) -> Vec<i32> {
+    let own = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
+    own.lines().filter_map(|pid| pid.parse().ok()).collect()
 }
 
 fn directories(dir: &Path) -> Vec<PathBuf> {
@@ -153,55 +246,4 @@ fn directories(dir: &Path) -> Vec<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn both_layouts_are_found_by_uid() {
-        let tmp = tempfile::tempdir().expect("directory");
-        let mount = CgroupMount {
-            path: tmp.path().to_owned(),
-            v2: true,
-        };
-        let uid = "0a1b2c3d-0000-4000-8000-00000000000f";
-        let flat = uid.replace('-', "_");
-        for (layout, level) in [
-            (format!("kubepods/burstable/pod{uid}"), 1),
-            (format!("kubepods/pod{uid}"), 1),
-            (
-                format!(
-                    "kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod{flat}.slice"
-                ),
-                1,
-            ),
-            (format!("kubepods.slice/kubepods-pod{flat}.slice"), 1),
-            (
-                format!(
-                    "kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod{flat}.slice"
-                ),
-                2,
-            ),
-            (format!("docker/k3d/kubepods/pod{uid}"), 3),
-        ] {
-            let dir = tmp.path().join(&layout);
-            std::fs::create_dir_all(dir.join("container")).expect("made");
-            let roots = find_pods_roots(std::slice::from_ref(&mount), None);
-            assert_eq!(roots.len(), 1, "{layout}");
-            assert_eq!(roots[0].level, level, "{layout}");
-            let pods = Pods { roots };
-            let found = pods.scan();
-            assert_eq!(found.len(), 1, "{layout}");
-            assert_eq!(found[uid], [(dir, true)], "{layout}");
-            std::fs::remove_dir_all(tmp.path().join(layout.split('/').next().expect("first")))
-                .expect("removed");
-        }
-    }
-
-    #[test]
-    fn mounts_are_v2_first() {
-        let text = "cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\nproc /proc proc rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
-        let mounts = parse_mounts(text);
-        assert_eq!(mounts.len(), 2);
-        assert!(mounts[0].v2 && mounts[0].path.ends_with("unified"));
-    }
-}
+mod tests;

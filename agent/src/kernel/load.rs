@@ -176,7 +176,7 @@ impl Kernel {
         let before = kernel.configured();
         if before.agent_tgid != 0 {
             // Before anything listens: what this agent dials must not be steered to it.
-            let (agent_tgid, agent_cgroup) = (std::process::id(), own_cgroup(cgroup));
+            let (agent_tgid, agent_cgroup) = (super::pids::own(), own_cgroup(cgroup));
             kernel.configure(Config {
                 agent_tgid,
                 agent_cgroup,
@@ -374,21 +374,15 @@ fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
     fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })
 }
 
-/// The agent's cgroup as the hooks see it: `bpf_get_current_cgroup_id`.
+/// The agent's cgroup as the hooks see it: `bpf_get_current_cgroup_id`. 0: it
+/// cannot be told, for want of the node's process ids, or of the node's tree.
 pub fn own_cgroup(hooks: &Path) -> u64 {
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let path = own
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"))
-        .unwrap_or_default();
-    // The mount is the part of the hooks' path that the agent's own is relative to.
+    // The innermost mount that the hooks are on.
     let mounts = super::cgroup::cgroup_mounts().unwrap_or_default();
-    let mount = mounts
-        .into_iter()
-        .find(|m| m.v2 && hooks.starts_with(&m.path));
-    mount
-        .and_then(|m| super::cgroup::id(&m.path.join(path)).ok())
-        .unwrap_or(0)
+    let below = |m: &super::CgroupMount| m.v2 && hooks.starts_with(&m.path);
+    let mounts = mounts.into_iter().filter(below);
+    let mount = mounts.max_by_key(|m| m.path.components().count());
+    mount.and_then(|m| super::cgroup::own(&m.path)).unwrap_or(0)
 }
 
 fn remove_other_maps(keep: &Path) {

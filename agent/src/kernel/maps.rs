@@ -13,7 +13,7 @@ use aya::{
 };
 use postern_ebpf::{
     Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE, LISTENER_PLAINTEXT,
-    Listener, MESH_LOCAL, MESH_REMOTE, MeshKey, Probe, Tracked, Workload,
+    Listener, MESH_LOCAL, MESH_NODE, MESH_REMOTE, MeshKey, NODES, Probe, Tracked, Workload,
 };
 
 use socket2::Socket;
@@ -134,12 +134,20 @@ impl Kernel {
         replace(&self.maps.cgroups, by_cgroup).map_err(failed("CGROUPS"))
     }
 
-    /// Makes exactly these destinations steered.
+    /// Makes exactly these destinations steered. `nodes`: ports that are steered at
+    /// each of these addresses.
     pub fn set_mesh(
         &self,
         destinations: &HashSet<(IpAddr, Option<u16>)>,
         local: &HashSet<IpAddr>,
+        nodes: &(HashSet<u16>, HashSet<IpAddr>),
     ) -> Result<(), KernelError> {
+        let (ports, addresses) = nodes;
+        let key = |address, port| MeshKey { address, port };
+        let ports = ports
+            .iter()
+            .map(|port| (key(NODES, u32::from(*port)), MESH_REMOTE));
+        let addresses = addresses.iter().map(|ip| (key(to_abi(*ip), 0), MESH_NODE));
         let wanted = destinations
             .iter()
             .map(|(ip, port)| {
@@ -156,6 +164,8 @@ impl Kernel {
                     place,
                 )
             })
+            .chain(ports)
+            .chain(addresses)
             .collect();
         replace(&self.maps.mesh, &wanted).map_err(failed("MESH"))
     }

@@ -21,7 +21,7 @@ use crate::{
     identity::IdentityError,
     kernel::{
         CgroupMount, KernelError, Netns, PodDirs, Pods, cgroup_id, find_pods_roots,
-        namespace_inode, netns_addresses, processes,
+        namespace_inode, netns_addresses, processes, started,
     },
     lifecycle::Watcher,
     telemetry::LocalWorkload,
@@ -38,6 +38,8 @@ pub(super) enum EnrolError {
     NoAddress,
     #[error("host-network pods are told by their cgroup v2, and it is in cgroup v1 only")]
     HostNetworkOnV1,
+    #[error("another pod says that it is the same: both have the cgroup of uid {0}")]
+    SharedCgroup(String),
     #[error("cannot listen on {address} in its network namespace: {source}")]
     Listen {
         address: SocketAddr,
@@ -87,6 +89,8 @@ struct Enrolled {
     cgroup: Option<u64>,
     /// `None` for host-network pods, whose inbound connections are not steered.
     serving: Option<Serving>,
+    /// Whether the kernel hands its inbound connections over.
+    attached: bool,
 }
 
 /// What a round of enrolment found.
@@ -140,13 +144,21 @@ impl Enroller {
         };
         let mut disabled = HashSet::new();
         let audit = self.proxy.audit.clone();
-        for workload in table.workloads.iter().filter(|w| w.node == audit.node()) {
-            let dirs = dirs.get(&workload.uid);
+        let local = || table.workloads.iter().filter(|w| w.node == audit.node());
+        let mut claims: HashMap<&str, usize> = HashMap::new();
+        for workload in local() {
+            *claims.entry(&workload.cgroup_uid).or_default() += 1;
+        }
+        for workload in local() {
+            let dirs = dirs.get(&workload.cgroup_uid);
             let known = postern_ebpf::Workload {
                 enrolled: u32::from(workload.enrolled),
                 _pad: 0,
             };
-            let result = if workload.enrolled {
+            let result = if claims[workload.cgroup_uid.as_str()] > 1 {
+                // A pod may claim to be a static one's mirror: neither is believed.
+                Err(EnrolError::SharedCgroup(workload.cgroup_uid.clone()))
+            } else if workload.enrolled {
                 self.enrol(workload, dirs, table)
                     .map(|pod| pod.netns.cookie)
             } else {
@@ -186,11 +198,12 @@ impl Enroller {
         }
         // A pod leaves when it is told to or when it is gone. That its object is gone,
         // or cannot be used, does not open it.
+        let gone = |e: &Enrolled| !dirs.contains_key(&e.pod.workload.load().cgroup_uid);
         let leaving: Vec<String> = self
             .enrolled
-            .keys()
-            .filter(|uid| disabled.contains(*uid) || !dirs.contains_key(*uid))
-            .cloned()
+            .iter()
+            .filter(|(uid, enrolled)| disabled.contains(*uid) || gone(enrolled))
+            .map(|(uid, _)| uid.clone())
             .collect();
         // New pods are carried before the kernel steers them, and those that leave
         // until it no longer does.
@@ -207,7 +220,10 @@ impl Enroller {
 
     fn publish(&self) {
         let pods = self.enrolled.values().map(|e| (e.pod.clone(), e.cgroup));
-        self.proxy.pods.store(Arc::new(LocalPods::new(pods)));
+        let owns =
+            |workload: &Workload, address: &IpAddr| self.owners.get(address) == Some(&workload.uid);
+        let pods = LocalPods::new(pods, owns);
+        self.proxy.pods.store(Arc::new(pods));
         self.proxy.metrics.enrolled.set(self.enrolled.len() as i64);
     }
 
@@ -262,13 +278,14 @@ impl Enroller {
                 && enrolled.serving.is_none() == workload.host_network
         });
         if !same {
-            // A restarted sandbox has a new namespace: another pod, to all effects.
-            self.remove(&workload.uid);
+            // Before the old one goes: until there are new ones, its pod is not open.
             let Some(credentials) = self.identities.get(&identity)? else {
                 let why = self.identities.why_not(&identity);
                 let why = why.map(|why| format!(": {why}")).unwrap_or_default();
                 return Err(EnrolError::NoCertificate(why));
             };
+            // A restarted sandbox has a new namespace: another pod, to all effects.
+            self.remove(&workload.uid);
             let pod = Arc::new(LocalPod::new(workload.clone(), netns.clone(), credentials));
             let serving = if workload.host_network {
                 self.serve_host()?;
@@ -283,6 +300,7 @@ impl Enroller {
                     pod,
                     cgroup,
                     serving,
+                    attached: false,
                 },
             );
         }
@@ -302,8 +320,10 @@ impl Enroller {
                 &mut self.owners,
                 &self.proxy.kernel,
             )?;
-            if !same {
+            // Also where that has failed the last time.
+            if !enrolled.attached {
                 self.proxy.kernel.attach_lookup(&netns)?;
+                enrolled.attached = true;
             }
         }
         Ok(enrolled.pod.clone())
@@ -328,13 +348,14 @@ impl Enroller {
         if workload.addresses.is_empty() {
             return Err(EnrolError::NoAddress);
         }
-        let mut inodes = HashMap::new();
+        let mut inodes: HashMap<u64, Vec<i32>> = HashMap::new();
         for pid in dirs.iter().flat_map(|(dir, _)| processes(dir)) {
-            // A container's first process is in the node's namespace for a moment.
+            // A container's first process is in the node's namespace for a moment;
+            // conmon of CRI-O, which may be in the pod's cgroup, stays there.
             if let Ok(inode) = namespace_inode(pid)
                 && inode != self.node.inode
             {
-                inodes.entry(inode).or_insert(pid);
+                inodes.entry(inode).or_default().push(pid);
             }
         }
         if let Some(netns) = before
@@ -343,7 +364,14 @@ impl Enroller {
             // Between two containers a pod may have no process.
             return Ok(netns.clone());
         }
-        for pid in inodes.values() {
+        // The oldest first: the sandbox was there before what a container may have made
+        // to look like it.
+        let mut candidates: Vec<(u64, i32)> = inodes
+            .into_values()
+            .filter_map(|pids| pids.into_iter().map(|pid| (started(pid), pid)).min())
+            .collect();
+        candidates.sort_unstable();
+        for (_, pid) in candidates {
             let Ok(netns) = Netns::open(Path::new(&format!("/proc/{pid}/ns/net"))) else {
                 continue;
             };

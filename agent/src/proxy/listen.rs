@@ -158,14 +158,16 @@ impl Serving {
             .run(netns_addresses)
             .and_then(|r| r)
             .map_err(EnrolError::Netns)?;
+        let not_anothers =
+            |address: &IpAddr| table.pod(*address).is_none_or(|w| w.uid == workload.uid);
         let free = |address: &IpAddr| {
-            table.pod(*address).is_none_or(|w| w.uid == workload.uid)
-                && owners
-                    .get(address)
-                    .is_none_or(|owner| *owner == workload.uid)
+            let owner = owners.get(address);
+            not_anothers(address) && owner.is_none_or(|owner| *owner == workload.uid)
         };
         let found: Vec<IpAddr> = found.into_iter().filter(free).collect();
-        for address in workload.addresses.iter().copied().chain(found) {
+        // A pod that is on its way out may still say that it has what the next one has.
+        let own = workload.addresses.iter().copied().filter(not_anothers);
+        for address in own.chain(found) {
             let owned = owners
                 .get(&address)
                 .is_some_and(|owner| *owner == workload.uid);

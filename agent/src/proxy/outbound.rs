@@ -2,7 +2,7 @@
 //! to go. What the kernel did not steer (a process that dials the port itself) is
 //! reset: there is no destination to carry it to.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Instant};
 
 use tokio::{net::TcpStream, sync::watch};
 
@@ -67,7 +67,7 @@ pub async fn carry(
     story.source.process = Some(process);
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
-    let judged = route(&proxy, &mut story, address)
+    let judged = route(&proxy, &mut story, address, client)
         .map_err(|(fault, why)| Ending::Failed(fault, why))
         .and_then(
             |route| match may_connect(&proxy, pod, program.as_deref(), &story) {
@@ -150,16 +150,25 @@ enum Route {
     Direct(SocketAddr),
 }
 
-fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route, (Fault, String)> {
+fn route(
+    proxy: &Proxy,
+    story: &mut Story,
+    dialled: SocketAddr,
+    client: SocketAddr,
+) -> Result<Route, (Fault, String)> {
     let unknown = |why: &str| (Fault::Destination, why.to_owned());
-    let target = proxy.table.load().target(dialled);
-    let (address, workload) = match target {
+    let table = proxy.table.load();
+    let (address, workload) = match table.target(dialled) {
         Some(Target::Pod(workload)) => (dialled, Some(workload)),
+        Some(Target::HostPort(workload, address)) => (address, Some(workload)),
         Some(Target::Service(port)) => {
             story.service = Some(port.service.name.clone());
-            let endpoint = port
-                .pick(dialled.ip())
-                .ok_or_else(|| unknown("the service has no ready endpoint"))?;
+            let mut among = table.reachable(&port, dialled.ip(), proxy.audit.node());
+            // A pod that is listed before it is known may be in the mesh: not used yet.
+            among.retain(|endpoint| !endpoint.is_unknown());
+            let endpoint = (proxy.choices)
+                .choose(&port, &among, client.ip(), Instant::now())
+                .ok_or_else(|| unknown("the service has no endpoint that may be used from here"))?;
             (endpoint.address, endpoint.workload.clone())
         }
         None => return Err(unknown("the destination is no longer known")),

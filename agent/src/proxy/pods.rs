@@ -141,20 +141,24 @@ pub struct LocalPods {
 }
 
 impl LocalPods {
-    pub fn new(pods: impl IntoIterator<Item = (Arc<LocalPod>, Option<u64>)>) -> Self {
+    /// Each pod with its pod-level cgroup's id. `owns`: whether an address is the pod's;
+    /// one that has ended may still be here when its address is another's.
+    pub fn new(
+        pods: impl IntoIterator<Item = (Arc<LocalPod>, Option<u64>)>,
+        owns: impl Fn(&Workload, &IpAddr) -> bool,
+    ) -> Self {
         let mut this = Self::default();
         for (pod, cgroup) in pods {
-            let workload = pod.workload.load();
+            let workload = pod.workload.load_full();
             if let Some(id) = cgroup {
                 this.by_cgroup.insert(id, pod.clone());
             }
             if !workload.host_network {
                 this.by_netns.insert(pod.netns.cookie, pod.clone());
-                for address in &workload.addresses {
+                for address in workload.addresses.iter().filter(|a| owns(&workload, a)) {
                     this.by_address.insert(*address, pod.clone());
                 }
             }
-            drop(workload);
             this.all.push(pod);
         }
         this

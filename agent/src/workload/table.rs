@@ -1,137 +1,53 @@
-//! The table of workloads: a pure function of the objects that were read,
+//! The table of workloads and services: a pure function of the objects that were read,
 //! published as one snapshot.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    cmp::Reverse,
+    collections::{BTreeSet, HashMap, HashSet},
     net::{IpAddr, SocketAddr},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
+    time::Duration,
 };
 
 use super::{
     WorkloadObject,
-    manifest::{self, EndpointSlice, Pod, PortOrName},
+    endpoints::Index,
+    manifest::{self, EndpointSlice, is_tcp},
+    node::Node,
+    pod::{Workload, label, workload},
+    service::{Endpoint, NamespacedName, Scope, Service, ServicePort, View},
 };
-use crate::{
-    config::Mesh,
-    identity::{SpiffeId, TrustDomain},
-};
+use crate::config::Mesh;
 
 /// Label on a pod or a namespace: `enabled` or `disabled`.
 pub const MESH_LABEL: &str = "postern.dev/mesh";
 
-/// A pod.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Workload {
-    pub uid: String,
-    pub namespace: String,
-    pub name: String,
-    pub service_account: String,
-    pub node: String,
-    pub addresses: Vec<IpAddr>,
-    pub labels: BTreeMap<String, String>,
-    /// Name of the controller that made it, or its own.
-    pub owner: String,
-    pub host_network: bool,
-    pub enrolled: bool,
-    pub ready: bool,
-    /// Named container ports.
-    pub ports: Vec<(String, u16)>,
-}
-
-impl Workload {
-    pub fn identity(&self, trust_domain: &TrustDomain) -> SpiffeId {
-        SpiffeId {
-            trust_domain: trust_domain.clone(),
-            namespace: self.namespace.clone(),
-            service_account: self.service_account.clone(),
-        }
-    }
-
-    /// Whether its inbound traffic goes through the agent of its node. A
-    /// host-network pod shares the node's addresses, which are never steered.
-    pub fn in_mesh(&self) -> bool {
-        self.enrolled && !self.host_network
-    }
-
-    /// `app` label, or Kubernetes' recommended one: Istio's canonical name.
-    pub fn app(&self) -> Option<&str> {
-        [
-            "service.istio.io/canonical-name",
-            "app.kubernetes.io/name",
-            "app",
-        ]
-        .iter()
-        .find_map(|label| self.labels.get(*label))
-        .map(String::as_str)
-    }
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct NamespacedName {
-    pub namespace: String,
-    pub name: String,
-}
-
-/// One port of a Service, with its ready endpoints.
-#[derive(Debug)]
-pub struct ServicePort {
-    pub service: Arc<Service>,
-    pub port: u16,
-    /// Those that are ready.
-    pub endpoints: Vec<Endpoint>,
-    /// Whether any endpoint, ready or not, is a pod in the mesh, or may be one.
-    pub in_mesh: bool,
-    next: AtomicUsize,
-}
-
-#[derive(Debug)]
-pub struct Service {
-    pub name: NamespacedName,
-    pub addresses: Vec<IpAddr>,
-}
-
-#[derive(Clone, Debug)]
-pub struct Endpoint {
-    pub address: SocketAddr,
-    /// `None` where the endpoint is no pod that is known.
-    pub workload: Option<Arc<Workload>>,
-}
-
-/// An endpoint as it is listed for a service.
-struct Listed {
-    endpoint: Endpoint,
-    ready: bool,
-    is_pod: bool,
-}
-
-impl ServicePort {
-    /// The next endpoint of an address family, in turn.
-    pub fn pick(&self, like: IpAddr) -> Option<&Endpoint> {
-        let fits = |e: &&Endpoint| e.address.is_ipv4() == like.is_ipv4();
-        let count = self.endpoints.iter().filter(fits).count();
-        if count == 0 {
-            return None;
-        }
-        let turn = self.next.fetch_add(1, Ordering::Relaxed) % count;
-        self.endpoints.iter().filter(fits).nth(turn)
-    }
+/// An address as objects write it; IPv4 as IPv4, also where it is v4-mapped.
+pub fn parse(address: &str) -> Option<IpAddr> {
+    address.parse().ok().map(|ip: IpAddr| ip.to_canonical())
 }
 
 /// What a destination address stands for.
 #[derive(Clone, Debug)]
 pub enum Target {
     Pod(Arc<Workload>),
+    /// A pod by a port of its node, and its own address for that.
+    HostPort(Arc<Workload>, SocketAddr),
     Service(Arc<ServicePort>),
 }
 
 #[derive(Debug, Default)]
 pub struct Table {
     pub workloads: Vec<Arc<Workload>>,
+    pub nodes: HashMap<String, Node>,
+    /// What is in the objects and is not used, in words.
+    pub ignored: Vec<String>,
     pods: HashMap<IpAddr, Arc<Workload>>,
     services: HashMap<SocketAddr, Arc<ServicePort>>,
+    /// Names of nodes by their addresses.
+    node_addresses: HashMap<IpAddr, String>,
+    node_ports: HashMap<u16, Arc<ServicePort>>,
+    host_ports: HashMap<SocketAddr, (Arc<Workload>, u16)>,
     /// By uid of a workload, the services of its namespace that it is behind.
     behind: HashMap<String, BTreeSet<String>>,
 }
@@ -140,6 +56,7 @@ impl Table {
     pub fn build(objects: &[WorkloadObject], default: Mesh) -> Self {
         let mut namespaces = HashMap::new();
         let (mut pods, mut services, mut slices) = (Vec::new(), Vec::new(), Vec::new());
+        let mut table = Self::default();
         for object in objects {
             match object {
                 WorkloadObject::Pod(pod) => pods.push(pod.as_ref()),
@@ -149,25 +66,37 @@ impl Table {
                     let meta = &namespace.metadata;
                     namespaces.insert(meta.name.clone(), label(&meta.labels));
                 }
+                WorkloadObject::Node(node) => {
+                    let name = node.metadata.name.clone();
+                    table.nodes.insert(name, Node::new(node));
+                }
             }
         }
-        let mut table = Self::default();
+        // Where two pods claim an address, the later one has it: first those that are
+        // on their way out, then by age.
+        pods.sort_by_key(|pod| {
+            let meta = &pod.metadata;
+            (
+                Reverse(meta.deletion_timestamp.is_some()),
+                &meta.creation_timestamp,
+            )
+        });
         for pod in pods {
             let inherited = namespaces.get(pod.metadata.namespace()).copied().flatten();
             let Some(workload) = workload(pod, inherited.unwrap_or(default)) else {
                 continue;
             };
-            let workload = Arc::new(workload);
-            if !workload.host_network {
-                for address in &workload.addresses {
-                    table.pods.insert(*address, workload.clone());
-                }
-            }
-            table.workloads.push(workload);
+            table.add_pod(Arc::new(workload), &pod.status);
         }
-        for service in services {
-            table.add_service(service, &slices);
-        }
+        table.find_nodes();
+        // The older of two services keeps what both claim.
+        services.sort_by_key(|service| {
+            let meta = &service.metadata;
+            (&meta.creation_timestamp, meta.namespace(), &meta.name)
+        });
+        table.add_services(&services, &slices);
+        let names = slices.iter().filter(|slice| slice.address_type == "FQDN");
+        table.ignored = names.map(|slice| fqdn(slice)).collect();
         table
     }
 
@@ -176,7 +105,10 @@ impl Table {
     }
 
     pub fn service(&self, address: SocketAddr) -> Option<&Arc<ServicePort>> {
-        self.services.get(&address)
+        self.services.get(&address).or_else(|| {
+            self.node_addresses.get(&address.ip())?;
+            self.node_ports.get(&address.port())
+        })
     }
 
     /// Names of the services of its namespace that a workload is behind, ready or not.
@@ -186,14 +118,36 @@ impl Table {
     }
 
     pub fn target(&self, address: SocketAddr) -> Option<Target> {
-        match self.pods.get(&address.ip()) {
-            Some(pod) => Some(Target::Pod(pod.clone())),
-            None => self.services.get(&address).cloned().map(Target::Service),
+        if let Some(pod) = self.pods.get(&address.ip()) {
+            return Some(Target::Pod(pod.clone()));
         }
+        if let Some((pod, port)) = self.host_ports.get(&address) {
+            // Port mapping keeps the family (CNI portmap).
+            let like = |ip: &&IpAddr| ip.is_ipv4() == address.is_ipv4();
+            let ip = pod.addresses.iter().find(like)?;
+            return Some(Target::HostPort(pod.clone(), SocketAddr::new(*ip, *port)));
+        }
+        self.service(address).cloned().map(Target::Service)
+    }
+
+    /// The endpoints of a service that a connection from `node` to `dialled` may go to.
+    pub fn reachable<'a>(
+        &self,
+        port: &'a ServicePort,
+        dialled: IpAddr,
+        node: &str,
+    ) -> Vec<&'a Endpoint> {
+        let view = View {
+            node,
+            zone: self.nodes.get(node).and_then(|node| node.zone.as_deref()),
+            dialled_node: self.node_addresses.get(&dialled).map(String::as_str),
+        };
+        port.reachable(dialled, view)
     }
 
     /// Addresses whose connects are steered: every port of each pod in the mesh,
-    /// and the ports of services that have such a pod behind them, ready or not.
+    /// the ports of services that have such a pod behind them, ready or not, and those
+    /// of nodes that lead to such a pod.
     pub fn mesh(&self) -> HashSet<(IpAddr, Option<u16>)> {
         let pods = self
             .pods
@@ -205,231 +159,183 @@ impl Table {
             .iter()
             .filter(|(_, port)| port.in_mesh)
             .map(|(address, _)| (address.ip(), Some(address.port())));
-        pods.chain(services).collect()
+        let hosts = self
+            .host_ports
+            .iter()
+            .filter(|(_, (w, _))| w.in_mesh())
+            .map(|(address, _)| (address.ip(), Some(address.port())));
+        pods.chain(services).chain(hosts).collect()
     }
 
+    /// Node ports whose connects are steered at every address of the nodes, and these
+    /// addresses. Not multiplied: a thousand nodes and services would fill the kernel's
+    /// map.
+    pub fn mesh_node_ports(&self) -> (HashSet<u16>, HashSet<IpAddr>) {
+        let ports = self.node_ports.iter().filter(|(_, port)| port.in_mesh);
+        let ports: HashSet<u16> = ports.map(|(number, _)| *number).collect();
+        if ports.is_empty() {
+            return Default::default();
+        }
+        (ports, self.node_addresses.keys().copied().collect())
+    }
+
+    /// All that leads to services but node ports.
     pub fn services(&self) -> impl Iterator<Item = (&SocketAddr, &Arc<ServicePort>)> {
         self.services.iter()
     }
 
-    fn add_service(&mut self, object: &manifest::Service, slices: &[&EndpointSlice]) {
-        let name = NamespacedName {
-            namespace: object.metadata.namespace().to_owned(),
-            name: object.metadata.name.clone(),
-        };
-        let spec = &object.spec;
-        // Headless services have the address "None": clients dial pods directly.
-        let mut addresses: Vec<IpAddr> = spec
-            .cluster_ips
-            .iter()
-            .filter_map(|a| a.parse().ok())
-            .collect();
-        if addresses.is_empty() {
-            addresses.extend(
-                spec.cluster_ip
-                    .as_ref()
-                    .and_then(|a| a.parse::<IpAddr>().ok()),
-            );
-        }
-        // What leads to the service from elsewhere leads there from a pod, too.
-        let outside = spec.external_ips.iter().chain(
-            object
-                .status
-                .load_balancer
-                .ingress
-                .iter()
-                .map(|ingress| &ingress.ip),
-        );
-        addresses.extend(outside.filter_map(|a| a.parse::<IpAddr>().ok()));
-        let service = Arc::new(Service { name, addresses });
-        for port in &spec.ports {
-            if port.protocol.as_deref().is_some_and(|p| p != "TCP") {
-                continue;
+    fn add_pod(&mut self, workload: Arc<Workload>, status: &manifest::PodStatus) {
+        if !workload.node.is_empty() {
+            let addresses = status.host_ips.iter().map(|a| &a.ip).chain(&status.host_ip);
+            for address in addresses {
+                let node = self.nodes.entry(workload.node.clone()).or_default();
+                node.add(parse(address));
             }
-            let listed = match self.listed(&service.name, port, slices) {
-                Some(listed) => listed,
-                None => self.selected(&service.name, port, &spec.selector),
-            };
-            for workload in listed.iter().filter_map(|e| e.endpoint.workload.as_ref()) {
-                if workload.namespace == service.name.namespace {
-                    let behind = self.behind.entry(workload.uid.clone()).or_default();
-                    behind.insert(service.name.name.clone());
+        }
+        if !workload.host_network {
+            for address in &workload.addresses {
+                self.pods.insert(*address, workload.clone());
+            }
+        }
+        self.workloads.push(workload);
+    }
+
+    /// What the nodes' addresses lead to. A pod's address is never taken for a node's.
+    fn find_nodes(&mut self) {
+        for (name, node) in &self.nodes {
+            for address in &node.addresses {
+                if !self.pods.contains_key(address) {
+                    self.node_addresses.insert(*address, name.clone());
                 }
             }
-            let in_mesh = listed.iter().any(|e| match &e.endpoint.workload {
-                Some(workload) => workload.in_mesh(),
-                None => e.is_pod,
-            });
-            // A pod that is listed before it is known may be in the mesh: not used yet.
-            let usable = |e: &Listed| e.ready && (e.endpoint.workload.is_some() || !e.is_pod);
-            let endpoints = listed
-                .into_iter()
-                .filter(usable)
-                .map(|e| e.endpoint)
-                .collect();
-            let entry = Arc::new(ServicePort {
-                service: service.clone(),
-                port: port.port,
-                endpoints,
-                in_mesh,
-                next: AtomicUsize::new(0),
-            });
-            for address in &service.addresses {
-                self.services
-                    .insert(SocketAddr::new(*address, port.port), entry.clone());
+        }
+        for workload in &self.workloads {
+            for port in &workload.host_ports {
+                let of_node = self.nodes.get(&workload.node);
+                let addresses = of_node.into_iter().flat_map(|node| &node.addresses);
+                // An address that is not the node's is nobody's to give.
+                let wanted = |ip: &&IpAddr| port.address.is_none_or(|only| only == **ip);
+                for address in addresses.filter(wanted) {
+                    let at = SocketAddr::new(*address, port.port);
+                    self.host_ports
+                        .insert(at, (workload.clone(), port.container_port));
+                }
             }
         }
     }
 
-    /// Endpoints as the cluster's controller lists them; `None` when it lists none
-    /// for this service, as in a directory of hand-written manifests.
-    fn listed(
-        &self,
-        service: &NamespacedName,
-        port: &manifest::ServicePort,
-        slices: &[&EndpointSlice],
-    ) -> Option<Vec<Listed>> {
-        const SERVICE_NAME: &str = "kubernetes.io/service-name";
-        let ours = |slice: &&&EndpointSlice| {
-            slice.metadata.namespace() == service.namespace
-                && slice.metadata.labels.get(SERVICE_NAME) == Some(&service.name)
-        };
-        let mut slices = slices.iter().filter(ours).peekable();
-        slices.peek()?;
-        let mut endpoints = Vec::new();
-        let mut seen = HashSet::new();
-        for slice in slices {
-            let named = slice.ports.iter().find(|p| p.name == port.name);
-            let Some(number) = named.and_then(|p| p.port) else {
+    fn add_services(&mut self, objects: &[&manifest::Service], slices: &[&EndpointSlice]) {
+        let index = Index::new(self, objects, slices);
+        let (mut inside, mut outside) = (HashMap::new(), Vec::new());
+        let mut node_ports = HashMap::new();
+        let mut behind: HashMap<String, BTreeSet<String>> = HashMap::new();
+        for object in objects {
+            // An ExternalName is a name of DNS and nothing to a service proxy.
+            if object.spec.r#type == "ExternalName" {
                 continue;
-            };
-            for endpoint in &slice.endpoints {
-                for ip in endpoint
-                    .addresses
-                    .iter()
-                    .filter_map(|a| a.parse::<IpAddr>().ok())
-                {
-                    let address = SocketAddr::new(ip, number);
-                    // A moving endpoint may stand in two slices (API reference).
-                    if seen.insert(address) {
-                        endpoints.push(Listed {
-                            endpoint: Endpoint {
-                                address,
-                                workload: self.pod(ip).cloned(),
-                            },
-                            // EndpointConditions.ready: absent means ready.
-                            ready: endpoint.conditions.ready != Some(false),
-                            is_pod: endpoint.target_ref.kind == "Pod",
-                        });
+            }
+            let service = Arc::new(service(object));
+            let addresses = cluster_addresses(object);
+            for port in &object.spec.ports {
+                if !is_tcp(port.protocol.as_ref()) {
+                    continue;
+                }
+                let endpoints: Arc<[Endpoint]> = index.endpoints(object, port).into();
+                let own = endpoints.iter().filter_map(|e| e.workload.as_ref());
+                for workload in own.filter(|w| w.namespace == service.name.namespace) {
+                    let services = behind.entry(workload.uid.clone()).or_default();
+                    if !services.contains(&service.name.name) {
+                        services.insert(service.name.name.clone());
                     }
                 }
+                // Headless services have the address "None": clients dial the pods that
+                // the names (of StatefulSets' pods, too) resolve to. kube-proxy passes
+                // them over with all that they say of other addresses.
+                if addresses.is_empty() {
+                    continue;
+                }
+                let entry = |scope| {
+                    let (service, endpoints) = (service.clone(), endpoints.clone());
+                    Arc::new(ServicePort::new(service, port.port, endpoints, scope))
+                };
+                let local = object.spec.internal_traffic_policy == "Local";
+                let cluster = entry(Scope::Cluster { local });
+                for ip in &addresses {
+                    let at = SocketAddr::new(*ip, port.port);
+                    inside.entry(at).or_insert_with(|| cluster.clone());
+                }
+                let external = external_addresses(object, &addresses);
+                if !external.is_empty() {
+                    outside.push((external, entry(Scope::Outside)));
+                }
+                if port.node_port != 0 {
+                    let local = object.spec.external_traffic_policy == "Local";
+                    let scope = Scope::NodePort { local };
+                    node_ports
+                        .entry(port.node_port)
+                        .or_insert_with(|| entry(scope));
+                }
             }
         }
-        Some(endpoints)
-    }
-
-    /// Endpoints as the controller would list them.
-    fn selected(
-        &self,
-        service: &NamespacedName,
-        port: &manifest::ServicePort,
-        selector: &BTreeMap<String, String>,
-    ) -> Vec<Listed> {
-        // Without a selector nothing is selected (Service API).
-        if selector.is_empty() {
-            return Vec::new();
+        // Whoever may write a Service may claim any address in it: one that the cluster
+        // gave to a service stays with that.
+        for (addresses, port) in outside {
+            for ip in addresses {
+                let at = SocketAddr::new(ip, port.port);
+                inside.entry(at).or_insert_with(|| port.clone());
+            }
         }
-        let selected = self.workloads.iter().filter(|w| {
-            w.namespace == service.namespace
-                && selector
-                    .iter()
-                    .all(|(key, value)| w.labels.get(key) == Some(value))
-        });
-        selected
-            .filter_map(|w| {
-                let number = match &port.target_port {
-                    None => port.port,
-                    Some(PortOrName::Port(number)) => *number,
-                    Some(PortOrName::Name(name)) => w.ports.iter().find(|(n, _)| n == name)?.1,
-                };
-                Some(w.addresses.iter().map(move |ip| Listed {
-                    endpoint: Endpoint {
-                        address: SocketAddr::new(*ip, number),
-                        workload: Some(w.clone()),
-                    },
-                    ready: w.ready,
-                    is_pod: true,
-                }))
-            })
-            .flatten()
-            .collect()
+        (self.services, self.node_ports, self.behind) = (inside, node_ports, behind);
     }
 }
 
-fn label(labels: &BTreeMap<String, String>) -> Option<Mesh> {
-    match labels.get(MESH_LABEL)?.as_str() {
-        "enabled" => Some(Mesh::Enabled),
-        "disabled" => Some(Mesh::Disabled),
-        _ => None,
+fn service(object: &manifest::Service) -> Service {
+    // Service API: three hours where nothing is said, a day at most.
+    const DEFAULT: u32 = 10_800;
+    const LONGEST: u32 = 86_400;
+    let spec = &object.spec;
+    let timeout = spec.session_affinity_config.client_ip.timeout_seconds;
+    let timeout = timeout.unwrap_or(DEFAULT).clamp(1, LONGEST);
+    Service {
+        name: NamespacedName {
+            namespace: object.metadata.namespace().to_owned(),
+            name: object.metadata.name.clone(),
+        },
+        affinity: (spec.session_affinity == "ClientIP")
+            .then(|| Duration::from_secs(u64::from(timeout))),
     }
 }
 
-/// `None` for a pod that has ended: its address may be another's by now.
-fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
-    let Pod {
-        metadata: meta,
-        spec,
-        status,
-    } = pod;
-    if matches!(status.phase.as_str(), "Succeeded" | "Failed") {
-        return None;
+/// `clusterIPs`, one for each of its families.
+fn cluster_addresses(object: &manifest::Service) -> Vec<IpAddr> {
+    let spec = &object.spec;
+    let all: Vec<IpAddr> = spec.cluster_ips.iter().filter_map(|a| parse(a)).collect();
+    if !all.is_empty() {
+        return all;
     }
-    let listed = status.pod_ips.iter().map(|a| &a.ip).chain(&status.pod_ip);
-    let mut addresses: Vec<IpAddr> = Vec::new();
-    for address in listed.filter_map(|a| a.parse().ok()) {
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
-    let condition = status.conditions.iter().find(|c| c.r#type == "Ready");
-    let ready = condition.is_none_or(|c| c.status == "True");
-    let terminating = meta.deletion_timestamp.is_some();
-    let ports = spec
-        .containers
-        .iter()
-        .flat_map(|c| &c.ports)
-        .filter_map(|p| Some((p.name.clone()?, p.container_port)))
-        .collect();
-    Some(Workload {
-        uid: meta.uid.clone(),
-        namespace: meta.namespace().to_owned(),
-        name: meta.name.clone(),
-        service_account: spec
-            .service_account_name
-            .clone()
-            .unwrap_or_else(|| "default".into()),
-        node: spec.node_name.clone(),
-        labels: meta.labels.clone(),
-        owner: owner(pod).unwrap_or_else(|| meta.name.clone()),
-        host_network: spec.host_network,
-        enrolled: label(&meta.labels).unwrap_or(inherited) == Mesh::Enabled,
-        ready: ready && !terminating && !addresses.is_empty(),
-        addresses,
-        ports,
-    })
+    // The older field, which is the first of them.
+    spec.cluster_ip.iter().filter_map(|a| parse(a)).collect()
 }
 
-/// The Deployment behind a ReplicaSet (whose name ends in the template's hash), or
-/// whatever controls the pod.
-fn owner(pod: &Pod) -> Option<String> {
-    let controller = pod
-        .metadata
-        .owner_references
-        .iter()
-        .find(|o| o.controller)?;
-    let hash = pod.metadata.labels.get("pod-template-hash");
-    match hash.and_then(|hash| controller.name.strip_suffix(&format!("-{hash}"))) {
-        Some(deployment) if controller.kind == "ReplicaSet" => Some(deployment.to_owned()),
-        _ => Some(controller.name.clone()),
-    }
+/// What leads to the service from elsewhere leads there from a pod, too: `externalIPs`,
+/// and the load balancer's addresses, where packets that it hands over still have them
+/// (`ipMode: VIP`). One that is a proxy itself is dialled as any other host (KEP-1860).
+fn external_addresses(object: &manifest::Service, cluster: &[IpAddr]) -> Vec<IpAddr> {
+    let ingress = object.status.load_balancer.ingress.iter();
+    let virtual_ips = ingress
+        .filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"))
+        .map(|ingress| &ingress.ip);
+    let all = object.spec.external_ips.iter().chain(virtual_ips);
+    // Of the families that the service has. Loopback would be every pod's own.
+    let family = |ip: &IpAddr| cluster.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
+    let usable = |ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified() && family(ip);
+    all.filter_map(|a| parse(a)).filter(usable).collect()
+}
+
+fn fqdn(slice: &EndpointSlice) -> String {
+    format!(
+        "EndpointSlice {}/{} lists names (addressType FQDN): its endpoints are not used",
+        slice.metadata.namespace(),
+        slice.metadata.name
+    )
 }

@@ -1,5 +1,9 @@
 //! Tables built from manifests.
 
+mod nodes;
+mod pods;
+mod services;
+
 use std::path::Path;
 
 use super::*;
@@ -29,7 +33,54 @@ fn service(body: &str) -> String {
     )
 }
 
+/// A slice of the service `web`.
+fn slice(family: &str, name: &str, ports: &str, endpoints: &str) -> String {
+    format!(
+        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: {family}\n\
+         metadata: {{name: {name}, namespace: shop, labels: {{kubernetes.io/service-name: web}}}}\n\
+         ports: [{ports}]\nendpoints: [{endpoints}]\n"
+    )
+}
+
+fn node(name: &str, zone: &str, addresses: &[&str]) -> String {
+    let addresses: Vec<String> = addresses
+        .iter()
+        .map(|address| format!("{{type: InternalIP, address: '{address}'}}"))
+        .collect();
+    format!(
+        "---\napiVersion: v1\nkind: Node\nmetadata: {{name: {name}, labels: \
+         {{topology.kubernetes.io/zone: {zone}}}}}\nspec: {{podCIDR: 10.1.0.0/24}}\n\
+         status: {{addresses: [{{type: Hostname, address: {name}}}, {}]}}\n",
+        addresses.join(", ")
+    )
+}
+
 const NAMESPACE: &str = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {postern.dev/mesh: enabled}}\n";
+
+/// Where a connection from this node to an address may go, sorted; `None`: the address
+/// is no service's.
+fn reach(table: &Table, from: &str, dialled: &str) -> Option<Vec<String>> {
+    let dialled = dialled.parse().expect("an address");
+    let port = table.service(dialled)?;
+    let among = table.reachable(port, dialled.ip(), from);
+    let mut all: Vec<String> = among.iter().map(|e| e.address.to_string()).collect();
+    all.sort();
+    Some(all)
+}
+
+/// The same, of addresses that are services'.
+fn reached(table: &Table, from: &str, dialled: &str) -> Vec<String> {
+    reach(table, from, dialled).expect("a service")
+}
+
+/// Whether connects there are steered.
+fn steered(table: &Table, address: &str) -> bool {
+    let address: std::net::SocketAddr = address.parse().expect("an address");
+    let (mesh, (ports, nodes)) = (table.mesh(), table.mesh_node_ports());
+    mesh.contains(&(address.ip(), None))
+        || mesh.contains(&(address.ip(), Some(address.port())))
+        || (nodes.contains(&address.ip()) && ports.contains(&address.port()))
+}
 
 #[test]
 fn the_shipped_example_makes_a_mesh() {
@@ -37,75 +88,6 @@ fn the_shipped_example_makes_a_mesh() {
     let service = "10.96.0.10".parse().expect("address");
     let pod = "10.0.1.10".parse().expect("address");
     assert_eq!(table.mesh(), [(service, Some(80)), (pod, None)].into());
-}
-
-#[test]
-fn named_target_ports_resolve_per_pod_and_turns_are_even() {
-    let text = NAMESPACE.to_owned()
-        + &pod("a", "10.0.0.1", "")
-        + &pod("b", "10.0.0.2", "")
-        + &service(
-            "{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80, targetPort: http}, {name: alt, port: 81, targetPort: 9000}]}",
-        );
-    let table = table(&text);
-    let port = table
-        .service("10.9.0.1:80".parse().expect("address"))
-        .expect("service");
-    let like = "10.9.0.1".parse().expect("address");
-    let picks: Vec<String> = (0..4)
-        .map(|_| port.pick(like).expect("endpoint").address.to_string())
-        .collect();
-    assert_eq!(
-        picks,
-        [
-            "10.0.0.1:8080",
-            "10.0.0.2:8080",
-            "10.0.0.1:8080",
-            "10.0.0.2:8080"
-        ]
-    );
-    let alt = table
-        .service("10.9.0.1:81".parse().expect("address"))
-        .expect("service");
-    assert_eq!(alt.pick(like).expect("endpoint").address.port(), 9000);
-    assert!(
-        table
-            .service("10.9.0.1:82".parse().expect("address"))
-            .is_none()
-    );
-    assert!(table.mesh().contains(&(like, Some(80))));
-}
-
-#[test]
-fn slices_win_over_selectors_and_unready_endpoints_are_left_out() {
-    let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\naddressType: IPv4\nmetadata: {name: web-1, namespace: shop, labels: {kubernetes.io/service-name: web}}\nports: [{name: '', port: 7070}]\nendpoints:\n- {addresses: [10.0.0.1], conditions: {ready: false}}\n- {addresses: [10.0.0.2]}\n";
-    let text = NAMESPACE.to_owned()
-        + &pod("a", "10.0.0.1", "")
-        + &pod("b", "10.0.0.2", "")
-        + &service("{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80}]}")
-        + slice;
-    let table = table(&text);
-    let port = table
-        .service("10.9.0.1:80".parse().expect("address"))
-        .expect("service");
-    let all: Vec<String> = port
-        .endpoints
-        .iter()
-        .map(|e| e.address.to_string())
-        .collect();
-    assert_eq!(all, ["10.0.0.2:7070"]);
-    // Without any that is ready it is still the mesh's: refused, not let past.
-    let table = self::table(&text.replace("[10.0.0.2]", "[10.0.0.1], conditions: {ready: false}"));
-    let address = "10.9.0.1".parse().expect("address");
-    assert!(table.mesh().contains(&(address, Some(80))));
-    // A pod that is not known yet is neither an endpoint nor outside the mesh.
-    let unknown = text.replace("[10.0.0.2]", "[10.0.0.77], targetRef: {kind: Pod}");
-    let table = self::table(&unknown);
-    assert!(table.mesh().contains(&(address, Some(80))));
-    let port = table
-        .service("10.9.0.1:80".parse().expect("address"))
-        .expect("service");
-    assert!(port.pick(address).is_none());
 }
 
 #[test]
@@ -127,14 +109,61 @@ fn enrolment_is_by_pod_then_namespace_then_default() {
     assert!(!enrolled("10.0.0.3"));
 }
 
+/// As large as a cluster gets: what is looked for is found by an index. (Quadratic, this
+/// would take minutes.)
 #[test]
-fn headless_and_ended_pods_have_no_entries() {
-    let ended = pod("z", "10.0.0.9", "").replace("status: {", "status: {phase: Succeeded, ");
-    let text = NAMESPACE.to_owned()
-        + &ended
-        + &service("{clusterIP: None, selector: {app: web}, ports: [{port: 80}]}");
+fn a_large_cluster_makes_a_table() {
+    use std::fmt::Write as _;
+    let mut text = NAMESPACE.to_owned();
+    for number in 0..5_000 {
+        let (ip, service) = (
+            format!("10.1.{}.{}", number / 250, number % 250),
+            number % 500,
+        );
+        let label = format!(", service: s{service}");
+        text += &pod(&format!("{number:x}"), &ip, &label);
+    }
+    for number in 0..500 {
+        let name = format!("s{number}");
+        text += &service(&format!(
+            "{{clusterIP: 10.9.{}.{}, selector: {{service: {name}, app: web}}, ports: [{{port: 80}}]}}",
+            number / 250,
+            number % 250
+        ))
+        .replace("name: web", &format!("name: {name}"));
+        if number % 2 == 0 {
+            let mut endpoints = String::new();
+            for pod in (number..5_000).step_by(500) {
+                let (x, y) = (pod / 250, pod % 250);
+                let _written = write!(
+                    endpoints,
+                    "{{addresses: [10.1.{x}.{y}], targetRef: {{kind: Pod, name: {pod:x}, namespace: shop, uid: u-{pod:x}}}}}, "
+                );
+            }
+            text += &slice("IPv4", &name, "{name: '', port: 80}", &endpoints)
+                .replace("service-name: web", &format!("service-name: {name}"));
+        }
+    }
+    // YAML wants a string where a name is all digits.
+    let text = quoted(&text);
     let table = table(&text);
-    assert!(table.pod("10.0.0.9".parse().expect("address")).is_none());
-    assert_eq!(table.services().count(), 0);
-    assert!(table.mesh().is_empty());
+    assert_eq!(table.workloads.len(), 5_000);
+    assert_eq!(table.services().count(), 500);
+    for (_, port) in table.services() {
+        let known = port.endpoints.iter().filter(|e| e.workload.is_some());
+        let v4 = known.filter(|e| e.address.is_ipv4());
+        assert_eq!(v4.count(), 10, "{:?}", port.service.name);
+    }
+}
+
+fn quoted(text: &str) -> String {
+    let mut quoted = String::new();
+    for part in text.split_inclusive("name: ") {
+        let (name, rest) = part.split_at(part.find([',', '}', '\n']).unwrap_or(0));
+        match name.chars().all(|c| c.is_ascii_hexdigit()) && !name.is_empty() {
+            true => quoted += &format!("'{name}'{rest}"),
+            false => quoted += part,
+        }
+    }
+    quoted
 }

@@ -334,7 +334,7 @@ fn beside(table: &Table, host_network: bool, life: &SocketLife) -> Beside {
 /// Whether what is dialled is to be carried. `any_port`: of a service, too.
 pub fn in_mesh(table: &Table, address: SocketAddr, any_port: bool) -> bool {
     match table.target(address) {
-        Some(Target::Pod(workload)) => workload.in_mesh(),
+        Some(Target::Pod(workload) | Target::HostPort(workload, _)) => workload.in_mesh(),
         Some(Target::Service(port)) => port.in_mesh,
         None if any_port => service_in_mesh(table, address.ip()),
         None => false,

@@ -54,7 +54,7 @@ pub use attach::describe;
 pub use connections::Connections;
 pub use enrol::Enroller;
 pub use hbone::Tunnels;
-pub use identities::{Identities, Issuer};
+pub use identities::Identities;
 pub use pods::{LocalPod, LocalPods};
 
 /// Ports of the agent in each pod's network namespace.

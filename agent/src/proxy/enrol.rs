@@ -264,7 +264,7 @@ impl Enroller {
         if !same {
             // A restarted sandbox has a new namespace: another pod, to all effects.
             self.remove(&workload.uid);
-            let Some(credentials) = self.identities.get(&identity)? else {
+            let Some(credentials) = self.identities.get(&identity, &workload.uid)? else {
                 let why = self.identities.why_not(&identity);
                 let why = why.map(|why| format!(": {why}")).unwrap_or_default();
                 return Err(EnrolError::NoCertificate(why));

@@ -11,6 +11,8 @@ mod agent;
 mod authority;
 mod backoff;
 mod bundle;
+#[cfg(test)]
+mod double;
 mod grpc;
 mod intermediate;
 mod issued;

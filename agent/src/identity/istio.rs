@@ -9,7 +9,6 @@ mod proto;
 mod tests;
 
 use std::{
-    path::PathBuf,
     sync::{Arc, Mutex},
     time::{Duration, Instant, SystemTime},
 };

@@ -133,14 +133,12 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let (kernel, events) =
         Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
     let sees = observed && kernel.sees_sockets();
-    let mut trust_domains = vec![config.trust_domain.clone()];
-    trust_domains.extend(config.trust_domain_aliases.clone());
     let identities = Arc::new(identities);
     let metrics = Metrics::default();
     let tokens = Arc::new(tokens::client(trust, &identities, &audit, &metrics));
     let proxy = Arc::new(Proxy {
         transport: config.transport.clone(),
-        trust_domains,
+        trust_domains: config.trust_domains(),
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
         policies: ArcSwap::from_pointee(policies),

@@ -162,12 +162,18 @@ pub struct Jwt {
     pub files: BTreeMap<String, PathBuf>,
 }
 
-/// Who signs for this node: the embedded issuer, or `postern authority`.
+/// Who signs for this node: the embedded issuer, `postern authority`, SPIRE or Istio's
+/// CA; exactly one.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Identity {
-    /// `postern authority`, so that this node holds no root. Empty: the embedded issuer.
+    /// `postern authority`, so that this node holds no root. All three empty: the
+    /// embedded issuer.
     pub authority: Option<RemoteAuthority>,
+    /// The SPIRE agent of this node, by its Delegated Identity API.
+    pub spire: Option<SpireAgent>,
+    /// Istio's certificate authority.
+    pub istio: Option<IstioCa>,
     /// Root certificate (PEM). Both empty: a root is made in the state directory.
     pub root_certificate: Option<PathBuf>,
     /// Its private key (PEM, PKCS #8), mode 0600.
@@ -198,6 +204,38 @@ pub struct RemoteAuthority {
     /// File with a projected token of the agent's Kubernetes service account.
     #[serde(default)]
     pub service_account_token_file: Option<PathBuf>,
+}
+
+/// Where the SPIRE agent of this node answers delegates.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct SpireAgent {
+    /// Its admin socket (`admin_socket_path`), not that of the Workload API.
+    pub socket: PathBuf,
+    /// Further trust domains whose peers are accepted: SPIRE federates with them, and
+    /// each is verified by its own bundle alone.
+    #[serde(default)]
+    pub federated: Vec<TrustDomain>,
+}
+
+/// Where Istio's certificate authority is, and how this agent proves who it is.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct IstioCa {
+    /// https URL, such as `https://istiod.istio-system.svc:15012`.
+    pub address: String,
+    /// Roots (PEM) of the mesh, watched: ConfigMap `istio-ca-root-cert`. istiod's TLS
+    /// certificate and those of peers must end at one of them.
+    pub roots: PathBuf,
+    /// File with a projected token of the agent's service account, audience `istio-ca`.
+    pub token_file: PathBuf,
+    /// As istiod names the cluster.
+    #[serde(default = "cluster_id")]
+    pub cluster_id: String,
+}
+
+fn cluster_id() -> String {
+    "Kubernetes".into()
 }
 
 /// Connections between nodes.
@@ -447,6 +485,8 @@ impl Default for Identity {
     fn default() -> Self {
         Self {
             authority: None,
+            spire: None,
+            istio: None,
             root_certificate: None,
             root_key: None,
             bundle: None,
@@ -562,6 +602,16 @@ impl Config {
             return Ok(Self::default());
         }
         parse_document(path, &text)
+    }
+
+    /// Trust domains whose peers are accepted; the mesh's own is the first.
+    pub fn trust_domains(&self) -> Vec<TrustDomain> {
+        let federated = self.identity.spire.iter().flat_map(|s| &s.federated);
+        let more = self.trust_domain_aliases.iter().chain(federated);
+        std::iter::once(&self.trust_domain)
+            .chain(more)
+            .cloned()
+            .collect()
     }
 
     /// `iss` of JWT-SVIDs that the embedded issuer signs.

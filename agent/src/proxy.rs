@@ -56,7 +56,7 @@ pub use choice::Choices;
 pub use connections::Connections;
 pub use enrol::Enroller;
 pub use hbone::Tunnels;
-pub use identities::{Identities, Issuer};
+pub use identities::Identities;
 pub use pods::{LocalPod, LocalPods};
 
 /// Ports of the agent in each pod's network namespace.

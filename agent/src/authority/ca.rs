@@ -8,6 +8,7 @@
 //! The root's key signs intermediates alone; theirs are in memory, new at each start.
 
 mod bundle;
+mod cluster;
 pub mod commands;
 mod csr;
 mod kubernetes;
@@ -43,6 +44,7 @@ use crate::{
         },
     },
 };
+use cluster::Cluster;
 use kubernetes::Kubernetes;
 use limits::Limits;
 use placement::Placement;
@@ -61,6 +63,8 @@ pub struct Ca {
     own: Bundle,
     placement: Placement,
     kubernetes: Option<Kubernetes>,
+    /// Asked instead of both.
+    cluster: Option<Cluster>,
     agents: Limits<String>,
     joins: Limits<IpAddr>,
     /// What the last bundle was, and its number.
@@ -86,6 +90,7 @@ impl Ca {
             ),
             own: Bundle::new(own, None).map_err(|e| wrong(&e))?,
             placement: Placement::open(config.nodes.manifests.clone()).map_err(|e| wrong(&e))?,
+            cluster: Cluster::open(config).await.map_err(|e| wrong(&e))?,
             kubernetes: Kubernetes::open(config).map_err(|e| wrong(&e))?,
             agents: Limits::new(config.certificates.per_minute.0),
             joins: Limits::new(JOINS_PER_MINUTE),
@@ -104,9 +109,34 @@ pub fn routes() -> Router<Shared> {
         .route("/v1/roots.pem", get(roots_pem))
 }
 
-/// Keeps the table of what runs where, until the process ends.
+/// Keeps the table of what runs where, and the roots where agents look for them, until
+/// the process ends.
 pub async fn watch(server: Shared) {
-    server.ca.placement.watch().await;
+    match &server.ca.cluster {
+        Some(cluster) => publish_roots(&server, cluster).await,
+        None => server.ca.placement.watch().await,
+    }
+}
+
+/// Roots change with the bundle's file, and whoever wrote the ConfigMap last may have
+/// been another.
+async fn publish_roots(server: &Server, cluster: &Cluster) {
+    const LOOK: Duration = Duration::from_secs(10);
+    const ANYWAY: u32 = 30;
+    let mut written = String::new();
+    for round in 0_u32.. {
+        let roots = bundle::roots(server).map(|roots| crate::identity::pem(&roots));
+        let published = match roots {
+            Ok(pem) if pem == written && !round.is_multiple_of(ANYWAY) => Ok(pem),
+            Ok(pem) => cluster.publish_roots(&pem).await.map(|()| pem),
+            Err(error) => Err(error.to_string()),
+        };
+        match published {
+            Ok(pem) => written = pem,
+            Err(error) => tracing::error!(error, "cannot write the roots for agents"),
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 async fn join(
@@ -142,9 +172,11 @@ async fn joined(
         record.reason = format!("join token {token}");
     } else {
         record.authentication = Some("kubernetes");
-        let kubernetes = server.ca.kubernetes.as_ref();
-        let kubernetes = kubernetes.ok_or_else(Problem::no_proof)?;
-        kubernetes.verify(&proof, &node, server.clock.now()).await?;
+        match (&server.ca.cluster, &server.ca.kubernetes) {
+            (Some(cluster), _) => cluster.verify(&proof, &node).await?,
+            (None, Some(keys)) => keys.verify(&proof, &node, server.clock.now()).await?,
+            (None, None) => return Err(Problem::no_proof()),
+        }
         // What the cluster signed before does not undo a revocation.
         let made = part(&proof, 1).and_then(|claims| claims.get("iat")?.as_u64());
         if let Some(at) = tokens::revoked(&server.store, &node).await?
@@ -210,7 +242,7 @@ async fn signed(
 ) -> Result<CertificateAnswer, Problem> {
     let agent = peer::agent(server, peer, record).await?;
     let CertificateRequest { csr, identity } = read(request).await?;
-    let id = permitted(server, &agent, &identity, record)?;
+    let id = permitted(server, &agent, &identity, record).await?;
     let key = csr::public_key(&csr)?;
     let lifetime = server.config.certificates.leaf_lifetime.0;
     certified(server, &id.to_string(), &key, Purpose::Workload, lifetime)
@@ -235,7 +267,7 @@ async fn token(
 ) -> Result<TokenAnswer, Problem> {
     let agent = peer::agent(server, peer, record).await?;
     let TokenRequest { identity, audience } = read(request).await?;
-    let id = permitted(server, &agent, &identity, record)?;
+    let id = permitted(server, &agent, &identity, record).await?;
     let fits = |audience: &String| !audience.is_empty() && audience.len() <= MAX_AUDIENCE;
     if audience.is_empty() || audience.len() > MAX_AUDIENCES || !audience.iter().all(fits) {
         let why = "`audience` has one to eight strings, of 1024 bytes at most each";
@@ -262,7 +294,7 @@ async fn token(
 }
 
 /// The identity, if one of its pods runs on the agent's node.
-fn permitted(
+async fn permitted(
     server: &Server,
     agent: &AgentId,
     identity: &str,
@@ -273,7 +305,16 @@ fn permitted(
         .map_err(|_form| Problem::invalid("`identity` is no workload's SPIFFE ID"))?;
     record.subject = Some(id.to_string());
     let ours = id.trust_domain == server.config.trust_domain;
-    if !ours || !server.ca.placement.runs(agent.node(), &id) {
+    let node = agent.node();
+    let runs = match &server.ca.cluster {
+        Some(cluster) if ours => cluster
+            .runs(node, &id)
+            .await
+            .map_err(Problem::unavailable)?,
+        Some(_) => false,
+        None => server.ca.placement.runs(node, &id),
+    };
+    if !ours || !runs {
         let why = format!("no pod of {id} runs on node {}", agent.node());
         return Err(Problem::denied(why));
     }

@@ -134,8 +134,31 @@ pub struct Nodes {
     /// Directory of manifests (Pod): an agent gets certificates for the service
     /// accounts of its own node's pods alone. Empty: no agent gets any.
     pub manifests: Option<PathBuf>,
-    /// Agents that prove their node by a token of their Kubernetes service account.
+    /// Agents that prove their node by a token of their Kubernetes service account,
+    /// verified by the cluster's keys alone.
     pub kubernetes: Option<KubernetesNodes>,
+    /// The cluster, asked for both: whose a token is, and what runs where. Instead of
+    /// the other two.
+    pub cluster: Option<ClusterNodes>,
+}
+
+/// Where the API server is, and which pods are agents.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct ClusterNodes {
+    /// Empty: the service account of the authority's own pod.
+    #[serde(default)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Namespace of the agents.
+    pub namespace: String,
+    /// Their service account.
+    pub service_account: String,
+    /// `aud` that tokens must have. Empty: this server's issuer.
+    #[serde(default)]
+    pub audience: Option<String>,
+    /// ConfigMap of the namespace into which the roots are written, as `roots.pem`.
+    #[serde(default)]
+    pub roots_config_map: Option<String>,
 }
 
 /// Whose tokens count. Neither `jwksFile` nor `jwksUri`: keys by discovery at the issuer.

@@ -21,6 +21,7 @@ use zeroize::Zeroizing;
 
 use super::{
     SpiffeId, TrustDomain,
+    backoff::renewal,
     intermediate::{BACKDATE, Intermediates, Purpose, dated},
 };
 use crate::config;
@@ -51,8 +52,14 @@ pub enum IdentityError {
     Sign(#[source] crate::jwt::SigningKeyError),
     #[error("the system has no randomness")]
     Randomness,
-    #[error("identity.authority: {0}")]
-    Config(String),
+    #[error("identity.{key}: {why}")]
+    Config { key: &'static str, why: String },
+    #[error(
+        "{} exclude each other: one issuer signs for a node, by identity.authority, \
+         identity.spire, identity.istio, or a root of its own",
+        .0.join(" and ")
+    )]
+    Mixed(Vec<&'static str>),
     /// Not joined, not reached, refused, or an answer that cannot be used.
     #[error("{0}")]
     Remote(String),
@@ -64,17 +71,9 @@ pub struct Svid {
     /// Leaf first, then the node's intermediate.
     pub chain: Vec<CertificateDer<'static>>,
     pub key: PrivateKeyDer<'static>,
-    pub not_before: SystemTime,
     pub not_after: SystemTime,
-}
-
-impl Svid {
-    /// When the next one is due: half of its lifetime, counted from when it was made.
-    pub fn renew_at(&self) -> SystemTime {
-        let made = self.not_before + BACKDATE;
-        let life = self.not_after.duration_since(made).unwrap_or_default();
-        made + life / 2
-    }
+    /// When the next one is due.
+    pub renew_at: SystemTime,
 }
 
 /// Signs for this node.
@@ -131,8 +130,8 @@ impl Authority {
             id: id.clone(),
             chain: certified.chain,
             key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
-            not_before: certified.not_before,
             not_after: certified.not_after,
+            renew_at: renewal(certified.not_before + BACKDATE, certified.not_after),
         })
     }
 }
@@ -335,9 +334,12 @@ mod tests {
         let id = "spiffe://cluster.local/ns/a/sa/b".parse().expect("valid");
         let now = SystemTime::now();
         let svid = authority(dir.path()).issue(&id, now).expect("issued");
-        assert_eq!(svid.not_before, now - BACKDATE);
-        assert_eq!(svid.renew_at(), now + Duration::from_secs(12 * 3_600));
+        let half = now + Duration::from_secs(12 * 3_600);
+        assert!(svid.renew_at <= half && svid.renew_at >= half - Duration::from_secs(9_000));
         let (_, leaf) = x509_parser::parse_x509_certificate(&svid.chain[0]).expect("parses");
+        let from = leaf.validity().not_before.timestamp() as u64;
+        let since = (now - BACKDATE).duration_since(SystemTime::UNIX_EPOCH);
+        assert_eq!(from, since.expect("later").as_secs());
         assert!(leaf.subject().iter().next().is_none());
         assert!(!leaf.is_ca());
         assert_eq!(svid.chain.len(), 2);

@@ -7,20 +7,20 @@
 //! name that were asked for, and end at a root of the bundle.
 
 mod agent_key;
-mod tokens;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
+use arc_swap::ArcSwap;
 use http::{HeaderName, HeaderValue, StatusCode, header};
-use rcgen::{CertificateParams, KeyPair, PublicKeyData as _};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rcgen::KeyPair;
+use rustls::pki_types::CertificateDer;
 use serde::{Serialize, de::DeserializeOwned};
 use webpki::KeyUsage;
 use zeroize::Zeroizing;
@@ -28,31 +28,34 @@ use zeroize::Zeroizing;
 use super::{
     AgentId, Bundle, IdentityError, JwtSvid, SpiffeId, Svid,
     authority::write_new,
-    peer_identity, read_certificates,
-    wire::{self, BundleAnswer, CertificateAnswer, CertificateRequest, JoinRequest, RenewRequest},
+    backoff::random,
+    issued, read_certificates,
+    token_file::read_token,
+    tokens::Tokens,
+    wire::{
+        self, BundleAnswer, CertificateAnswer, CertificateRequest, JoinRequest, RenewRequest,
+        TokenAnswer, TokenRequest,
+    },
 };
 use crate::{
     config::RemoteAuthority,
-    fetch::{Fetcher, Trust},
+    fetch::{Fetcher, RootsError, Trust},
     oauth::private_file,
 };
 use agent_key::{AgentKey, Shown};
-use tokens::Tokens;
 
 /// For each exchange with the authority.
 const LIMIT: Duration = Duration::from_secs(10);
 /// How often the roots are fetched, at most and where the authority says nothing.
 const REFRESH: Duration = Duration::from_secs(300);
-/// Longest service account token, bytes.
-const MAX_PROOF: u64 = 16 * 1024;
 
 /// Gets certificates from `postern authority`.
 pub struct Remote {
     /// Without a slash at its end.
     url: String,
-    /// To join: there is no certificate to show yet.
-    plain: Fetcher,
-    mutual: Fetcher,
+    /// Of the authority's TLS certificate.
+    tls_roots: Option<PathBuf>,
+    fetchers: ArcSwap<Fetchers>,
     shown: Arc<Shown>,
     id: AgentId,
     proof: Proof,
@@ -65,6 +68,14 @@ pub struct Remote {
     /// The authority no longer takes the agent's certificate.
     rejoin: AtomicBool,
     tokens: Tokens,
+}
+
+struct Fetchers {
+    /// What the roots' file held when they were made.
+    roots: Vec<u8>,
+    /// To join: there is no certificate to show yet.
+    plain: Fetcher,
+    mutual: Fetcher,
 }
 
 /// How the agent proves which node it is. Files are read when they are needed: tokens
@@ -102,27 +113,22 @@ impl Remote {
         let Some(authority) = &config.identity.authority else {
             return Ok(None);
         };
-        let wrong = |why: &str| IdentityError::Config(why.to_owned());
+        let wrong = |why: String| IdentityError::Config {
+            key: "authority",
+            why,
+        };
         if !authority.url.starts_with("https://") {
-            return Err(wrong("url must be https"));
+            return Err(wrong("url must be https".into()));
         }
-        if config.identity.root_key.is_some() || config.identity.root_certificate.is_some() {
-            return Err(wrong(
-                "excludes identity.rootCertificate and rootKey: this node holds no root",
-            ));
-        }
-        let proof = Proof::of(authority)?;
+        let proof = Proof::of(authority).map_err(wrong)?;
         let domain = &config.trust_domain;
         let id = AgentId::new(domain.clone(), node)
-            .ok_or_else(|| wrong("node is no name that can stand in a SPIFFE ID"))?;
-        let trust = match &authority.roots {
-            Some(path) => Trust::only(path),
-            None => Trust::new(None),
-        };
-        let trust = trust.map_err(|e| IdentityError::Config(format!("roots: {e}")))?;
+            .ok_or_else(|| wrong("node is no name that can stand in a SPIFFE ID".into()))?;
         let file = config.state.join("agent.pem");
         let roots_file = config.state.join("agent-roots.pem");
         let shown = Arc::new(Shown::default());
+        let fetchers = Fetchers::open(authority.roots.as_deref(), &shown)
+            .map_err(|e| wrong(format!("roots: {e}")))?;
         let mut roots = Vec::new();
         if file.exists() {
             let key = AgentKey::read(&file)?;
@@ -139,8 +145,8 @@ impl Remote {
         let bundle = Arc::new(Bundle::new(roots, config.identity.bundle.clone())?);
         Ok(Some(Self {
             url: authority.url.trim_end_matches('/').to_owned(),
-            plain: Fetcher::with_trust(&trust),
-            mutual: Fetcher::with_certificate(&trust, shown.clone()),
+            fetchers: ArcSwap::from_pointee(fetchers),
+            tls_roots: authority.roots.clone(),
             shown,
             id,
             proof,
@@ -165,6 +171,7 @@ impl Remote {
     /// Joins or renews where it is due, and fetches the roots. An error does not mean
     /// that nothing can be asked for: see [`Self::joined`].
     pub async fn keep(&self, now: SystemTime) -> Result<(), IdentityError> {
+        self.follow_roots();
         match self.shown.get() {
             // If a proof is refused as well, the certificate is tried again next.
             Some(key) if now < key.not_after() && !self.rejoin.swap(false, Ordering::Relaxed) => {
@@ -180,6 +187,23 @@ impl Remote {
         Ok(())
     }
 
+    /// Roots of the authority's TLS certificate are replaced under a running agent, as
+    /// a ConfigMap is. What cannot be read leaves those that were read last.
+    fn follow_roots(&self) {
+        let Some(path) = &self.tls_roots else { return };
+        let same = std::fs::read(path).is_ok_and(|now| now == self.fetchers.load().roots);
+        if same {
+            return;
+        }
+        match Fetchers::open(Some(path), &self.shown) {
+            Ok(fetchers) => {
+                tracing::info!(path = %path.display(), "roots of the authority read again");
+                self.fetchers.store(Arc::new(fetchers));
+            }
+            Err(error) => tracing::warn!(%error, "roots of the authority; the last good stay"),
+        }
+    }
+
     /// When [`Self::keep`] has something to do, if nothing happens before.
     pub fn due(&self, now: SystemTime) -> Duration {
         let roots = *self.roots_due.lock().expect("no panic while it is held");
@@ -192,29 +216,15 @@ impl Remote {
     /// A certificate for a service account of this node, for a new key.
     pub async fn issue(&self, id: &SpiffeId, now: SystemTime) -> Result<Svid, IdentityError> {
         const WHAT: &str = "a certificate";
-        let (key, csr) = request()?;
+        let (key, csr) = issued::request(None)?;
         let body = CertificateRequest {
             csr,
             identity: id.to_string(),
         };
         let answer: CertificateAnswer = self.call(WHAT, "/v1/certificates", &body).await?;
-        let chain = self.chain(WHAT, &answer, &key)?;
-        if peer_identity(&chain[0]).as_ref() != Some(id) {
-            return Err(unusable(WHAT, format!("it is not for {id}")).into());
-        }
-        for usage in [KeyUsage::client_auth(), KeyUsage::server_auth()] {
-            let verified = self.bundle.verify(&chain, usage, now);
-            verified.map_err(|e| unusable(WHAT, e.to_string()))?;
-        }
-        let (not_before, not_after) = agent_key::validity(&chain[0])
-            .ok_or_else(|| unusable(WHAT, "it has no dates".into()))?;
-        Ok(Svid {
-            id: id.clone(),
-            chain,
-            key: PrivateKeyDer::Pkcs8(key.serialize_der().into()),
-            not_before,
-            not_after,
-        })
+        let chain = wire::decode(&answer.chain).map_err(|e| unusable(WHAT, e.to_string()))?;
+        let svid = issued::svid(chain, &key, id, &self.bundle, now);
+        Ok(svid.map_err(|why| unusable(WHAT, why))?)
     }
 
     /// A JWT-SVID, kept for most of its life.
@@ -224,26 +234,54 @@ impl Remote {
         audience: &str,
         now: SystemTime,
     ) -> Result<JwtSvid, IdentityError> {
-        self.tokens.get(self, id, audience, now).await
+        self.tokens
+            .get(id, audience, now, || self.ask_token(id, audience, now))
+            .await
+    }
+
+    async fn ask_token(
+        &self,
+        id: &SpiffeId,
+        audience: &str,
+        now: SystemTime,
+    ) -> Result<JwtSvid, IdentityError> {
+        if !self.joined(now) {
+            return Err(IdentityError::Remote("the agent has not joined".into()));
+        }
+        let body = TokenRequest {
+            identity: id.to_string(),
+            audience: vec![audience.to_owned()],
+        };
+        let answer: TokenAnswer = self.call("a JWT-SVID", "/v1/jwt-svids", &body).await?;
+        Ok(JwtSvid {
+            token: Zeroizing::new(answer.token),
+            expires: UNIX_EPOCH + Duration::from_secs(answer.expires),
+        })
     }
 
     /// Shows the proof and gets this agent's own certificate.
     async fn join(&self, now: SystemTime) -> Result<(), IdentityError> {
         const WHAT: &str = "to join";
         let proof = self.proof.read()?;
-        let (key, csr) = request()?;
+        let (key, csr) = issued::request(None)?;
         let body = JoinRequest {
             node: self.id.node().to_owned(),
             csr,
         };
         let mut bearer = HeaderValue::from_bytes(&[b"Bearer ", proof.as_slice()].concat())
             .map_err(|_what_it_was| {
-                IdentityError::Config("the token file holds no token".into())
+                IdentityError::Remote("cannot join: the token file holds no token".into())
             })?;
         bearer.set_sensitive(true);
         let headers = [(header::AUTHORIZATION, bearer)];
         let answer: CertificateAnswer = self
-            .exchange(&self.plain, WHAT, "/v1/agents/join", &body, &headers)
+            .exchange(
+                &self.fetchers.load().plain.clone(),
+                WHAT,
+                "/v1/agents/join",
+                &body,
+                &headers,
+            )
             .await?;
         self.hold(WHAT, &answer, key, now)?;
         tracing::info!(id = %self.id, "joined");
@@ -252,7 +290,7 @@ impl Remote {
 
     async fn renew(&self, now: SystemTime) -> Result<(), IdentityError> {
         const WHAT: &str = "to renew the agent's certificate";
-        let (key, csr) = request()?;
+        let (key, csr) = issued::request(None)?;
         let answer: CertificateAnswer = self
             .call(WHAT, "/v1/agents/renew", &RenewRequest { csr })
             .await?;
@@ -286,7 +324,8 @@ impl Remote {
     async fn refresh_roots(&self) -> Result<(), IdentityError> {
         const WHAT: &str = "the bundle";
         let url = format!("{}/v1/bundle", self.url);
-        let fetched = self.plain.get(&url, LIMIT).await.map_err(CallError::from)?;
+        let plain = self.fetchers.load().plain.clone();
+        let fetched = plain.get(&url, LIMIT).await.map_err(CallError::from)?;
         let answer: BundleAnswer =
             serde_json::from_slice(&fetched.body).map_err(|e| unusable(WHAT, e.to_string()))?;
         let roots = wire::decode(answer.roots()).map_err(|e| unusable(WHAT, e.to_string()))?;
@@ -294,7 +333,8 @@ impl Remote {
         let hint = answer.spiffe_refresh_hint.map(Duration::from_secs);
         let wait = hint
             .unwrap_or(REFRESH)
-            .clamp(Duration::from_secs(10), REFRESH);
+            .clamp(Duration::from_secs(10), REFRESH)
+            .mul_f64(1.0 - 0.2 * random());
         *self.roots_due.lock().expect("no panic while it is held") = Instant::now() + wait;
         Ok(())
     }
@@ -325,14 +365,7 @@ impl Remote {
         key: &KeyPair,
     ) -> Result<Vec<CertificateDer<'static>>, CallError> {
         let chain = wire::decode(&answer.chain).map_err(|e| unusable(what, e.to_string()))?;
-        let leaf = chain
-            .first()
-            .ok_or_else(|| unusable(what, "it has no certificate".into()))?;
-        let (_rest, parsed) =
-            x509_parser::parse_x509_certificate(leaf).map_err(|e| unusable(what, e.to_string()))?;
-        if parsed.public_key().raw != key.subject_public_key_info() {
-            return Err(unusable(what, "it is for another key".into()));
-        }
+        issued::for_key(&chain, key).map_err(|why| unusable(what, why))?;
         Ok(chain)
     }
 
@@ -343,7 +376,10 @@ impl Remote {
         path: &str,
         body: &impl Serialize,
     ) -> Result<A, CallError> {
-        let result = self.exchange(&self.mutual, what, path, body, &[]).await;
+        let result = {
+            let fetcher = self.fetchers.load().mutual.clone();
+            self.exchange(&fetcher, what, path, body, &[]).await
+        };
         if let Err(CallError::Refused { status, .. }) = &result
             && *status == StatusCode::UNAUTHORIZED
         {
@@ -381,48 +417,46 @@ impl Remote {
     }
 }
 
+impl Fetchers {
+    fn open(roots: Option<&Path>, shown: &Arc<Shown>) -> Result<Self, RootsError> {
+        let (held, trust) = match roots {
+            Some(path) => {
+                // Read first: what changes in between is seen as a change.
+                let held = std::fs::read(path).unwrap_or_default();
+                (held, Trust::only(path)?)
+            }
+            None => (Vec::new(), Trust::new(None)?),
+        };
+        Ok(Self {
+            roots: held,
+            plain: Fetcher::with_trust(&trust),
+            mutual: Fetcher::with_certificate(&trust, shown.clone()),
+        })
+    }
+}
+
 impl Proof {
-    fn of(authority: &RemoteAuthority) -> Result<Self, IdentityError> {
+    fn of(authority: &RemoteAuthority) -> Result<Self, String> {
         match (
             &authority.join_token_file,
             &authority.service_account_token_file,
         ) {
             (Some(path), None) => Ok(Self::JoinToken(path.clone())),
             (None, Some(path)) => Ok(Self::ServiceAccount(path.clone())),
-            _ => Err(IdentityError::Config(
-                "needs one of joinTokenFile and serviceAccountTokenFile".into(),
-            )),
+            _ => Err("needs one of joinTokenFile and serviceAccountTokenFile".into()),
         }
     }
 
     fn read(&self) -> Result<Zeroizing<Vec<u8>>, IdentityError> {
-        use std::io::Read as _;
-        let text = match self {
-            Self::JoinToken(path) => private_file(path)
-                .map_err(|e| IdentityError::Remote(format!("cannot join: {e}")))?,
-            // The kubelet chooses its mode, by the pod's user.
-            Self::ServiceAccount(path) => {
-                let mut text = Zeroizing::new(Vec::new());
-                std::fs::File::open(path)
-                    .and_then(|file| file.take(MAX_PROOF).read_to_end(&mut text))
-                    .map_err(|source| IdentityError::File {
-                        path: path.clone(),
-                        source,
-                    })?;
-                text
+        match self {
+            Self::JoinToken(path) => {
+                let text = private_file(path);
+                let text = text.map_err(|e| IdentityError::Remote(format!("cannot join: {e}")))?;
+                Ok(Zeroizing::new(text.trim_ascii().to_vec()))
             }
-        };
-        Ok(Zeroizing::new(text.trim_ascii().to_vec()))
+            Self::ServiceAccount(path) => read_token(path),
+        }
     }
-}
-
-/// A new key, and a request for it that asks for nothing else.
-fn request() -> Result<(KeyPair, String), IdentityError> {
-    let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
-    let mut params = CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    let csr = params.serialize_request(&key)?.pem()?;
-    Ok((key, csr))
 }
 
 fn unusable(what: &'static str, why: String) -> CallError {

@@ -3,8 +3,7 @@
 //! proves its identities anew, and tunnels are pooled above this layer.
 
 use std::{
-    path::{Path, PathBuf},
-    sync::{Arc, LazyLock, Mutex},
+    sync::{Arc, LazyLock},
     time::{Duration, SystemTime},
 };
 
@@ -16,19 +15,19 @@ use rustls::{
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
     crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs},
-    pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime, pem::PemObject as _},
+    pki_types::{CertificateDer, ServerName, UnixTime},
     server::danger::{ClientCertVerified, ClientCertVerifier},
     sign::CertifiedKey,
 };
-use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
+use webpki::KeyUsage;
 
-use super::{IdentityError, SpiffeId, Svid};
+use super::{Bundle, IdentityError, SpiffeId, Svid};
 use crate::jwt::SigningKey;
 
 /// ALPN of HTTP/2, which HBONE is.
-const H2: &[u8] = b"h2";
+pub(super) const H2: &[u8] = b"h2";
 
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+pub(super) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     let mut provider = aws_lc_rs::default_provider();
     provider.kx_groups = vec![
         aws_lc_rs::kx_group::X25519MLKEM768,
@@ -37,120 +36,6 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     ];
     Arc::new(provider)
 });
-
-/// The roots that peers may be signed under; replaced whole when files change.
-#[derive(Debug)]
-pub struct Bundle {
-    /// The issuer's own, and a file of further ones.
-    own: Mutex<Vec<CertificateDer<'static>>>,
-    more: Option<PathBuf>,
-    anchors: ArcSwap<Vec<TrustAnchor<'static>>>,
-}
-
-impl Bundle {
-    /// `own` may be empty while there is no word from the authority yet: nobody is
-    /// trusted then.
-    pub fn new(
-        own: Vec<CertificateDer<'static>>,
-        more: Option<PathBuf>,
-    ) -> Result<Self, IdentityError> {
-        let anchors = anchors(&own, more.as_deref())?;
-        Ok(Self {
-            own: Mutex::new(own),
-            more,
-            anchors: ArcSwap::from_pointee(anchors),
-        })
-    }
-
-    /// Reads the bundle file again. On error the last good roots stay.
-    pub fn reload(&self) -> Result<(), IdentityError> {
-        let own = self.own.lock().expect("no panic while it is held");
-        self.anchors
-            .store(Arc::new(anchors(&own, self.more.as_deref())?));
-        Ok(())
-    }
-
-    /// Replaces the issuer's roots. On error the last good roots stay.
-    pub fn replace(&self, roots: Vec<CertificateDer<'static>>) -> Result<(), IdentityError> {
-        let mut own = self.own.lock().expect("no panic while it is held");
-        let anchors = anchors(&roots, self.more.as_deref())?;
-        *own = roots;
-        self.anchors.store(Arc::new(anchors));
-        Ok(())
-    }
-
-    pub fn roots(&self) -> usize {
-        self.anchors.load().len()
-    }
-
-    /// Whether a chain, leaf first, ends at one of them and may be used so.
-    pub fn verify(
-        &self,
-        chain: &[CertificateDer<'_>],
-        usage: KeyUsage,
-        now: SystemTime,
-    ) -> Result<(), rustls::Error> {
-        let (leaf, above) = chain
-            .split_first()
-            .ok_or(rustls::Error::NoCertificatesPresented)?;
-        let since = now.duration_since(SystemTime::UNIX_EPOCH);
-        let now = UnixTime::since_unix_epoch(since.unwrap_or_default());
-        self.verify_at(leaf, above, usage, now)
-    }
-
-    fn verify_at(
-        &self,
-        leaf: &CertificateDer<'_>,
-        above: &[CertificateDer<'_>],
-        usage: KeyUsage,
-        now: UnixTime,
-    ) -> Result<(), rustls::Error> {
-        let algorithms = PROVIDER.signature_verification_algorithms.all;
-        EndEntityCert::try_from(leaf)
-            .and_then(|certificate| {
-                let anchors = self.anchors.load();
-                certificate
-                    .verify_for_usage(algorithms, &anchors, above, now, usage, None, None)
-                    .map(|_path| ())
-            })
-            .map_err(bad)
-    }
-}
-
-fn anchors(
-    own: &[CertificateDer<'static>],
-    more: Option<&Path>,
-) -> Result<Vec<TrustAnchor<'static>>, IdentityError> {
-    let mut certificates = own.to_vec();
-    if let Some(path) = more {
-        certificates.extend(read_certificates(path)?);
-    }
-    certificates
-        .iter()
-        .map(|der| match anchor_from_trusted_cert(der) {
-            Ok(anchor) => Ok(anchor.to_owned()),
-            Err(e) => Err(IdentityError::Content {
-                path: more.unwrap_or(Path::new("root certificate")).to_owned(),
-                message: format!("not usable as a root: {e}"),
-            }),
-        })
-        .collect()
-}
-
-/// The certificates of a PEM file; at least one.
-pub fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-    let content = |message: String| IdentityError::Content {
-        path: path.to_owned(),
-        message,
-    };
-    let listed = CertificateDer::pem_file_iter(path)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| content(e.to_string()))?;
-    if listed.is_empty() {
-        return Err(content("holds no PEM certificate".into()));
-    }
-    Ok(listed)
-}
 
 /// One service account's certificate, renewed in place, and the rustls
 /// configurations that always use the latest.
@@ -168,7 +53,9 @@ struct Current(ArcSwap<Held>);
 #[derive(Debug)]
 struct Held {
     key: Arc<CertifiedKey>,
-    signing: Arc<SigningKey>,
+    /// `None` for kinds of keys that sign no assertions: an issuer that makes keys itself
+    /// may make RSA's.
+    signing: Option<Arc<SigningKey>>,
     renew_at: SystemTime,
     not_after: SystemTime,
 }
@@ -217,7 +104,7 @@ impl Credentials {
     }
 
     /// The certificate's key and chain, to sign assertions with (RFC 7523).
-    pub fn signing(&self) -> (Arc<SigningKey>, Vec<CertificateDer<'static>>) {
+    pub fn signing(&self) -> (Option<Arc<SigningKey>>, Vec<CertificateDer<'static>>) {
         let held = self.current.0.load();
         (held.signing.clone(), held.key.cert.clone())
     }
@@ -237,12 +124,12 @@ impl Credentials {
 }
 
 fn held(svid: Svid) -> Result<Held, IdentityError> {
-    let (renew_at, not_after) = (svid.renew_at(), svid.not_after);
-    let signing = SigningKey::from_pkcs8(svid.key.secret_der()).map_err(IdentityError::Sign)?;
+    let (renew_at, not_after) = (svid.renew_at, svid.not_after);
+    let signing = SigningKey::from_pkcs8(svid.key.secret_der()).ok();
     let key = PROVIDER.key_provider.load_private_key(svid.key)?;
     Ok(Held {
         key: Arc::new(CertifiedKey::new(svid.chain, key)),
-        signing: Arc::new(signing),
+        signing: signing.map(Arc::new),
         renew_at,
         not_after,
     })
@@ -292,7 +179,7 @@ impl Verifier {
     }
 }
 
-fn bad(error: webpki::Error) -> rustls::Error {
+pub(super) fn bad(error: webpki::Error) -> rustls::Error {
     use rustls::CertificateError as E;
     match error {
         webpki::Error::CertExpired { time, not_after } => {

@@ -173,6 +173,10 @@ impl ClientAuthentication {
             Self::PrivateKeyJwt { key_file: None } => {
                 let workload = prover.workload.ok_or_else(no_workload)?;
                 let (key, chain) = workload.signing();
+                let key = key.ok_or_else(|| {
+                    let why = "the workload's key is neither P-256 nor Ed25519";
+                    ClientAuthenticationError::Sign(why.into())
+                })?;
                 let x5c: Vec<String> = chain.iter().map(|der| STANDARD.encode(der)).collect();
                 let more = Map::from_iter([("x5c".to_owned(), json!(x5c))]);
                 Ok(asserted(JWT_BEARER, assertion(&key, more, prover, now)?))

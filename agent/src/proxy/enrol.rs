@@ -279,7 +279,7 @@ impl Enroller {
         });
         if !same {
             // Before the old one goes: until there are new ones, its pod is not open.
-            let Some(credentials) = self.identities.get(&identity)? else {
+            let Some(credentials) = self.identities.get(&identity, &workload.uid)? else {
                 let why = self.identities.why_not(&identity);
                 let why = why.map(|why| format!(": {why}")).unwrap_or_default();
                 return Err(EnrolError::NoCertificate(why));

@@ -1,5 +1,5 @@
 //! Certificates of the service accounts on this node: asked for by enrolment, made by
-//! the embedded issuer or `postern authority`, renewed at half of their life.
+//! the issuer of this node, renewed at about half of their life.
 //!
 //! Fail closed: an account without a certificate has no pod in the mesh, and its pods'
 //! connections are refused until it comes. One that cannot be renewed is used until it
@@ -16,10 +16,7 @@ use tokio::sync::Notify;
 
 use crate::{
     config::Config,
-    identity::{
-        Authority, Backoff, Bundle, Credentials, IdentityError, JwtIssuer, JwtSvid, Remote,
-        SpiffeId, Svid,
-    },
+    identity::{Backoff, Bundle, Credentials, IdentityError, Issuer, JwtSvid, SpiffeId},
 };
 
 /// Certificates that are asked for at once.
@@ -29,17 +26,6 @@ const FORGET: Duration = Duration::from_secs(30);
 const SOONEST: Duration = Duration::from_millis(100);
 const LATEST: Duration = Duration::from_secs(60);
 
-/// Who signs.
-pub enum Issuer {
-    /// A root on this node.
-    Embedded {
-        authority: Box<Authority>,
-        jwt: Box<JwtIssuer>,
-    },
-    /// `postern authority`.
-    Remote(Box<Remote>),
-}
-
 pub struct Identities {
     issuer: Issuer,
     pub bundle: Arc<Bundle>,
@@ -47,7 +33,7 @@ pub struct Identities {
     /// Of attempts to join and to renew the agent's own certificate; with the last error.
     agent: Mutex<(Backoff, Option<String>)>,
     /// Told when there is something to make, or to keep an eye on.
-    pub added: Notify,
+    pub added: Arc<Notify>,
 }
 
 struct Account {
@@ -72,63 +58,35 @@ pub struct Round {
 }
 
 impl Identities {
-    /// Opens what the configuration says: the root, or what an earlier agent left of
-    /// its place with the authority. Nobody is asked yet.
+    /// Opens what the configuration says. Nobody is asked yet.
     pub fn open(config: &Config, node: &str) -> Result<Self, IdentityError> {
-        let (issuer, bundle) = match Remote::open(config, node)? {
-            Some(remote) => {
-                let bundle = remote.bundle().clone();
-                (Issuer::Remote(Box::new(remote)), bundle)
-            }
-            None => {
-                let authority = Authority::open(config, node)?;
-                let roots = vec![authority.root().certificate().clone()];
-                let bundle = Bundle::new(roots, config.identity.bundle.clone())?;
-                let jwt = JwtIssuer::new(
-                    authority.root(),
-                    &config.trust_domain,
-                    config.jwt_issuer(),
-                    config.jwks_file(),
-                );
-                jwt.publish(SystemTime::now())?;
-                let issuer = Issuer::Embedded {
-                    authority: Box::new(authority),
-                    jwt: Box::new(jwt),
-                };
-                (issuer, Arc::new(bundle))
-            }
-        };
+        let added = Arc::new(Notify::new());
+        let (issuer, bundle) = Issuer::open(config, node, &added)?;
         Ok(Self {
             issuer,
             bundle,
             accounts: Mutex::default(),
             agent: Mutex::default(),
-            added: Notify::new(),
+            added,
         })
     }
 
     /// A JWT-SVID of an account of this node (SPIFFE JWT-SVID).
     pub async fn jwt_svid(&self, id: &SpiffeId, audience: &str) -> Result<JwtSvid, IdentityError> {
-        let now = SystemTime::now();
-        match &self.issuer {
-            Issuer::Embedded { jwt, .. } => jwt.issue(id, audience, now),
-            Issuer::Remote(remote) => remote.jwt_svid(id, audience, now).await,
-        }
+        self.issuer.jwt_svid(id, audience, SystemTime::now()).await
     }
 
-    /// The public keys that this node's JWT-SVIDs are signed with; `None` where the
-    /// authority signs and publishes.
+    /// The public keys that this node's JWT-SVIDs are signed with; `None` where another
+    /// signs and publishes.
     pub fn jwks(&self) -> Option<serde_json::Value> {
-        match &self.issuer {
-            Issuer::Embedded { jwt, .. } => jwt.jwks(SystemTime::now()).ok(),
-            Issuer::Remote(_) => None,
-        }
+        self.issuer.jwks()
     }
 
-    /// The account's credentials. The embedded issuer makes them at once; what the
-    /// authority makes is `None` until it is there, and asked for from now on.
-    pub fn get(&self, id: &SpiffeId) -> Result<Option<Arc<Credentials>>, IdentityError> {
+    /// The credentials of an account, for a pod of it. The embedded issuer makes them at
+    /// once; what others make is `None` until it is there, and asked for from now on.
+    pub fn get(&self, id: &SpiffeId, pod: &str) -> Result<Option<Arc<Credentials>>, IdentityError> {
         let mut accounts = self.accounts.lock().expect("no panic while it is held");
+        self.issuer.pod(id, pod);
         let account = accounts.entry(id.clone()).or_insert_with(|| {
             self.added.notify_one();
             Account {
@@ -140,10 +98,9 @@ impl Identities {
         });
         account.asked = Instant::now();
         if account.credentials.is_none()
-            && let Issuer::Embedded { authority, .. } = &self.issuer
+            && let Some(svid) = self.issuer.at_once(id, SystemTime::now())
         {
-            let svid = authority.issue(id, SystemTime::now())?;
-            let credentials = Credentials::new(svid, self.bundle.clone())?;
+            let credentials = Credentials::new(svid?, self.bundle.clone())?;
             account.credentials = Some(Arc::new(credentials));
         }
         Ok(account.credentials.clone())
@@ -185,7 +142,7 @@ impl Identities {
         let due = self.due(now);
         let attempts: Vec<_> = stream::iter(due)
             .map(|id| async move {
-                let svid = self.issue(&id, now).await;
+                let svid = self.issuer.issue(&id, now).await;
                 (id, svid)
             })
             .buffer_unordered(AT_ONCE)
@@ -238,67 +195,56 @@ impl Identities {
 
     /// What the issuer itself needs.
     async fn keep_issuer(&self, now: SystemTime, round: &mut Round) {
-        let kept = match &self.issuer {
-            Issuer::Embedded { jwt, .. } => jwt.publish(now).map_err(|e| ("jwks.json", e)),
-            Issuer::Remote(remote) => {
-                let (backoff, error) = self.agent().clone();
-                if !backoff.left().is_zero() {
-                    round.next = round.next.min(backoff.left());
-                    round.problem = error;
-                    return;
-                }
-                let kept = remote.keep(now).await;
-                let mut agent = self.agent();
-                match &kept {
-                    Ok(()) => *agent = Default::default(),
-                    Err(error) => {
-                        agent.0.failed();
-                        agent.1 = Some(format!("the authority: {error}"));
-                    }
-                }
-                let wait = remote.due(now).max(agent.0.left());
-                round.next = round.next.min(wait);
-                kept.map_err(|e| ("the authority", e))
+        let (backoff, error) = self.agent().clone();
+        if self.issuer.keeping_asks() && !backoff.left().is_zero() {
+            round.next = round.next.min(backoff.left());
+            round.problem = error;
+            return;
+        }
+        let kept = self.issuer.keep(now).await;
+        let about = self.issuer.name();
+        let mut agent = self.agent();
+        match kept {
+            Ok(()) => *agent = Default::default(),
+            Err(error) => {
+                agent.0.failed();
+                agent.1 = Some(format!("{about}: {error}"));
+                round.problem = agent.1.clone();
+                round.failed.push((about.to_owned(), error.to_string()));
             }
-        };
-        if let Err((about, error)) = kept {
-            round.problem = Some(format!("{about}: {error}"));
-            round.failed.push((about.to_owned(), error.to_string()));
+        }
+        if let Some(due) = self.issuer.due(now) {
+            round.next = round.next.min(due.max(agent.0.left()));
         }
     }
 
     /// The accounts whose certificate is to be made now.
     fn due(&self, now: SystemTime) -> Vec<SpiffeId> {
-        let joined = match &self.issuer {
-            Issuer::Embedded { .. } => true,
-            Issuer::Remote(remote) => remote.joined(now),
-        };
+        let not_ready = self.issuer.not_ready(now);
         let mut accounts = self.accounts.lock().expect("no panic while it is held");
         accounts.retain(|_, account| {
             let used = account.credentials.as_ref();
             account.asked.elapsed() < FORGET || used.is_some_and(|c| Arc::strong_count(c) > 1)
         });
+        self.issuer.retain(|| accounts.keys().cloned().collect());
         let due = |account: &Account| match &account.credentials {
             Some(credentials) => credentials.renew_at() <= now,
             None => true,
         };
         let mut wanted = Vec::new();
-        for (id, account) in accounts.iter_mut().filter(|(_, account)| due(account)) {
-            if !joined {
-                // Not its own fault: it is tried as soon as the agent has joined.
-                account.error = Some("the agent has not joined the authority".into());
-            } else if account.backoff.left().is_zero() {
+        for (id, account) in accounts.iter_mut() {
+            let newer = self.issuer.has_newer(id);
+            if !newer && !due(account) {
+                continue;
+            }
+            if let Some(why) = not_ready {
+                // Not its own fault: it is tried as soon as the issuer can be asked.
+                account.error = Some(why.into());
+            } else if newer || account.backoff.left().is_zero() {
                 wanted.push(id.clone());
             }
         }
         wanted
-    }
-
-    async fn issue(&self, id: &SpiffeId, now: SystemTime) -> Result<Svid, IdentityError> {
-        match &self.issuer {
-            Issuer::Embedded { authority, .. } => authority.issue(id, now),
-            Issuer::Remote(remote) => remote.issue(id, now).await,
-        }
     }
 
     fn agent(&self) -> MutexGuard<'_, (Backoff, Option<String>)> {
@@ -358,8 +304,14 @@ mod tests {
             let id = format!("spiffe://cluster.local/ns/a/sa/{name}");
             id.parse().expect("valid")
         };
-        let used = identities.get(&id("used")).expect("made").expect("at once");
-        identities.get(&id("left")).expect("made").expect("at once");
+        let used = identities
+            .get(&id("used"), "u1")
+            .expect("made")
+            .expect("at once");
+        identities
+            .get(&id("left"), "u2")
+            .expect("made")
+            .expect("at once");
         let long_ago = Instant::now().checked_sub(FORGET);
         for account in identities.accounts.lock().expect("no panic").values_mut() {
             account.asked = long_ago.expect("the machine is up for longer");

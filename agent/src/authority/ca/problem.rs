@@ -79,6 +79,20 @@ impl Problem {
         Self::new(StatusCode::TOO_MANY_REQUESTS, "slow_down", detail)
     }
 
+    /// Who would have to be asked does not answer: the asker comes again.
+    pub fn unavailable(reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        tracing::warn!(reason, "cannot answer an agent yet");
+        Self {
+            reason,
+            ..Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "temporarily_unavailable",
+                "the authority cannot ask the cluster; its log says why",
+            )
+        }
+    }
+
     /// Ours to mend: the asker learns no more than that.
     pub fn failed(reason: impl Into<String>) -> Self {
         let reason = reason.into();

@@ -16,7 +16,9 @@ use zeroize::Zeroizing;
 
 use super::pem;
 use crate::{
-    identity::{AgentId, BACKDATE, IdentityError, authority::write_new},
+    identity::{
+        AgentId, BACKDATE, IdentityError, authority::write_new, backoff::renewal, issued::validity,
+    },
     oauth::private_file,
 };
 
@@ -24,7 +26,7 @@ pub struct AgentKey {
     der: Zeroizing<Vec<u8>>,
     certified: Arc<CertifiedKey>,
     id: Option<AgentId>,
-    not_before: SystemTime,
+    renew_at: SystemTime,
     not_after: SystemTime,
 }
 
@@ -48,7 +50,7 @@ impl AgentKey {
             der,
             certified: Arc::new(certified),
             id,
-            not_before,
+            renew_at: renewal(not_before + BACKDATE, not_after),
             not_after,
         })
     }
@@ -92,10 +94,8 @@ impl AgentKey {
         self.not_after
     }
 
-    /// Half of its lifetime.
     pub fn renew_at(&self) -> SystemTime {
-        let made = self.not_before + BACKDATE;
-        made + self.not_after.duration_since(made).unwrap_or_default() / 2
+        self.renew_at
     }
 }
 
@@ -131,12 +131,4 @@ impl ResolvesClientCert for Shown {
     fn has_certs(&self) -> bool {
         self.0.load().is_some()
     }
-}
-
-/// `notBefore` and `notAfter`.
-pub fn validity(leaf: &CertificateDer<'_>) -> Option<(SystemTime, SystemTime)> {
-    let (_rest, certificate) = x509_parser::parse_x509_certificate(leaf).ok()?;
-    let validity = certificate.validity();
-    let time = |at: x509_parser::time::ASN1Time| SystemTime::from(at.to_datetime());
-    Some((time(validity.not_before), time(validity.not_after)))
 }

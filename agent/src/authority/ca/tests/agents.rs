@@ -88,14 +88,17 @@ async fn an_agent_joins_keeps_its_place_and_makes_no_root() {
     let identities = Identities::open(&config, "node1").expect("opens");
     // Nobody is trusted, and nothing is there, before it has joined.
     assert_eq!(identities.bundle.roots(), 0);
-    assert!(identities.get(&cart()).expect("asked for").is_none());
+    assert!(identities.get(&cart(), "u1").expect("asked for").is_none());
     let round = identities.renew(SystemTime::now()).await;
     assert!(
         round.fresh && round.problem.is_none(),
         "{:?}",
         round.problem
     );
-    let credentials = identities.get(&cart()).expect("asked for").expect("there");
+    let credentials = identities
+        .get(&cart(), "u1")
+        .expect("asked for")
+        .expect("there");
     assert_eq!(credentials.id, cart());
     assert_eq!(identities.bundle.roots(), 1);
     assert!(!state.path().join("root.key").exists());
@@ -104,7 +107,7 @@ async fn an_agent_joins_keeps_its_place_and_makes_no_root() {
     let other: SpiffeId = "spiffe://cluster.local/ns/shop/sa/other"
         .parse()
         .expect("valid");
-    assert!(identities.get(&other).expect("asked for").is_none());
+    assert!(identities.get(&other, "u1").expect("asked for").is_none());
     let round = identities.renew(SystemTime::now()).await;
     assert!(round.problem.is_some_and(|p| p.contains("403")));
     assert!(
@@ -121,7 +124,7 @@ async fn an_agent_joins_keeps_its_place_and_makes_no_root() {
     // The token is used; the place is not given up.
     let again = Identities::open(&config, "node1").expect("opens");
     assert_eq!(again.bundle.roots(), 1);
-    again.get(&cart()).expect("asked for");
+    again.get(&cart(), "u1").expect("asked for");
     let round = again.renew(SystemTime::now()).await;
     assert!(round.fresh, "{:?}", round.problem);
     // In its state another node's agent has no place.
@@ -142,7 +145,7 @@ async fn a_revoked_agent_joins_anew() {
     tokens::revoke_node(&server.store, "node1", now)
         .await
         .expect("done");
-    identities.get(&cart()).expect("asked for");
+    identities.get(&cart(), "u1").expect("asked for");
     let refused = identities.renew(SystemTime::now()).await;
     assert!(refused.problem.is_some_and(|p| p.contains("revoked")));
     serving.authority.advance(Duration::from_secs(1)).await;

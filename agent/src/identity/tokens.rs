@@ -1,19 +1,13 @@
-//! JWT-SVIDs from the authority, kept for most of their life. Who asks for the same one
+//! JWT-SVIDs that others sign, kept for most of their life. Who asks for the same one
 //! at the same time waits for one exchange.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex},
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime},
 };
 
-use zeroize::Zeroizing;
-
-use super::Remote;
-use crate::identity::{
-    IdentityError, JwtSvid, SpiffeId,
-    wire::{TokenAnswer, TokenRequest},
-};
+use super::{IdentityError, JwtSvid, SpiffeId};
 
 /// Tokens that are kept; what is expired goes when there are more.
 const MOST: usize = 4096;
@@ -39,10 +33,10 @@ struct State {
 impl Tokens {
     pub async fn get(
         &self,
-        remote: &Remote,
         id: &SpiffeId,
         audience: &str,
         now: SystemTime,
+        ask: impl AsyncFnOnce() -> Result<JwtSvid, IdentityError>,
     ) -> Result<JwtSvid, IdentityError> {
         let slot = self.slot((id.clone(), audience.to_owned()), now)?;
         let mut state = slot.0.lock().await;
@@ -54,7 +48,7 @@ impl Tokens {
         let recent = |(at, _): &&(Instant, String)| at.elapsed() < FAILED_FOR;
         let error = match state.failed.as_ref().filter(recent) {
             Some((_, error)) => error.clone(),
-            None => match ask(remote, id, audience, now).await {
+            None => match ask().await {
                 Ok(token) => {
                     let life = token.expires.duration_since(now).unwrap_or_default();
                     state.token = Some((token.clone(), now + life.mul_f64(0.8)));
@@ -90,24 +84,4 @@ impl Tokens {
         }
         Ok(slots.entry(key).or_default().clone())
     }
-}
-
-async fn ask(
-    remote: &Remote,
-    id: &SpiffeId,
-    audience: &str,
-    now: SystemTime,
-) -> Result<JwtSvid, IdentityError> {
-    if !remote.joined(now) {
-        return Err(IdentityError::Remote("the agent has not joined".into()));
-    }
-    let body = TokenRequest {
-        identity: id.to_string(),
-        audience: vec![audience.to_owned()],
-    };
-    let answer: TokenAnswer = remote.call("a JWT-SVID", "/v1/jwt-svids", &body).await?;
-    Ok(JwtSvid {
-        token: Zeroizing::new(answer.token),
-        expires: UNIX_EPOCH + Duration::from_secs(answer.expires),
-    })
 }

@@ -3,11 +3,12 @@
 //! service accounts of that node's pods, and for no others. JSON over TLS; refusals are
 //! problem details (RFC 9457); each is on record, and so is what was signed.
 //!
-//! `problem` and `peer` guard the door, `proof` says which node joins, `placement`
-//! what runs there, `csr` takes the key out of a request, `bundle` tells the roots.
+//! `problem` and `peer` guard the door, `kubernetes` and `tokens` say which node joins,
+//! `placement` what runs there, `cluster` both where there is one; `csr` takes the key out of a request, `bundle` tells the roots.
 //! The root's key signs intermediates alone; theirs are in memory, new at each start.
 
 mod bundle;
+mod cluster;
 pub mod commands;
 mod csr;
 mod kubernetes;
@@ -43,6 +44,7 @@ use crate::{
         },
     },
 };
+use cluster::Cluster;
 use kubernetes::Kubernetes;
 use limits::Limits;
 use placement::Placement;
@@ -61,6 +63,7 @@ pub struct Ca {
     own: Bundle,
     placement: Placement,
     kubernetes: Option<Kubernetes>,
+    cluster: Option<Cluster>,
     agents: Limits<String>,
     joins: Limits<IpAddr>,
     /// What the last bundle was, and its number.
@@ -87,6 +90,7 @@ impl Ca {
             own: Bundle::new(own, None).map_err(|e| wrong(&e))?,
             placement: Placement::open(config.nodes.manifests.clone()).map_err(|e| wrong(&e))?,
             kubernetes: Kubernetes::open(config).map_err(|e| wrong(&e))?,
+            cluster: Cluster::open(config).await.map_err(|e| wrong(&e))?,
             agents: Limits::new(config.certificates.per_minute.0),
             joins: Limits::new(JOINS_PER_MINUTE),
             sequence: Mutex::default(),
@@ -104,9 +108,13 @@ pub fn routes() -> Router<Shared> {
         .route("/v1/roots.pem", get(roots_pem))
 }
 
-/// Keeps the table of what runs where, until the process ends.
+/// Keeps the table of what runs where, or tells the cluster the roots, until the process
+/// ends.
 pub async fn watch(server: Shared) {
-    server.ca.placement.watch().await;
+    match &server.ca.cluster {
+        Some(cluster) => cluster.publish(&server).await,
+        None => server.ca.placement.watch().await,
+    }
 }
 
 async fn join(
@@ -142,9 +150,11 @@ async fn joined(
         record.reason = format!("join token {token}");
     } else {
         record.authentication = Some("kubernetes");
-        let kubernetes = server.ca.kubernetes.as_ref();
-        let kubernetes = kubernetes.ok_or_else(Problem::no_proof)?;
-        kubernetes.verify(&proof, &node, server.clock.now()).await?;
+        match (&server.ca.cluster, &server.ca.kubernetes) {
+            (Some(cluster), _) => cluster.verify(&proof, &node).await?,
+            (None, Some(keys)) => keys.verify(&proof, &node, server.clock.now()).await?,
+            (None, None) => return Err(Problem::no_proof()),
+        }
         // What the cluster signed before does not undo a revocation.
         let made = part(&proof, 1).and_then(|claims| claims.get("iat")?.as_u64());
         if let Some(at) = tokens::revoked(&server.store, &node).await?
@@ -210,7 +220,7 @@ async fn signed(
 ) -> Result<CertificateAnswer, Problem> {
     let agent = peer::agent(server, peer, record).await?;
     let CertificateRequest { csr, identity } = read(request).await?;
-    let id = permitted(server, &agent, &identity, record)?;
+    let id = permitted(server, &agent, &identity, record).await?;
     let key = csr::public_key(&csr)?;
     let lifetime = server.config.certificates.leaf_lifetime.0;
     certified(server, &id.to_string(), &key, Purpose::Workload, lifetime)
@@ -235,7 +245,7 @@ async fn token(
 ) -> Result<TokenAnswer, Problem> {
     let agent = peer::agent(server, peer, record).await?;
     let TokenRequest { identity, audience } = read(request).await?;
-    let id = permitted(server, &agent, &identity, record)?;
+    let id = permitted(server, &agent, &identity, record).await?;
     let fits = |audience: &String| !audience.is_empty() && audience.len() <= MAX_AUDIENCE;
     if audience.is_empty() || audience.len() > MAX_AUDIENCES || !audience.iter().all(fits) {
         let why = "`audience` has one to eight strings, of 1024 bytes at most each";
@@ -262,7 +272,7 @@ async fn token(
 }
 
 /// The identity, if one of its pods runs on the agent's node.
-fn permitted(
+async fn permitted(
     server: &Server,
     agent: &AgentId,
     identity: &str,
@@ -273,7 +283,12 @@ fn permitted(
         .map_err(|_form| Problem::invalid("`identity` is no workload's SPIFFE ID"))?;
     record.subject = Some(id.to_string());
     let ours = id.trust_domain == server.config.trust_domain;
-    if !ours || !server.ca.placement.runs(agent.node(), &id) {
+    let runs = match &server.ca.cluster {
+        _ if !ours => false,
+        Some(cluster) => cluster.runs(agent.node(), &id).await?,
+        None => server.ca.placement.runs(agent.node(), &id),
+    };
+    if !runs {
         let why = format!("no pod of {id} runs on node {}", agent.node());
         return Err(Problem::denied(why));
     }

@@ -136,6 +136,29 @@ pub struct Nodes {
     pub manifests: Option<PathBuf>,
     /// Agents that prove their node by a token of their Kubernetes service account.
     pub kubernetes: Option<KubernetesNodes>,
+    /// Instead of both: the cluster's API server, which says whose tokens are and what
+    /// runs where.
+    pub cluster: Option<ClusterNodes>,
+}
+
+/// The API server of the cluster that the agents are in.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct ClusterNodes {
+    /// Empty: as the pod that this server is in.
+    #[serde(default)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Namespace of the agents.
+    pub namespace: String,
+    /// Their service account.
+    pub service_account: String,
+    /// `aud` that their tokens must have. Empty: this server's issuer.
+    #[serde(default)]
+    pub audience: Option<String>,
+    /// ConfigMap of that namespace that is told the roots, under `roots.pem`: what agents
+    /// trust this server by. It must be there.
+    #[serde(default)]
+    pub roots_config_map: Option<String>,
 }
 
 /// Whose tokens count. Neither `jwksFile` nor `jwksUri`: keys by discovery at the issuer.

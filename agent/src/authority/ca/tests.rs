@@ -1,6 +1,7 @@
 //! The authority as agents see it, through its routes; the clock is a simulated one.
 
 mod agents;
+mod cluster;
 mod joining;
 mod kubernetes;
 mod signing;

@@ -23,11 +23,8 @@ app.kubernetes.io/component: {{ .component }}
 {{- end }}
 
 {{- define "postern.issuer" -}}
-{{- .Values.authority.issuer | default (include "postern.authorityUrl" .) -}}
-{{- end }}
-
-{{- define "postern.authorityUrl" -}}
-https://postern-authority.{{ .Release.Namespace }}.svc.{{ .Values.clusterDomain }}:8443
+{{- $own := printf "https://postern-authority.%s.svc.%s:8443" .Release.Namespace .Values.clusterDomain -}}
+{{- .Values.authority.issuer | default $own -}}
 {{- end }}
 
 {{- define "postern.agentConfig" -}}
@@ -42,7 +39,7 @@ kubernetes:
 {{- if .Values.authority.enabled }}
 identity:
   authority:
-    url: {{ include "postern.authorityUrl" . }}
+    url: {{ include "postern.issuer" . }}
     roots: /etc/postern/roots/roots.pem
     serviceAccountTokenFile: /var/run/secrets/postern/token
 jwt: {roots: /etc/postern/roots/roots.pem}

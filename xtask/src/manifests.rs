@@ -2,6 +2,8 @@
 //! and what the chart renders is judged by the schemas of two versions of Kubernetes.
 //! helm and kubectl are their makers' own, from a package (`tests/manifests`).
 
+mod server;
+
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -75,8 +77,10 @@ pub fn run() -> Result<()> {
         let text = cmd::output(kubectl().args(["kustomize", &directory]))?;
         files.push(write(&out, &overlay.replace('/', "-"), &text)?);
     }
-    configurations(&out, &files)?;
-    judge(&files)
+    let all = objects(&files)?;
+    configurations(&out, &all)?;
+    judge(&files)?;
+    server::takes(&out, &all)
 }
 
 /// The verb: writes what is generated.
@@ -139,30 +143,36 @@ fn write(directory: &Path, name: &str, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The configurations in ConfigMaps and Secrets, as agent and authority read them.
-fn configurations(out: &Path, files: &[PathBuf]) -> Result<()> {
-    let mut checked = 0;
-    for file in files {
+/// The objects of each file.
+fn objects(files: &[PathBuf]) -> Result<Vec<(&Path, Vec<Value>)>> {
+    let read = |file: &'_ PathBuf| -> Result<Vec<Value>> {
         let path = cmd::root().join(file);
-        let text = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-        let all: Vec<Value> =
-            serde_saphyr::from_multiple(&text).with_context(|| path.display().to_string())?;
-        for object in all {
-            for data in ["data", "stringData"] {
-                for (key, program) in [("agent.yaml", "config"), ("authority.yaml", "authority")] {
-                    let Some(text) = object[data][key].as_str() else {
-                        continue;
-                    };
-                    let config = write(out, program, text)?;
-                    let mut postern = Command::new(postern());
-                    match program {
-                        "config" => postern.args(["config", "check", "--config"]),
-                        _ => postern.args(["authority", "check", "--config"]),
-                    };
-                    cmd::run_quietly(postern.arg(&config))
-                        .with_context(|| format!("{key} of {}", file.display()))?;
-                    checked += 1;
-                }
+        let text = fs::read_to_string(&path)?;
+        let all: Vec<Value> = serde_saphyr::from_multiple(&text)?;
+        Ok(all)
+    };
+    let all = files.iter().map(|file| {
+        let all = read(file).with_context(|| file.display().to_string())?;
+        Ok((file.as_path(), all))
+    });
+    all.collect()
+}
+
+/// The configurations in ConfigMaps and Secrets, as agent and authority read them.
+fn configurations(out: &Path, all: &[(&Path, Vec<Value>)]) -> Result<()> {
+    let mut checked = 0;
+    for (file, objects) in all {
+        for data in objects.iter().flat_map(|o| [&o["data"], &o["stringData"]]) {
+            for (key, program) in [("agent.yaml", "config"), ("authority.yaml", "authority")] {
+                let Some(text) = data[key].as_str() else {
+                    continue;
+                };
+                let config = write(out, program, text)?;
+                let mut check = Command::new(postern());
+                check.args([program, "check", "--config"]).arg(&config);
+                cmd::run_quietly(&mut check)
+                    .with_context(|| format!("{key} of {}", file.display()))?;
+                checked += 1;
             }
         }
     }

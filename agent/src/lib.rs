@@ -8,6 +8,7 @@ pub mod audit;
 pub mod authority;
 pub mod authorizer;
 pub mod config;
+pub mod crds;
 pub mod doctor;
 pub mod fetch;
 pub mod identity;

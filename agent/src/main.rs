@@ -16,7 +16,7 @@ use postern::{
         people::{self, command::Change},
     },
     config::{Config, Normalization},
-    doctor,
+    crds, doctor,
     identity::TrustDomain,
     inspect, kernel, telemetry,
 };
@@ -40,7 +40,13 @@ struct ConfigFile {
 #[derive(Subcommand)]
 enum Command {
     /// Run the agent of this node.
-    Run(ConfigFile),
+    Run {
+        #[command(flatten)]
+        file: ConfigFile,
+        /// Name of this node, as pods name it; goes before the configuration's `node`.
+        #[arg(long)]
+        node: Option<String>,
+    },
     /// Show what the running agent does, from its admin address.
     Status {
         #[command(flatten)]
@@ -51,7 +57,13 @@ enum Command {
     /// Show what this kernel and host offer, and what the agent does without.
     Doctor(ConfigFile),
     /// Detach and remove everything that is pinned: traffic is direct again.
-    Cleanup(ConfigFile),
+    Cleanup {
+        #[command(flatten)]
+        file: ConfigFile,
+        /// Then wait for SIGTERM, as the container of a DaemonSet has to.
+        #[arg(long)]
+        stay: bool,
+    },
     /// Work on policies, without an agent.
     Policy {
         #[command(subcommand)]
@@ -69,6 +81,8 @@ enum Command {
         #[command(subcommand)]
         command: Box<AuditCommand>,
     },
+    /// Print the CustomResourceDefinitions of Postern's own policies, for Kubernetes.
+    Crds,
     /// Work on the configuration.
     Config {
         #[command(subcommand)]
@@ -101,6 +115,8 @@ struct AuthorityFile {
 enum AuthorityCommand {
     /// Run the server.
     Run,
+    /// Check the configuration file.
+    Check,
     /// Work on clients.
     Client {
         #[command(subcommand)]
@@ -236,13 +252,16 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> Result<ExitCode> {
     match command {
-        Command::Run(file) => agent(&file)?,
+        Command::Run { file, node } => agent(&file, node)?,
         Command::Status { config, output } => status(&load(&config)?, output)?,
         Command::Doctor(file) => return Ok(examine(&load_or_default(&file)?)),
-        Command::Cleanup(file) => {
+        Command::Cleanup { file, stay } => {
             let config = load_or_default(&file)?;
             for path in kernel::cleanup(&config.kernel.pin, &config.state)? {
                 println!("removed {}", path.display());
+            }
+            if stay {
+                wait_for_end()?;
             }
         }
         Command::Policy { command } => return policy(command),
@@ -256,6 +275,7 @@ fn run(command: Command) -> Result<ExitCode> {
             })?;
             return Ok(ExitCode::from(code));
         }
+        Command::Crds => print!("{}", crds::yaml()?),
         Command::Config {
             command: ConfigCommand::Schema,
         } => {
@@ -290,6 +310,10 @@ fn authority(file: &AuthorityFile, command: AuthorityCommand) -> Result<()> {
         .build()
         .context("the async runtime")?;
     match command {
+        AuthorityCommand::Check => {
+            config.check().map_err(app::Misconfigured)?;
+            println!("{}: valid", file.config.display());
+        }
         AuthorityCommand::Run => {
             let _log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
             runtime.block_on(authority::run(config))?;
@@ -426,8 +450,28 @@ fn load_or_default(file: &ConfigFile) -> Result<Config> {
     }
 }
 
-fn agent(file: &ConfigFile) -> Result<()> {
-    let config = load(file)?;
+/// Until this process is told to end.
+fn wait_for_end() -> Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .context("the async runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        Ok(())
+    })
+}
+
+fn agent(file: &ConfigFile, node: Option<String>) -> Result<()> {
+    let mut config = load(file)?;
+    // One file serves all nodes of a DaemonSet.
+    config.node = node.unwrap_or(config.node);
     let log = telemetry::start_log(&config.log).map_err(app::Misconfigured)?;
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()

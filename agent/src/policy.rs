@@ -10,7 +10,7 @@ mod outbound;
 mod partial;
 mod pattern;
 mod resource;
-mod schema;
+pub(crate) mod schema;
 mod selected;
 mod set;
 #[cfg(test)]

@@ -23,6 +23,7 @@ const DOCUMENTS: &[&str] = &[
     "CONTRIBUTING.md",
     "SECURITY.md",
     "docs/oauth.md",
+    "docs/kubernetes.md",
 ];
 /// A document that is to be read in one sitting, and how long it may be.
 const SHORT: (&str, usize) = ("ARCHITECTURE.md", 150);

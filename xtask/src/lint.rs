@@ -1,4 +1,4 @@
-//! Formatting, lints, dependencies and documents.
+//! Formatting, lints, dependencies, documents and manifests.
 
 use std::{env, fs, path::PathBuf, process::Command};
 
@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{
     bpf::{self, Core},
-    cmd, docs,
+    cmd, docs, manifests,
     profile::Profile,
     setup::{self, Tier},
 };
@@ -17,13 +17,14 @@ const FETCH_SECONDS: u64 = 60;
 /// Run every check, and fail in the end if one failed.
 pub fn run(verbs: &docs::Verbs) -> Result<()> {
     setup::ensure(&[Tier::Build, Tier::Lint])?;
-    let checks: [(&str, &dyn Fn() -> Result<()>); 6] = [
+    let checks: [(&str, &dyn Fn() -> Result<()>); 7] = [
         ("format", &format),
         ("clippy", &clippy),
         ("clippy of the kernel programs", &clippy_bpf),
         ("dependencies", &dependencies),
         ("advisories", &advisories),
         ("documents", &|| docs::run(verbs)),
+        ("manifests", &manifests::run),
     ];
     let mut failed = Vec::new();
     for (name, check) in checks {

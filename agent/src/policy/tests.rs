@@ -25,7 +25,9 @@ fn load_with(text: &str, requests: Reading) -> Result<PolicySet, String> {
         secrets: Path::new("/secrets"),
         requests,
     };
-    PolicySet::compile(objects, &mesh).map_err(|all| all[0].to_string())
+    let set = PolicySet::compile(objects, &mesh).map_err(|all| all[0].to_string())?;
+    crate::crds::tests::takes(text);
+    Ok(set)
 }
 
 /// The policies of a pod `app: web` in namespace `shop`, behind the service `front`.

@@ -116,6 +116,8 @@ pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle
     let admin = page::routes(page, admin);
     let metrics = Router::new().route("/metrics", get(metrics));
     let ready = Router::new()
+        // That the agent runs and answers; whether it should be restarted.
+        .route("/live", get(|| async { "live\n" }))
         .route("/ready", get(ready))
         .route("/jwks.json", get(jwks))
         .route("/healthz/ready", get(ready));

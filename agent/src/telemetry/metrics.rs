@@ -357,3 +357,6 @@ impl Metrics {
 fn set(counter: &Counter, count: u64) {
     counter.inner().store(count, Ordering::Relaxed);
 }
+
+#[cfg(test)]
+mod tests;

@@ -72,6 +72,14 @@ const BUILT_IN: &[Row] = &[
     ("", "v1", "Secret", "secrets", true, false),
     ("", "v1", "ServiceAccount", "serviceaccounts", true, false),
     ("", "v1", "Endpoints", "endpoints", true, false),
+    (
+        "",
+        "v1",
+        "PersistentVolumeClaim",
+        "persistentvolumeclaims",
+        true,
+        false,
+    ),
     ("events.k8s.io", "v1", "Event", "events", true, false),
     (
         "discovery.k8s.io",

@@ -1,5 +1,6 @@
 //! `postern.dev/v1alpha1`: what Istio has no word for.
 
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::values::{Block, List, Port, Selector, Text, some_entries};
@@ -7,7 +8,7 @@ use super::values::{Block, List, Port, Selector, Text, some_entries};
 /// Which processes of a pod may dial what, in the mesh. Judged by the agent of the
 /// pod that dials, with what the kernel saw: DENY first; where an ALLOW policy
 /// selects the pod, one must match.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct ConnectPolicy {
     pub selector: Option<Selector>,
@@ -15,7 +16,7 @@ pub struct ConnectPolicy {
     pub rules: Vec<ConnectRule>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum ConnectAction {
     #[default]
@@ -24,7 +25,7 @@ pub enum ConnectAction {
 }
 
 /// All fields are required, the values of one are alternatives.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct ConnectRule {
     /// Path of the executable, in the four string forms.
@@ -41,8 +42,9 @@ pub struct ConnectRule {
 }
 
 /// A decimal user ID, as a string like a port.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(try_from = "String")]
+#[schemars(extend("pattern" = "^[0-9]+$"))]
 pub struct Uid(pub u32);
 
 impl TryFrom<String> for Uid {
@@ -58,7 +60,7 @@ impl TryFrom<String> for Uid {
 
 /// Tokens that only their owner may present: who shows one must be, by mutual TLS,
 /// whom the token names.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct TokenBinding {
     #[serde(default)]
@@ -68,10 +70,11 @@ pub struct TokenBinding {
     pub issuers: List<Text>,
     /// How the token names its owner; one of these must hold.
     #[serde(deserialize_with = "presenters")]
+    #[schemars(length(min = 1))]
     pub presenter: Vec<Presenter>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Presenter {
     /// `cnf.x5t#S256` is the peer's certificate (RFC 8705 3.1).

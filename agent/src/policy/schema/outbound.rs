@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use http::{HeaderName, header};
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer};
 use url::Url;
 
@@ -13,13 +14,16 @@ use crate::{
     trace::TRACEPARENT,
 };
 
-#[derive(Clone, Debug, Deserialize)]
+/// Which token the agent of a pod puts on which of its calls. The pod itself holds no
+/// secret; without a token there is no call.
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct OutboundToken {
     #[serde(default)]
     pub selector: Option<Selector>,
     /// The request's host, in the four string forms; its port and case do not count.
     #[serde(deserialize_with = "hosts")]
+    #[schemars(length(min = 1))]
     pub hosts: Vec<Host>,
     /// Of the endpoint, after a service has been resolved; without it, all.
     #[serde(default)]
@@ -61,7 +65,7 @@ fn hosts<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<Host>, D::Error> {
 }
 
 /// How a token is got: exactly one way.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(try_from = "RawGrant")]
 pub enum Grant {
     /// RFC 6749 4.4.
@@ -72,15 +76,19 @@ pub enum Grant {
     WorkloadIdentity,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
+#[schemars(extend("minProperties" = 1, "maxProperties" = 1))]
 struct RawGrant {
+    /// RFC 6749 4.4.
     client_credentials: Option<Nothing>,
+    /// RFC 8693.
     token_exchange: Option<Exchange>,
+    /// A JWT-SVID of the workload itself; no server is asked.
     workload_identity: Option<Nothing>,
 }
 
-#[derive(Default, Deserialize)]
+#[derive(Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Nothing {}
 
@@ -101,20 +109,21 @@ impl TryFrom<RawGrant> for Grant {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Exchange {
     /// Whose token is exchanged.
     pub subject: Subject,
     /// Within the pod; only with `subject: serviceAccount`.
     #[serde(default)]
+    #[schemars(regex(pattern = "^/"))]
     pub service_account_token_path: Option<PathBuf>,
     /// Who acts for the subject (`actor_token`).
     #[serde(default)]
     pub actor: Actor,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Subject {
     /// A user's: what came in with the request that this one is made for.
@@ -123,7 +132,7 @@ pub enum Subject {
     ServiceAccount,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Actor {
     #[default]
@@ -133,11 +142,12 @@ pub enum Actor {
 }
 
 /// Which requests belong together is told by a header that the application passes on.
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct OnBehalfOf {
     /// Its value is a W3C `traceparent`, whatever its name.
     #[serde(deserialize_with = "header_name")]
+    #[schemars(with = "super::values::Header")]
     pub trace_header: HeaderName,
 }
 
@@ -154,7 +164,7 @@ fn header_name<'de, D: Deserializer<'de>>(from: D) -> Result<HeaderName, D::Erro
 }
 
 /// Whether a header of the application's own is kept, and no token put on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum Application {
     Keep,
@@ -162,9 +172,10 @@ pub enum Application {
     Replace,
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
 #[serde(try_from = "RawHeader")]
 pub struct TokenHeader {
+    #[schemars(with = "String")]
     pub name: HeaderName,
     /// Before the token.
     pub prefix: String,
@@ -179,12 +190,16 @@ impl Default for TokenHeader {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct RawHeader {
+    /// Without it, `Authorization`.
     #[serde(default)]
+    #[schemars(regex(pattern = r"^[!#$%&'*+^_`|~0-9A-Za-z-]+$"))]
     name: Option<String>,
+    /// Before the token; without it, `Bearer ` in `Authorization` and nothing elsewhere.
     #[serde(default)]
+    #[schemars(regex(pattern = "^([!-~][ -~]*)?$"), length(max = 64))]
     prefix: Option<String>,
 }
 
@@ -235,9 +250,9 @@ impl TryFrom<RawHeader> for TokenHeader {
 
 macro_rules! checked {
     ($($(#[$doc:meta])* $name:ident: $read:expr;)*) => {$(
-        $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq, Deserialize)]
+        #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
         #[serde(try_from = "String")]
+        $(#[$doc])*
         pub struct $name(pub String);
 
         impl TryFrom<String> for $name {
@@ -253,6 +268,7 @@ macro_rules! checked {
 
 checked! {
     /// A host in one of the string forms, in lower case.
+    #[schemars(extend("pattern" = r"^\*?[0-9A-Za-z._~:\[\]-]*\*?$", "minLength" = 1))]
     Host: |text| {
         let inner = text.strip_prefix('*').or_else(|| text.strip_suffix('*')).unwrap_or(&text);
         let fits = |c: char| c.is_ascii_alphanumeric() || "-._~:[]".contains(c);
@@ -264,6 +280,7 @@ checked! {
     };
 
     /// `scope-token` (RFC 6749 3.3).
+    #[schemars(extend("pattern" = r"^[!#-\[\]-~]+$"))]
     Scope: |text| {
         let fits = |b: u8| matches!(b, b'!' | b'#'..=b'[' | b']'..=b'~');
         match !text.is_empty() && text.bytes().all(fits) {
@@ -273,6 +290,7 @@ checked! {
     };
 
     /// `client-id` (RFC 6749 A.1).
+    #[schemars(extend("pattern" = "^[ -~]+$"))]
     ClientId: |text| {
         match !text.is_empty() && text.bytes().all(|b| matches!(b, b' '..=b'~')) {
             true => Ok(text),
@@ -281,12 +299,14 @@ checked! {
     };
 
     /// An absolute URI without fragment (RFC 8707 2).
+    #[schemars(extend("pattern" = "^[A-Za-z][A-Za-z0-9+.-]*:[^#]*$"))]
     ResourceUri: |text| match Url::parse(&text) {
         Ok(url) if url.fragment().is_none() => Ok(text),
         _ => Err(format!("`{text}` is no resource: an absolute URI without a fragment (RFC 8707)")),
     };
 
     /// Of an authorization server: `https`, or `http` on loopback.
+    #[schemars(extend("pattern" = "^[Hh][Tt][Tt][Pp][Ss]?://[^#]+$"))]
     ServerUrl: |text| match is_secret_safe(&text) {
         Ok(()) => Ok(text),
         Err(why) => Err(format!("`{text}` {why}")),

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use http::Uri;
+use schemars::JsonSchema;
 use serde::Deserialize;
 
 use super::values::{List, Selector, Span, Text, checked};
@@ -11,7 +12,7 @@ use crate::oauth::ClientAuthentication;
 
 /// What the workload is to clients and authorization servers, and what it asks of
 /// tokens. Where several select a workload, the narrowest counts, and it alone.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct ProtectedResource {
     pub selector: Option<Selector>,
@@ -25,7 +26,7 @@ pub struct ProtectedResource {
     pub introspection: Option<Introspection>,
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct TokenDemands {
     /// Absent: any JWT that a rule verifies, as Istio has it.
@@ -36,7 +37,7 @@ pub struct TokenDemands {
     pub nonce: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema)]
 pub enum TokenType {
     /// JWT access tokens (RFC 9068).
     #[serde(rename = "at+jwt")]
@@ -44,7 +45,7 @@ pub enum TokenType {
 }
 
 /// To what tokens must be bound. What a token is bound to is proven in any case.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub enum BoundTo {
     #[default]
@@ -59,7 +60,7 @@ pub enum BoundTo {
 }
 
 /// Asks the authorization server about tokens (RFC 7662).
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Introspection {
     pub endpoint: HttpsUrl,
@@ -93,18 +94,21 @@ fn timeout() -> Span {
 
 checked! {
     /// A URL of scheme https, without credentials, query and fragment.
+    #[schemars(extend("pattern" = r#"^[Hh][Tt][Tt][Pp][Ss]://[^\s?#@/\\"]+(/[^\s?#\\"]*)?$"#))]
     HttpsUrl(String): |text| match is_https(&text) {
         true => Ok(text),
         false => Err(format!("`{text}` is no URL to be used here; use https:// with a host, without credentials, query and fragment")),
     };
 
     /// The same, as RFC 9728 1.2 has resource identifiers.
+    #[schemars(extend("pattern" = r#"^[Hh][Tt][Tt][Pp][Ss]://[^\s?#@/\\"]+(/[^\s?#\\"]*)?$"#))]
     ResourceUrl(String): |text| match is_https(&text) {
         true => Ok(text),
         false => Err(format!("`{text}` is no resource identifier; use an https:// URL without credentials, query and fragment (RFC 9728 1.2)")),
     };
 
     /// A scope-token (RFC 6749 3.3).
+    #[schemars(extend("pattern" = r"^[!#-\[\]-~]+$"))]
     Scope(String): |text| {
         let fine = |b: u8| b == 0x21 || (0x23..=0x5b).contains(&b) || (0x5d..=0x7e).contains(&b);
         match !text.is_empty() && text.bytes().all(fine) {

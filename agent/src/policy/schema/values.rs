@@ -1,10 +1,11 @@
 //! Values of policy fields, checked while they are read, so that an error names
 //! line and field.
 
-use std::{collections::BTreeMap, net::IpAddr, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, net::IpAddr, time::Duration};
 
 use http::{HeaderName, Uri};
 use ipnet::IpNet;
+use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::jwt::may_be_output;
@@ -26,6 +27,22 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for List<T> {
     }
 }
 
+impl<T: JsonSchema> JsonSchema for List<T> {
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn schema_name() -> Cow<'static, str> {
+        Vec::<T>::schema_name()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let mut schema = Vec::<T>::json_schema(generator);
+        schema.insert("minItems".into(), 1.into());
+        schema
+    }
+}
+
 pub fn some_entries<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     from: D,
 ) -> Result<Option<Vec<T>>, D::Error> {
@@ -40,10 +57,10 @@ pub fn some_entries<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
 
 macro_rules! checked {
     ($($(#[$doc:meta])* $name:ident($inner:ty): $read:expr;)*) => {$(
-        $(#[$doc])*
-        #[derive(Clone, Debug, PartialEq, Deserialize)]
+        #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema)]
         #[serde(try_from = "String")]
-        pub struct $name(pub $inner);
+        $(#[$doc])*
+        pub struct $name(#[schemars(with = "String")] pub $inner);
 
         impl TryFrom<String> for $name {
             type Error = String;
@@ -60,6 +77,7 @@ pub(super) use checked;
 
 checked! {
     /// A non-empty string.
+    #[schemars(extend("minLength" = 1))]
     Text(String): |text| match text.is_empty() {
         true => Err("an empty string matches nothing".into()),
         false => Ok(text),
@@ -76,6 +94,7 @@ checked! {
     };
 
     /// An address or CIDR; host bits are masked.
+    #[schemars(extend("pattern" = "^([0-9.]+|[0-9a-fA-F:.]+:[0-9a-fA-F:.]*)(/[0-9]{1,3})?$"))]
     Block(IpNet): |text| {
         let net = text
             .parse::<IpNet>()
@@ -90,6 +109,7 @@ checked! {
     };
 
     /// A decimal port, as a string (Istio's form).
+    #[schemars(extend("pattern" = "^0*([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])$"))]
     Port(u16): |text| {
         let digits = !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
         match text.parse() {
@@ -99,6 +119,7 @@ checked! {
     };
 
     /// A name of a header that requests may carry.
+    #[schemars(extend("pattern" = "^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"))]
     Header(HeaderName): |text| {
         HeaderName::try_from(&text).map_err(|_| format!("`{text}` is no header name"))
     };
@@ -128,6 +149,7 @@ checked! {
     };
 
     /// A time span such as `5s`, `500ms` or `1m30s`, at least 1 ms.
+    #[schemars(extend("pattern" = "^(([0-9]+\\.?[0-9]*|\\.[0-9]+)(ns|us|µs|ms|s|m|h))+$"))]
     Span(Duration): |text| match span(&text) {
         Some(span) if span >= Duration::from_millis(1) => Ok(span),
         _ => Err(format!("`{text}` is no time span; use at least `1ms`, such as `5s`")),
@@ -270,10 +292,11 @@ impl TryFrom<String> for PathForm {
 }
 
 /// Pairs that must all be among a workload's labels. Absent or empty: every workload.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Selector {
     #[serde(deserialize_with = "labels")]
+    #[schemars(extend("additionalProperties" = {"type": "string", "pattern": "^[^*]*$"}))]
     pub match_labels: BTreeMap<String, String>,
 }
 

@@ -3,18 +3,21 @@
 //! written at run time, `observers` is what pods are seen by, `events` decodes the ring,
 //! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
 //! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
-//! by, `btf` finds fields in its structures.
+//! by, `btf` finds fields in its structures. `guard` keeps pods from connecting while no
+//! agent is there yet.
 
 mod btf;
 mod cgroup;
 mod container;
 pub mod diag;
 mod events;
+mod guard;
 mod inherit;
 mod load;
 mod maps;
 mod netns;
 mod observers;
+mod own;
 
 pub use cgroup::{
     CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
@@ -22,7 +25,9 @@ pub use cgroup::{
 };
 pub use container::read_in_pod;
 pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};
-pub use load::{Kernel, KernelError, cleanup, own_cgroup};
+pub use guard::guard;
+pub use load::{Kernel, KernelError, cleanup};
 pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
 pub use observers::{Attached, Blind};
+pub use own::own_cgroup;

@@ -15,6 +15,7 @@ use postern::{
         admin,
         people::{self, command::Change},
     },
+    boot,
     config::{Config, Normalization},
     doctor,
     identity::TrustDomain,
@@ -52,6 +53,15 @@ enum Command {
     Doctor(ConfigFile),
     /// Detach and remove everything that is pinned: traffic is direct again.
     Cleanup(ConfigFile),
+    /// Refuse pods' TCP connects until an agent is ready: at boot, before the kubelet.
+    Guard {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Instead make the host whose directories are below DIR do so at its next boot:
+        /// this program, its configuration and a systemd unit are copied there.
+        #[arg(long, value_name = "DIR")]
+        install: Option<PathBuf>,
+    },
     /// Work on policies, without an agent.
     Policy {
         #[command(subcommand)]
@@ -245,6 +255,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 println!("removed {}", path.display());
             }
         }
+        Command::Guard { config, install } => guard(&config, install.as_deref())?,
         Command::Policy { command } => return policy(command),
         Command::Authority { file, command } => authority(&file, command)?,
         Command::Audit { command } => {
@@ -434,6 +445,25 @@ fn agent(file: &ConfigFile) -> Result<()> {
         .build()
         .context("the async runtime")?
         .block_on(app::run(config, log))
+}
+
+fn guard(file: &ConfigFile, install: Option<&Path>) -> Result<()> {
+    let config = load_or_default(file)?;
+    if let Some(host) = install {
+        for path in boot::install(host, &file.config)? {
+            println!("installed {}", path.display());
+        }
+        return Ok(());
+    }
+    let (cgroup, _mounts) = app::hook_cgroup(&config)?;
+    println!(
+        "{}",
+        match kernel::guard(&config.kernel, &cgroup)? {
+            true => "pods cannot open TCP connections until an agent is ready",
+            false => "an agent has been ready since boot: its hooks guard",
+        }
+    );
+    Ok(())
 }
 
 fn status(config: &Config, output: Output) -> Result<()> {

@@ -144,7 +144,7 @@ pub fn processes(dir: &Path) -> Vec<i32> {
     all
 }
 
-fn directories(dir: &Path) -> Vec<PathBuf> {
+pub(super) fn directories(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries
         .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))

@@ -27,13 +27,16 @@ use postern_ebpf::{ABI, Config};
 
 use super::{
     btf::{self, Btf},
+    guard,
     maps::{Maps, named},
     netns::Netns,
     observers::{self, Attached, Blind},
+    own::own_cgroup,
 };
 use crate::config;
 
-static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/postern-ebpf"));
+pub(super) static PROGRAMS: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/postern-ebpf"));
 
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -98,7 +101,7 @@ const MAPS: [&str; 13] = [
     "EVENTS",
     "COUNTERS",
 ];
-const SOCK_ADDR: [&str; 4] = [
+pub(super) const SOCK_ADDR: [&str; 4] = [
     "postern_connect4",
     "postern_connect6",
     "postern_peer4",
@@ -231,6 +234,7 @@ impl Kernel {
         for name in SOCK_ADDR.iter().chain([&SOCK_OPS, &RELEASE]) {
             replace_pin(name, &self.links)?;
         }
+        guard::lift(&self.links);
         remove_other_maps(&self.maps_dir);
         Ok(())
     }
@@ -359,7 +363,7 @@ fn fresh(name: &str, dir: &Path) -> PathBuf {
 }
 
 /// Pins a link beside the one that an earlier agent left.
-fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
+pub(super) fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
     let path = fresh(name, dir);
     let _absent = fs::remove_file(&path);
     link.pin(&path)
@@ -368,27 +372,10 @@ fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
 }
 
 /// Puts the new link in the old one's place: whoever dies in between, one remains.
-fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
+pub(super) fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
     let path = dir.join(name);
     let _absent = fs::remove_file(&path);
     fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })
-}
-
-/// The agent's cgroup as the hooks see it: `bpf_get_current_cgroup_id`.
-pub fn own_cgroup(hooks: &Path) -> u64 {
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let path = own
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"))
-        .unwrap_or_default();
-    // The mount is the part of the hooks' path that the agent's own is relative to.
-    let mounts = super::cgroup::cgroup_mounts().unwrap_or_default();
-    let mount = mounts
-        .into_iter()
-        .find(|m| m.v2 && hooks.starts_with(&m.path));
-    mount
-        .and_then(|m| super::cgroup::id(&m.path.join(path)).ok())
-        .unwrap_or(0)
 }
 
 fn remove_other_maps(keep: &Path) {

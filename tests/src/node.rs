@@ -181,9 +181,14 @@ impl Node {
         )
     }
 
+    /// Writes the agent's configuration.
+    pub fn configure(&self) -> Result<()> {
+        Ok(std::fs::write(self.config_path(), self.config())?)
+    }
+
     /// Starts the agent and waits until it is ready.
     pub fn start(&mut self) -> Result<()> {
-        std::fs::write(self.config_path(), self.config())?;
+        self.configure()?;
         let mut command = self.command(binary("postern")?)?;
         command.arg("run").arg("--config").arg(self.config_path());
         let seen = self.log().len();
@@ -210,7 +215,7 @@ impl Node {
 
     /// As [`Self::start`], for a configuration that must be refused: its exit code.
     pub fn start_refused(&mut self) -> Result<Option<i32>> {
-        std::fs::write(self.config_path(), self.config())?;
+        self.configure()?;
         let mut command = self.command(binary("postern")?)?;
         command.arg("run").arg("--config").arg(self.config_path());
         let mut running = Running::start(&mut command, self.dir.join("agent.log"))?;

@@ -67,6 +67,12 @@ enum Verb {
         /// Name and tag of the image
         #[arg(long, default_value = "postern:latest")]
         tag: String,
+        /// Machine that it is for; without it, this one
+        #[arg(long, value_enum)]
+        arch: Option<image::Arch>,
+        /// Write what `docker load` reads, too
+        #[arg(long)]
+        docker: bool,
     },
     /// Run one command in the virtual machine of the vm tier
     #[command(hide = true)]
@@ -106,7 +112,9 @@ fn run(verb: Verb) -> Result<()> {
             bench::policy()
         }
         Verb::Bench { args } => bench::exec("bench", &args),
-        Verb::Image { tag } => image::run(&tag),
+        Verb::Image { tag, arch, docker } => {
+            image::run(&image::Wanted { tag, arch, docker }).map(|_made| ())
+        }
         Verb::VmRun { command } => vm::run_command(&command),
     }
 }

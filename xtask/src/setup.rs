@@ -34,9 +34,11 @@ pub enum Tier {
     Vm,
     /// The linters
     Lint,
-    /// Packing the image; not part of `all`
+    /// Packing the image
     Image,
-    /// All of the above but the image
+    /// Building it for another machine; not part of `all`
+    Cross,
+    /// All of the above but that
     All,
 }
 
@@ -99,6 +101,10 @@ const LAB: &[(&str, Sign)] = &[
     ("chromium", Program("chromium")),
     ("chromium-driver", Program("chromedriver")),
     ("libnss3-tools", Program("certutil")),
+    // The tests with real containers.
+    ("podman", Program("podman")),
+    ("runc", Program("runc")),
+    ("busybox-static", Package),
 ];
 
 const VM: &[(&str, Sign)] = &[
@@ -113,6 +119,14 @@ const VM: &[(&str, Sign)] = &[
 
 const IMAGE: &[(&str, Sign)] = &[("buildah", Program("buildah"))];
 
+const CROSS: &[(&str, Sign)] = &[
+    ("gcc-aarch64-linux-gnu", Program("aarch64-linux-gnu-gcc")),
+    (
+        "libc6-dev-arm64-cross",
+        File("/usr/aarch64-linux-gnu/include/stdio.h"),
+    ),
+];
+
 impl Tier {
     fn packages(self) -> &'static [(&'static str, Sign)] {
         match self {
@@ -121,6 +135,7 @@ impl Tier {
             Tier::Lab => LAB,
             Tier::Vm => VM,
             Tier::Image => IMAGE,
+            Tier::Cross => CROSS,
             Tier::Lint | Tier::All => &[],
         }
     }
@@ -129,7 +144,14 @@ impl Tier {
 /// The verb: install what is missing for `tier` and say that all is there.
 pub fn run(tier: Tier) -> Result<()> {
     match tier {
-        Tier::All => ensure(&[Tier::Build, Tier::Unit, Tier::Lab, Tier::Vm, Tier::Lint])?,
+        Tier::All => ensure(&[
+            Tier::Build,
+            Tier::Unit,
+            Tier::Lab,
+            Tier::Vm,
+            Tier::Lint,
+            Tier::Image,
+        ])?,
         one => ensure(&[one])?,
     }
     println!("setup: everything is there");

@@ -21,11 +21,11 @@ use crate::{
     sockops::forget,
 };
 
-const REFUSE: i32 = 0;
-const PASS: i32 = 1;
+pub const REFUSE: i32 = 0;
+pub const PASS: i32 = 1;
 
-const IPPROTO_TCP: u32 = 6;
-const IPPROTO_MPTCP: u32 = 262;
+pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_MPTCP: u32 = 262;
 
 const LOOPBACK_V4: u32 = 0x7f00_0001_u32.to_be();
 

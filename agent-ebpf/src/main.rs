@@ -7,6 +7,7 @@
 
 mod connect;
 mod context;
+mod guard;
 mod lookup;
 mod maps;
 mod observe;
@@ -27,6 +28,16 @@ pub fn postern_connect4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(connect6)]
 pub fn postern_connect6(ctx: SockAddrContext) -> i32 {
     connect::v6(&ctx)
+}
+
+#[cgroup_sock_addr(connect4)]
+pub fn postern_guard4(ctx: SockAddrContext) -> i32 {
+    guard::v4(&ctx)
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn postern_guard6(ctx: SockAddrContext) -> i32 {
+    guard::v6(&ctx)
 }
 
 #[cgroup_sock_addr(getpeername4)]

@@ -4,12 +4,14 @@
 //! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
 //! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
 //! by, `pids` says whose process ids are seen, `btf` finds fields in the kernel's structures.
+//! `guard` keeps pods from connecting while no agent is there yet.
 
 mod btf;
 mod cgroup;
 mod container;
 pub mod diag;
 mod events;
+mod guard;
 mod inherit;
 mod load;
 mod maps;
@@ -23,6 +25,7 @@ pub use cgroup::{
 };
 pub use container::read_in_pod;
 pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};
+pub use guard::guard;
 pub use load::{Kernel, KernelError, cleanup, own_cgroup};
 pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};

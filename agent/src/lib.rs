@@ -7,6 +7,7 @@ pub mod app;
 pub mod audit;
 pub mod authority;
 pub mod authorizer;
+pub mod boot;
 pub mod config;
 pub mod crds;
 pub mod doctor;

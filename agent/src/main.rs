@@ -15,6 +15,7 @@ use postern::{
         admin,
         people::{self, command::Change},
     },
+    boot,
     config::{Config, Normalization},
     crds, doctor,
     identity::TrustDomain,
@@ -63,6 +64,15 @@ enum Command {
         /// Then wait for SIGTERM, as the container of a DaemonSet has to.
         #[arg(long)]
         stay: bool,
+    },
+    /// Refuse pods' TCP connects until an agent is ready: at boot, before the kubelet.
+    Guard {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Instead make the host whose directories are below DIR do so at its next boot:
+        /// this program, its configuration and a systemd unit are copied there.
+        #[arg(long, value_name = "DIR")]
+        install: Option<PathBuf>,
     },
     /// Work on policies, without an agent.
     Policy {
@@ -264,6 +274,7 @@ fn run(command: Command) -> Result<ExitCode> {
                 wait_for_end()?;
             }
         }
+        Command::Guard { config, install } => guard(&config, install.as_deref())?,
         Command::Policy { command } => return policy(command),
         Command::Authority { file, command } => authority(&file, command)?,
         Command::Audit { command } => {
@@ -478,6 +489,25 @@ fn agent(file: &ConfigFile, node: Option<String>) -> Result<()> {
         .build()
         .context("the async runtime")?
         .block_on(app::run(config, log))
+}
+
+fn guard(file: &ConfigFile, install: Option<&Path>) -> Result<()> {
+    let config = load_or_default(file)?;
+    if let Some(host) = install {
+        for path in boot::install(host, &file.config)? {
+            println!("installed {}", path.display());
+        }
+        return Ok(());
+    }
+    let (cgroup, _mounts) = app::hook_cgroup(&config)?;
+    println!(
+        "{}",
+        match kernel::guard(&config.kernel, &cgroup)? {
+            true => "pods cannot open TCP connections until an agent is ready",
+            false => "an agent has been ready since boot: its hooks guard",
+        }
+    );
+    Ok(())
 }
 
 fn status(config: &Config, output: Output) -> Result<()> {

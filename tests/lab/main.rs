@@ -6,6 +6,7 @@ mod audit;
 mod authority;
 mod bypass;
 mod enrolment;
+mod guard;
 mod identity;
 mod joined;
 mod kernel;

@@ -30,7 +30,7 @@ use postern_apiserver::ApiServer;
 pub use audit::{audit_records, audit_text};
 pub use capture::{Capture, count_bytes, tshark};
 pub use cluster::{Cluster, Source};
-pub use host::{Running, binary, output, text};
+pub use host::{Running, below_mount, binary, output, text};
 pub use node::{Node, NodeOptions};
 pub use pod::{Layout, Pod, PodOptions};
 pub use sweep::sweep;

@@ -56,6 +56,8 @@ pub struct NodeOptions {
     /// The node is a container, as with kind: its agent sees the node's part of the
     /// cgroup tree only.
     pub nested: bool,
+    /// Where the agent has the cgroup v2 tree; `None`: where this machine has it.
+    pub cgroups: Option<PathBuf>,
 }
 
 impl Default for NodeOptions {
@@ -70,6 +72,7 @@ impl Default for NodeOptions {
             audit: String::new(),
             more: String::new(),
             nested: false,
+            cgroups: None,
         }
     }
 }
@@ -144,6 +147,11 @@ impl Node {
         Ok(command)
     }
 
+    /// Of its state, its log and its configuration.
+    pub fn directory(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn config_path(&self) -> PathBuf {
         self.dir.join("agent.yaml")
     }
@@ -196,6 +204,7 @@ impl Node {
             audit,
             more,
             nested,
+            cgroups,
         } = &self.options;
         let (source, cluster) = match self.source() {
             Source::Directory => (String::new(), String::new()),
@@ -204,8 +213,9 @@ impl Node {
                 format!("kubernetes: {{kubeconfig: {dir}/kubeconfig{kubernetes}}}\n"),
             ),
         };
-        let hooks = match (nested, host::cgroup_mount()) {
-            (true, Ok(mount)) => mount,
+        let hooks = match (nested, host::cgroup_mount(), cgroups) {
+            (true, Ok(mount), _) => mount,
+            (_, _, Some(tree)) => tree.join(host::below_mount(&self.cgroup)),
             _ => self.cgroup.clone(),
         };
         format!(
@@ -224,6 +234,11 @@ impl Node {
                 )
             },
         )
+    }
+
+    /// Writes the agent's configuration.
+    pub fn configure(&self) -> Result<()> {
+        Ok(std::fs::write(self.config_path(), self.config())?)
     }
 
     /// Starts the agent and waits until it is ready.

@@ -334,6 +334,13 @@ impl Pod {
         ))
     }
 
+    /// Ends the process that holds its namespace and its cgroup: others do.
+    pub fn without_sandbox(&mut self) -> Result<()> {
+        self.pause.child.kill()?;
+        self.pause.child.wait()?;
+        Ok(())
+    }
+
     pub fn cgroup(&self) -> &Path {
         &self.container
     }

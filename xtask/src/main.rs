@@ -72,6 +72,12 @@ enum Verb {
         /// Name and tag of the image
         #[arg(long, default_value = "postern:latest")]
         tag: String,
+        /// Machine that it is for; without it, this one
+        #[arg(long, value_enum)]
+        arch: Option<image::Arch>,
+        /// Write what `docker load` reads, too
+        #[arg(long)]
+        docker: bool,
     },
     /// Run one command in the virtual machine of the vm tier
     #[command(hide = true)]
@@ -112,7 +118,13 @@ fn run(verb: Verb) -> Result<()> {
             bench::policy()
         }
         Verb::Bench { args } => bench::exec(Profile::Release, "bench", &args),
-        Verb::Image { tag } => image::run(&tag),
+        Verb::Image { tag, arch, docker } => image::run(&image::Wanted {
+            tag,
+            arch,
+            docker,
+            profile: Profile::Release,
+        })
+        .map(|_made| ()),
         Verb::VmRun { command } => vm::run_command(&command),
     }
 }

@@ -14,7 +14,8 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
 use crate::{
-    bench, cmd,
+    cmd,
+    profile::Profile,
     setup::{self, Tier, tools},
 };
 
@@ -100,7 +101,7 @@ pub fn update() -> Result<()> {
 
 /// All generated files and what has to be in them.
 fn generated() -> Result<Vec<(String, String)>> {
-    bench::build_release()?;
+    Profile::Quick.build()?;
     let crds = cmd::output(Command::new(postern()).arg("crds"))?;
     let mut files = vec![
         (CRDS.to_owned(), crds.clone()),
@@ -197,7 +198,7 @@ fn judge(files: &[PathBuf]) -> Result<()> {
 }
 
 fn postern() -> PathBuf {
-    cmd::target().join("release/postern")
+    cmd::target().join("quick/postern")
 }
 
 /// Where setup puts helm and kubectl.

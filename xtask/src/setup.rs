@@ -35,9 +35,11 @@ pub enum Tier {
     Vm,
     /// The linters
     Lint,
-    /// Packing the image; not part of `all`
+    /// Packing the image
     Image,
-    /// All of the above but the image
+    /// Building it for another machine; not part of `all`
+    Cross,
+    /// All of the above but that
     All,
 }
 
@@ -100,6 +102,10 @@ const LAB: &[(&str, Sign)] = &[
     ("chromium", Program("chromium")),
     ("chromium-driver", Program("chromedriver")),
     ("libnss3-tools", Program("certutil")),
+    // The tests with real containers.
+    ("podman", Program("podman")),
+    ("runc", Program("runc")),
+    ("busybox-static", Package),
 ];
 
 const VM: &[(&str, Sign)] = &[
@@ -117,6 +123,14 @@ const LINT: &[(&str, Sign)] = &[("python3-pip", File("/usr/lib/python3/dist-pack
 
 const IMAGE: &[(&str, Sign)] = &[("buildah", Program("buildah"))];
 
+const CROSS: &[(&str, Sign)] = &[
+    ("gcc-aarch64-linux-gnu", Program("aarch64-linux-gnu-gcc")),
+    (
+        "libc6-dev-arm64-cross",
+        File("/usr/aarch64-linux-gnu/include/stdio.h"),
+    ),
+];
+
 impl Tier {
     fn packages(self) -> &'static [(&'static str, Sign)] {
         match self {
@@ -126,6 +140,7 @@ impl Tier {
             Tier::Vm => VM,
             Tier::Image => IMAGE,
             Tier::Lint => LINT,
+            Tier::Cross => CROSS,
             Tier::All => &[],
         }
     }
@@ -134,7 +149,14 @@ impl Tier {
 /// The verb: install what is missing for `tier` and say that all is there.
 pub fn run(tier: Tier) -> Result<()> {
     match tier {
-        Tier::All => ensure(&[Tier::Build, Tier::Unit, Tier::Lab, Tier::Vm, Tier::Lint])?,
+        Tier::All => ensure(&[
+            Tier::Build,
+            Tier::Unit,
+            Tier::Lab,
+            Tier::Vm,
+            Tier::Lint,
+            Tier::Image,
+        ])?,
         one => ensure(&[one])?,
     }
     println!("setup: everything is there");

@@ -27,13 +27,15 @@ use postern_ebpf::{ABI, Config};
 
 use super::{
     btf::{self, Btf},
+    guard,
     maps::{Maps, named},
     netns::Netns,
     observers::{self, Attached, Blind},
 };
 use crate::config;
 
-static PROGRAMS: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/postern-ebpf"));
+pub(super) static PROGRAMS: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/postern-ebpf"));
 
 const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
 
@@ -98,7 +100,7 @@ const MAPS: [&str; 13] = [
     "EVENTS",
     "COUNTERS",
 ];
-const SOCK_ADDR: [&str; 4] = [
+pub(super) const SOCK_ADDR: [&str; 4] = [
     "postern_connect4",
     "postern_connect6",
     "postern_peer4",
@@ -231,6 +233,7 @@ impl Kernel {
         for name in SOCK_ADDR.iter().chain([&SOCK_OPS, &RELEASE]) {
             replace_pin(name, &self.links)?;
         }
+        guard::lift(&self.links);
         remove_other_maps(&self.maps_dir);
         Ok(())
     }
@@ -359,7 +362,7 @@ fn fresh(name: &str, dir: &Path) -> PathBuf {
 }
 
 /// Pins a link beside the one that an earlier agent left.
-fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
+pub(super) fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
     let path = fresh(name, dir);
     let _absent = fs::remove_file(&path);
     link.pin(&path)
@@ -368,7 +371,7 @@ fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
 }
 
 /// Puts the new link in the old one's place: whoever dies in between, one remains.
-fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
+pub(super) fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
     let path = dir.join(name);
     let _absent = fs::remove_file(&path);
     fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, bail};
 use serde_json::{Value, json};
 
 use super::kubectl;
-use crate::{bench, cmd};
+use crate::{cmd, profile::Profile};
 
 /// Kinds that others install, and that server does not serve.
 const OTHERS: &str = "monitoring.coreos.com/";
@@ -28,9 +28,7 @@ impl Drop for Server {
 
 /// Fails where `kubectl apply --dry-run=client` does not take an object of these files.
 pub fn takes(out: &Path, files: &[(&Path, Vec<Value>)]) -> Result<()> {
-    let mut build = cmd::cargo();
-    build.arg("build").args(bench::SELECTED);
-    cmd::run(build.args(["-p", "postern-apiserver", "--bins"]))?;
+    Profile::Quick.build()?;
     let kubeconfig = out.join("kubeconfig");
     let _server = start(&kubeconfig)?;
     for (file, objects) in files {
@@ -72,7 +70,7 @@ pub fn takes(out: &Path, files: &[(&Path, Vec<Value>)]) -> Result<()> {
 
 fn start(kubeconfig: &PathBuf) -> Result<Server> {
     let _absent = fs::remove_file(kubeconfig);
-    let mut server = cmd::in_root(cmd::target().join("release/apiserver"));
+    let mut server = cmd::in_root(cmd::target().join("quick/apiserver"));
     server
         .args(["--listen", "127.0.0.1:0", "--kubeconfig"])
         .arg(kubeconfig);

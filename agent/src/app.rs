@@ -6,7 +6,7 @@ mod reload;
 mod tokens;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fs::Permissions,
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -17,6 +17,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
@@ -43,7 +44,7 @@ use crate::{
     telemetry::{
         Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
     },
-    workload::Table,
+    workload::{Discovery, Table},
 };
 
 /// How long receivers of the audit log may take for what is left at the end; the rest is
@@ -135,6 +136,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         trust_domains,
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
+        discover: None,
         policies: ArcSwap::from_pointee(policies),
         changed: watch::Sender::new(()),
         judge,
@@ -401,6 +403,7 @@ async fn enrol(
     let mut _watcher = None;
     let mut rounds = Rounds {
         enroller,
+        ranges: None,
         table: None,
         local: HashSet::new(),
     };
@@ -459,6 +462,8 @@ fn started(state: &State, enroller: &Enroller) {
 /// What enrolment remembers from one round to the next.
 struct Rounds {
     enroller: Enroller,
+    /// The ranges that the kernel asks about.
+    ranges: Option<Arc<BTreeSet<IpNet>>>,
     /// What the kernel's table of destinations was last made from.
     table: Option<Arc<Table>>,
     local: HashSet<IpAddr>,
@@ -476,8 +481,18 @@ impl Rounds {
             .table
             .as_ref()
             .is_some_and(|before| Arc::ptr_eq(before, &table));
+        let ranges = proxy.discover.as_ref().map(Discovery::ranges);
+        let ranges = ranges.unwrap_or_default();
+        if self.ranges.as_ref() != Some(&ranges) {
+            proxy.kernel.set_ranges(&ranges)?;
+            self.ranges = Some(ranges);
+        }
         if !same || local != self.local {
-            proxy.kernel.set_mesh(&table.mesh(), &local)?;
+            let outside = match proxy.discover {
+                Some(_) => table.outside(),
+                None => HashSet::new(),
+            };
+            proxy.kernel.set_mesh(&table.mesh(), &local, &outside)?;
             (self.table, self.local) = (Some(table), local);
             // Labels may have changed, and with them what selects a pod.
             proxy.recheck();

@@ -8,6 +8,6 @@ mod table;
 #[cfg(test)]
 mod tests;
 
-pub use discover::{Discover, Found};
+pub use discover::{Discover, Discovery, Found};
 pub use manifest::WorkloadObject;
 pub use table::{Endpoint, NamespacedName, Service, ServicePort, Table, Target, Workload};

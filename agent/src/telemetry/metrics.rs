@@ -151,6 +151,8 @@ pub struct Metrics {
     pub tunnels: Gauge,
     pub streams: Gauge,
     pub enrolled: Gauge,
+    /// Connections that waited to learn what they dial: `known`, `foreign`, `unknown`.
+    discoveries: Family<Name, Counter>,
     pub reload_errors: Family<Name, Counter>,
     pub map_entries: Family<Name, Gauge>,
     /// Counted elsewhere; set to what stands there.
@@ -180,6 +182,7 @@ impl Default for Metrics {
             tunnels: Gauge::default(),
             streams: Gauge::default(),
             enrolled: Gauge::default(),
+            discoveries: Family::default(),
             reload_errors: Family::default(),
             map_entries: Family::default(),
             kernel: Family::default(),
@@ -238,6 +241,11 @@ impl Default for Metrics {
             "enrolled_workloads",
             "Local workloads in the mesh",
             m.enrolled.clone(),
+        );
+        own.register(
+            "discoveries",
+            "Connections that waited until it was asked what they dial",
+            m.discoveries.clone(),
         );
         own.register(
             "reload_errors",
@@ -312,6 +320,10 @@ impl Metrics {
 
     pub fn handshake(&self, name: &'static str) {
         self.handshakes.get_or_create(&Name { name }).inc();
+    }
+
+    pub fn discovery(&self, name: &'static str) {
+        self.discoveries.get_or_create(&Name { name }).inc();
     }
 
     pub fn reload_error(&self, name: &'static str) {

@@ -231,6 +231,15 @@ impl Table {
         pods.chain(services).collect()
     }
 
+    /// Addresses of workloads that are not in the mesh. (Those of the node that a
+    /// host-network pod shares may be a service's, too.)
+    pub fn outside(&self) -> HashSet<IpAddr> {
+        let workloads = self.workloads.iter().filter(|w| !w.in_mesh());
+        let addresses = workloads.flat_map(|w| &w.addresses).copied();
+        let free = |address: &IpAddr| self.pods.get(address).is_none_or(|w| !w.in_mesh());
+        addresses.filter(free).collect()
+    }
+
     pub fn services(&self) -> impl Iterator<Item = (&SocketAddr, &Arc<ServicePort>)> {
         self.services.iter()
     }

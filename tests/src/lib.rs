@@ -9,6 +9,7 @@
 
 mod audit;
 mod capture;
+mod cluster;
 mod host;
 mod node;
 mod pod;
@@ -16,14 +17,19 @@ mod sweep;
 
 use std::{
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
+use postern_apiserver::ApiServer;
 
 pub use audit::{audit_records, audit_text};
 pub use capture::{Capture, count_bytes, tshark};
+pub use cluster::{Cluster, Source};
 pub use host::{Running, binary, output, text};
 pub use node::{Node, NodeOptions};
 pub use pod::{Layout, Pod, PodOptions};
@@ -36,6 +42,7 @@ pub struct Lab {
     cgroup: PathBuf,
     // Dropped in this order: pods' processes, agents, then the ground they stand on.
     pub nodes: Vec<Node>,
+    cluster: Option<Arc<Cluster>>,
 }
 
 /// Waits for something to become true.
@@ -53,6 +60,11 @@ pub fn eventually(what: &str, limit: Duration, mut check: impl FnMut() -> bool) 
 impl Lab {
     /// A lab of nodes whose agents are not started yet.
     pub fn new(nodes: usize) -> Result<Self> {
+        Self::with(nodes, Source::here())
+    }
+
+    /// As [`Self::new`], with agents that have everything from there.
+    pub fn with(nodes: usize, source: Source) -> Result<Self> {
         static SEQUENCE: AtomicU32 = AtomicU32::new(0);
         sweep::sweep_dead();
         let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
@@ -68,11 +80,16 @@ impl Lab {
             dir,
             cgroup,
             nodes: Vec::new(),
+            cluster: None,
         };
         lab.make_root("root", "cluster.local")?;
         let switch = lab.switch();
         host::add_netns(&switch)?;
         host::ip(&switch, &["link add wire type bridge", "link set wire up"])?;
+        if source == Source::Kubernetes {
+            let cluster = Cluster::new(lab.path(), &switch, nodes)?;
+            lab.cluster = Some(Arc::new(cluster));
+        }
         for number in 1..=nodes {
             let node = Node::new(&lab, number, &switch, nodes)?;
             lab.nodes.push(node);
@@ -87,6 +104,15 @@ impl Lab {
             node.start()?;
         }
         Ok(lab)
+    }
+
+    /// The API server that the agents ask, unless they are told to ask another.
+    pub fn api(&self) -> Result<Arc<ApiServer>> {
+        let cluster = self
+            .cluster
+            .as_ref()
+            .context("the lab's source is a directory")?;
+        cluster.server(&NodeOptions::default().manifests)
     }
 
     fn switch(&self) -> String {

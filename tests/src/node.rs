@@ -4,6 +4,7 @@
 use std::{
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::Duration,
 };
 
@@ -11,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::signal::Signal;
 
 use crate::{
-    Lab, Pod,
+    Cluster, Lab, Pod, Source,
     audit::{audit_records, audit_text},
     eventually,
     host::{self, Running, binary},
@@ -29,6 +30,7 @@ pub struct Node {
     pin: PathBuf,
     pub options: NodeOptions,
     agent: Option<Running>,
+    cluster: Option<Arc<Cluster>>,
     pub(crate) next_pod: u8,
 }
 
@@ -40,6 +42,9 @@ pub struct NodeOptions {
     pub root: String,
     /// Directory of manifests in the lab's directory.
     pub manifests: String,
+    /// Further keys of `kubernetes`, where that is the source, as YAML flow pairs that
+    /// begin with a comma.
+    pub kubernetes: String,
     /// Further keys of `policies`, as YAML flow pairs that begin with a comma.
     pub policies: String,
     /// Further keys of `kernel`, as YAML flow pairs that begin with a comma.
@@ -56,6 +61,7 @@ impl Default for NodeOptions {
             trust_domain: "cluster.local".into(),
             root: "root".into(),
             manifests: "manifests".into(),
+            kubernetes: String::new(),
             policies: String::new(),
             kernel: probes(),
             audit: String::new(),
@@ -109,6 +115,9 @@ impl Node {
         let forward =
             "echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding";
         host::output(Command::new("ip").args(["netns", "exec", &netns, "sh", "-c", forward]))?;
+        if let Some(cluster) = &lab.cluster {
+            cluster.connect(&netns, number)?;
+        }
         Ok(Self {
             number,
             name: format!("node{number}"),
@@ -119,6 +128,7 @@ impl Node {
             pin: Path::new(BPF).join(format!("{}-{number}", lab.id)),
             options: NodeOptions::default(),
             agent: None,
+            cluster: lab.cluster.clone(),
             next_pod: 10,
         })
     }
@@ -152,22 +162,48 @@ impl Node {
         std::fs::read_to_string(self.dir.join("agent.log")).unwrap_or_default()
     }
 
+    /// Where its agent has pods and policies from.
+    pub fn source(&self) -> Source {
+        match self.cluster {
+            Some(_) => Source::Kubernetes,
+            None => Source::Directory,
+        }
+    }
+
+    /// Writes what the agent is configured by.
+    fn configure(&self) -> Result<()> {
+        if let Some(cluster) = &self.cluster {
+            let server = cluster.server(&self.options.manifests)?;
+            let path = self.dir.join("kubeconfig");
+            std::fs::write(path, server.kubeconfig())?;
+        }
+        Ok(std::fs::write(self.config_path(), self.config())?)
+    }
+
     fn config(&self) -> String {
         let (lab, dir) = (self.lab_dir.display(), self.dir.display());
         let NodeOptions {
             trust_domain,
             root,
             manifests,
+            kubernetes,
             policies,
             kernel,
             audit,
             more,
         } = &self.options;
+        let (source, cluster) = match self.source() {
+            Source::Directory => (String::new(), String::new()),
+            Source::Kubernetes => (
+                "source: kubernetes, ".to_owned(),
+                format!("kubernetes: {{kubeconfig: {dir}/kubeconfig{kubernetes}}}\n"),
+            ),
+        };
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
-             workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
+             workloads: {{{source}directory: {lab}/{manifests}}}\npolicies: {{{source}directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
              kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{directory: {dir}/audit{audit}}}\n\
-             log: {{level: 'info,postern=debug'}}\n{}{more}",
+             log: {{level: 'info,postern=debug'}}\n{cluster}{}{more}",
             self.name,
             self.cgroup.display(),
             self.pin.display(),
@@ -183,7 +219,7 @@ impl Node {
 
     /// Starts the agent and waits until it is ready.
     pub fn start(&mut self) -> Result<()> {
-        std::fs::write(self.config_path(), self.config())?;
+        self.configure()?;
         let mut command = self.command(binary("postern")?)?;
         command.arg("run").arg("--config").arg(self.config_path());
         let seen = self.log().len();
@@ -210,7 +246,7 @@ impl Node {
 
     /// As [`Self::start`], for a configuration that must be refused: its exit code.
     pub fn start_refused(&mut self) -> Result<Option<i32>> {
-        std::fs::write(self.config_path(), self.config())?;
+        self.configure()?;
         let mut command = self.command(binary("postern")?)?;
         command.arg("run").arg("--config").arg(self.config_path());
         let mut running = Running::start(&mut command, self.dir.join("agent.log"))?;
@@ -270,6 +306,10 @@ impl Node {
     }
 
     pub(crate) fn knows(&self, pod: &Pod) -> Result<bool> {
+        if pod.node != self.number && self.source() == Source::Kubernetes {
+            // It asks when the pod is dialled.
+            return Ok(true);
+        }
         if pod.node != self.number {
             let dump = self.status()?;
             let files = std::fs::read_dir(self.lab_dir.join(&self.options.manifests))?;

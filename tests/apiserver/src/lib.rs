@@ -18,6 +18,7 @@ mod review;
 mod route;
 mod select;
 mod serve;
+mod slices;
 mod status;
 mod store;
 mod tls;
@@ -64,6 +65,8 @@ pub struct Options {
     pub watch_list: bool,
     /// How often a quiet watch gets a bookmark.
     pub bookmarks: Duration,
+    /// Whether endpoints of services follow their pods; else they are the tests' own.
+    pub endpoints: bool,
     /// Groups of [`kinds::policies`] whose definitions are installed.
     pub policies: Vec<&'static str>,
     pub bind: Bind,
@@ -78,6 +81,7 @@ impl Default for Options {
             rbac: false,
             watch_list: true,
             bookmarks: Duration::from_secs(2),
+            endpoints: false,
             policies: vec![kinds::ISTIO, kinds::OURS],
             bind: Arc::new(|address| TcpListener::bind(address)),
         }
@@ -131,7 +135,16 @@ impl Shared {
     /// Lets watches see what was written.
     fn write<T>(&self, write: impl FnOnce(&mut Store) -> T) -> T {
         let mut store = self.store();
+        let before = store.revision();
         let result = write(&mut store);
+        let written = |resource| {
+            store
+                .since(resource, before)
+                .is_ok_and(|all| !all.is_empty())
+        };
+        if self.options.endpoints && (written("pods") || written("services")) {
+            slices::settle(&mut store);
+        }
         self.changed.send_replace(store.revision());
         result
     }

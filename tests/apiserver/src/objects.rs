@@ -172,6 +172,9 @@ pub fn patch(store: &mut Store, write: &Write, force: bool) -> Answer {
     check_version(&kind, &key, &old, &wanted)?;
     let mut new = (*old).clone();
     match write.content_type {
+        "application/json-patch+json" => patch::json(&mut new, &wanted).ok_or_else(|| {
+            Refusal::invalid("the server rejected our request due to an error in our request")
+        })?,
         "application/merge-patch+json" => patch::merge(&mut new, &wanted),
         "application/strategic-merge-patch+json" if !kind.custom => {
             patch::strategic(&mut new, &wanted)
@@ -367,6 +370,9 @@ fn read(kind: &Kind, write: &Write) -> Result<Value, Refusal> {
         true => serde_saphyr::from_str(text).map_err(|e| Refusal::bad(e.to_string()))?,
         false => serde_json::from_str(text).map_err(|e| Refusal::bad(e.to_string()))?,
     };
+    if write.content_type == "application/json-patch+json" {
+        return Ok(object);
+    }
     if !object.is_object() {
         return Err(Refusal::bad("the body of the request is no object"));
     }

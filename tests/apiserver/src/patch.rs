@@ -68,6 +68,35 @@ pub fn strategic(into: &mut Value, patch: &Value) {
     }
 }
 
+/// RFC 6902, as far as clients use it: `None` where it does not fit.
+pub fn json(into: &mut Value, operations: &Value) -> Option<()> {
+    for operation in operations.as_array()? {
+        let path = operation["path"].as_str()?;
+        let (parent, last) = path.rsplit_once('/')?;
+        let last = last.replace("~1", "/").replace("~0", "~");
+        let value = operation["value"].clone();
+        match operation["op"].as_str()? {
+            "test" => (*into.pointer(path)? == value).then_some(())?,
+            "replace" => *into.pointer_mut(path)? = value,
+            what => match (what, into.pointer_mut(parent)?) {
+                ("add", Value::Object(all)) => drop(all.insert(last, value)),
+                ("remove", Value::Object(all)) => drop(all.remove(&last)?),
+                ("add", Value::Array(all)) if last == "-" => all.push(value),
+                ("add", Value::Array(all)) => {
+                    let at = last.parse().ok().filter(|at| *at <= all.len())?;
+                    all.insert(at, value);
+                }
+                ("remove", Value::Array(all)) => {
+                    let at = last.parse().ok().filter(|at| *at < all.len())?;
+                    all.remove(at);
+                }
+                _ => return None,
+            },
+        }
+    }
+    Some(())
+}
+
 /// Whether two entries of a list are the same one.
 pub fn same(one: &Value, other: &Value, keys: &[&str]) -> bool {
     keys.iter().all(|key| one[*key] == other[*key])
@@ -93,6 +122,21 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn operations_are_done_in_turn() {
+        let mut object = json!({"a": {"b/c": 1}, "l": [1, 2]});
+        let operations = json!([
+            {"op": "test", "path": "/a/b~1c", "value": 1},
+            {"op": "replace", "path": "/a/b~1c", "value": 2},
+            {"op": "add", "path": "/l/-", "value": 3},
+            {"op": "remove", "path": "/l/0"},
+        ]);
+        assert_eq!(json(&mut object, &operations), Some(()));
+        assert_eq!(object, json!({"a": {"b/c": 2}, "l": [2, 3]}));
+        let fails = json!([{"op": "test", "path": "/a/b~1c", "value": 1}]);
+        assert_eq!(json(&mut object, &fails), None);
+    }
 
     #[test]
     fn lists_are_replaced_or_merged() {

@@ -1,6 +1,7 @@
 //! Builds the parts and joins them; the only one who knows all of them.
 
 mod bypass;
+mod cluster;
 mod observe;
 mod reload;
 mod tokens;
@@ -31,10 +32,11 @@ use crate::{
         chain::OpenError,
         send::{self, Senders, Standings},
     },
-    config::{Config, Unknown},
+    config::{Config, Source, Unknown},
     fetch::Trust,
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
+    kubernetes::Cluster,
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
@@ -84,8 +86,17 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .with_context(|| format!("{}", config.state.display()))?;
 
     // Whatever can be wrong with files is found before the kernel is touched.
-    let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
-    let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
+    let cluster = Cluster::connect(&config)
+        .await
+        .map_err(|e| misconfigured(&e))?;
+    let table = match config.workloads.source {
+        Source::Directory => reload::table(&config).map_err(|e| misconfigured(&e))?,
+        Source::Kubernetes => Table::default(),
+    };
+    let policies = match config.policies.source {
+        Source::Directory => reload::policies(&config).map_err(|e| misconfigured(&e))?,
+        Source::Kubernetes => PolicySet::default(),
+    };
     let judge = Judge::new(&config).map_err(|e| misconfigured(&e))?;
     reload::warn(&PolicySet::default(), &policies, &judge);
     judge
@@ -165,6 +176,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         config: config.clone(),
         proxy: proxy.clone(),
         identities: identities.clone(),
+        cluster: cluster.clone(),
         sinks: senders.as_ref().map(Senders::standings),
         agent_cgroup: own_cgroup(&cgroup),
         workloads: Mutex::default(),
@@ -186,9 +198,19 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         watcher.clone(),
     ));
     let (wake, woken) = mpsc::channel(1);
+    let (feeding, fed) = watch::channel(cluster.is_none());
+    if let Some(cluster) = &cluster {
+        cluster::start(&state, cluster, wake.clone(), feeding, &watcher);
+    }
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
-    tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
+    tokio::spawn(enrol(
+        state.clone(),
+        enroller,
+        fed,
+        (wake, woken),
+        watcher.clone(),
+    ));
     tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
     tokio::spawn(tokens::sweep(proxy.clone(), watcher.clone()));
     drop((watcher, state, identities));
@@ -229,6 +251,8 @@ pub(crate) struct State {
     config: Config,
     proxy: Arc<Proxy>,
     identities: Arc<Identities>,
+    /// The API server, where something comes from it.
+    cluster: Option<Arc<Cluster>>,
     /// Of the audit log's receivers.
     sinks: Option<Standings>,
     agent_cgroup: u64,
@@ -310,6 +334,9 @@ impl StatusSource for State {
         metrics.set_audit(audit.written(), audit.lost());
         let (incomplete, _) = self.proxy.join.counts();
         metrics.set_incomplete(incomplete);
+        if let Some(cluster) = &self.cluster {
+            cluster::measure(self, cluster);
+        }
         let sinks = self.sinks.as_ref().map(Standings::progress);
         for sink in sinks.into_iter().flatten() {
             metrics.set_sink(&sink);
@@ -393,12 +420,17 @@ async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
 async fn enrol(
     state: Arc<State>,
     enroller: Enroller,
-    wake: mpsc::Sender<()>,
-    mut woken: mpsc::Receiver<()>,
+    mut fed: watch::Receiver<bool>,
+    (wake, mut woken): (mpsc::Sender<()>, mpsc::Receiver<()>),
     mut stop: Watcher,
 ) {
     const SOON: Duration = Duration::from_millis(20);
     const SOMETIME: Duration = Duration::from_secs(2);
+    // Until table and policies are there, an earlier agent's hooks stay, and refuse.
+    tokio::select! {
+        _there = fed.wait_for(|there| *there) => {}
+        () = stop.triggered() => return,
+    }
     let mut watching: Vec<PodsRoot> = Vec::new();
     let mut _watcher = None;
     let mut rounds = Rounds {

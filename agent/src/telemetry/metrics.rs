@@ -1,7 +1,7 @@
 //! Metrics in the OpenMetrics text format: Istio's TCP metrics by Istio's names and
 //! labels, so that its dashboards work, and Postern's own with the prefix `postern_`.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -161,6 +161,11 @@ pub struct Metrics {
     pub audit_lost: Counter,
     audit_incomplete: Counter,
     sinks: [(&'static str, Family<Sink, Gauge>); 4],
+    /// The API server, counted elsewhere.
+    kubernetes: Family<Name, Counter>,
+    kubernetes_objects: Family<Name, Gauge>,
+    kubernetes_watches: Gauge,
+    kubernetes_stale: Gauge,
     pub certificate_errors: Counter,
 }
 
@@ -190,6 +195,10 @@ impl Default for Metrics {
             audit_lost: Counter::default(),
             audit_incomplete: Counter::default(),
             sinks: ["sent", "behind", "skipped", "rejected"].map(|what| (what, Family::default())),
+            kubernetes: Family::default(),
+            kubernetes_objects: Family::default(),
+            kubernetes_watches: Gauge::default(),
+            kubernetes_stale: Gauge::default(),
             certificate_errors: Counter::default(),
             registry: Registry::default(),
         };
@@ -285,6 +294,27 @@ impl Default for Metrics {
             );
         }
         own.register(
+            "kubernetes",
+            "What the agent asked of the API server and heard from it",
+            m.kubernetes.clone(),
+        );
+        own.register(
+            "kubernetes_objects",
+            "Objects of the API server that are kept, by resource",
+            m.kubernetes_objects.clone(),
+        );
+        own.register(
+            "kubernetes_watches",
+            "Watches at the API server",
+            m.kubernetes_watches.clone(),
+        );
+        own.register_with_unit(
+            "kubernetes_stale",
+            "Since when changes may be missed; 0: none are",
+            Unit::Seconds,
+            m.kubernetes_stale.clone(),
+        );
+        own.register(
             "certificate_errors",
             "Certificates that could not be renewed",
             m.certificate_errors.clone(),
@@ -347,6 +377,25 @@ impl Metrics {
 
     pub fn set_incomplete(&self, count: u64) {
         set(&self.audit_incomplete, count);
+    }
+
+    pub fn set_kubernetes(
+        &self,
+        counts: &[(&'static str, u64)],
+        kept: BTreeMap<&'static str, usize>,
+        watches: usize,
+        stale: u64,
+    ) {
+        for (name, count) in counts {
+            set(&self.kubernetes.get_or_create(&Name { name }), *count);
+        }
+        for (name, objects) in kept {
+            let gauge = self.kubernetes_objects.get_or_create(&Name { name });
+            gauge.set(objects as i64);
+        }
+        self.kubernetes_watches.set(watches as i64);
+        let stale = i64::try_from(stale).unwrap_or(i64::MAX);
+        self.kubernetes_stale.set(stale);
     }
 
     pub fn set_sink(&self, progress: &Progress) {

@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     WorkloadObject,
     manifest::{self, EndpointSlice, Pod, PortOrName},
@@ -69,7 +71,7 @@ impl Workload {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
 pub struct NamespacedName {
     pub namespace: String,
     pub name: String,
@@ -141,23 +143,23 @@ pub struct Table {
 
 impl Table {
     /// Of objects that are all there is.
-    pub fn build(objects: &[WorkloadObject], default: Mesh) -> Self {
+    pub fn build<'a>(objects: impl IntoIterator<Item = &'a WorkloadObject>, default: Mesh) -> Self {
         Self::of(objects, default, None)
     }
 
     /// Of all services, but only some pods: what is missing is discovered when it is
     /// dialled. `listed`: services whose EndpointSlices are among the objects, if they
     /// have any; of the others it is not known what is behind them.
-    pub fn partial(
-        objects: &[WorkloadObject],
+    pub fn partial<'a>(
+        objects: impl IntoIterator<Item = &'a WorkloadObject>,
         default: Mesh,
         listed: &HashSet<NamespacedName>,
     ) -> Self {
         Self::of(objects, default, Some(listed))
     }
 
-    fn of(
-        objects: &[WorkloadObject],
+    fn of<'a>(
+        objects: impl IntoIterator<Item = &'a WorkloadObject>,
         default: Mesh,
         partial: Option<&HashSet<NamespacedName>>,
     ) -> Self {
@@ -172,6 +174,7 @@ impl Table {
                     let meta = &namespace.metadata;
                     namespaces.insert(meta.name.clone(), label(&meta.labels));
                 }
+                WorkloadObject::Node(_) => {}
             }
         }
         let mut table = Self::default();

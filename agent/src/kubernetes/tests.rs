@@ -1,0 +1,1 @@
+//! Tests of the source against an API server double.

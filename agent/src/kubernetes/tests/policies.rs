@@ -55,7 +55,8 @@ fn lets_in(selected: &Selected) -> bool {
 
 fn dials(selected: &Selected) -> bool {
     let caller = Caller {
-        process: None,
+        executable: None,
+        uid: 0,
         destination: "10.0.0.1:80".parse().expect("address"),
     };
     selected.connect(&caller).is_ok()

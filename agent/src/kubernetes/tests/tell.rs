@@ -82,11 +82,11 @@ async fn policies_say_whether_they_are_taken_and_by_how_many_nodes() {
 fn events(server: &ApiServer) -> Vec<String> {
     let mut all: Vec<(String, String)> = (server.list("Event").into_iter())
         .map(|event| {
-            assert_eq!(event["regarding"]["uid"], "uid-web", "{event}");
+            assert_eq!(event["involvedObject"]["uid"], "uid-web", "{event}");
             let text = |field: &str| event[field].as_str().unwrap_or_default().to_owned();
             (
                 text("eventTime"),
-                format!("{}: {}", text("reason"), text("note")),
+                format!("{}: {}", text("reason"), text("message")),
             )
         })
         .collect();

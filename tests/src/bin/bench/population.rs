@@ -100,7 +100,7 @@ impl Population {
             },
             "status": {
                 "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": format!("192.0.2.{node}"),
-                "conditions": ["Initialized", "Ready", "ContainersReady", "PodScheduled"].map(condition),
+                "conditions": (["Initialized", "Ready", "ContainersReady", "PodScheduled"].map(condition)),
                 "containerStatuses": [{"name": "main", "ready": true, "restartCount": 0,
                     "imageID": format!("registry.example/team/app@sha256:{index:064x}")}],
             },

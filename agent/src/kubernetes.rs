@@ -41,7 +41,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-pub use client::{ConnectError, explain};
+pub use client::{ConnectError, examine, explain};
 pub use disk::DiskError;
 pub use events::{Patience, PodState, tell_pods};
 pub use index::Index;

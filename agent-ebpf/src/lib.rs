@@ -84,9 +84,9 @@ pub struct MeshKey {
     pub port: u32,
 }
 
-/// Value of `MESH`: any entry is steered; this one is moreover a pod of this node.
+/// Value of `MESH`: steered; moreover a pod of this node.
 pub const MESH_LOCAL: u32 = 1;
-/// Value of `MESH`: a destination somewhere else.
+/// Value of `MESH`: steered, a destination somewhere else.
 pub const MESH_REMOTE: u32 = 0;
 /// Value of `MESH`, for all ports of an address: not steered by itself. It is a node's,
 /// so that ports which are entered for [`NODES`] are steered there.
@@ -95,6 +95,14 @@ pub const MESH_NODE: u32 = 3;
 /// Stands in `MESH` for every address of a node. No TCP connection goes to a multicast
 /// address.
 pub const NODES: Address = [u32::MAX; 4];
+/// Value of `MESH`, for all ports: known, and outside the mesh. It is not asked about,
+/// whatever `RANGES` says; ports that have an entry are steered all the same.
+pub const MESH_OUTSIDE: u32 = 2;
+
+/// Entries of `RANGES`: addresses that pods may have. What is dialled there and stands
+/// neither in `MESH` nor, with a time (`CLOCK_MONOTONIC`, ns) that is not over, in
+/// `FOREIGN`, is steered: the agent asks what it is.
+pub const RANGES: u32 = 4_096;
 
 /// One TCP connect that was steered to the agent; value of `DIALS`, by socket cookie.
 #[repr(C)]

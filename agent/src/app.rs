@@ -1,12 +1,13 @@
 //! Builds the parts and joins them; the only one who knows all of them.
 
 mod bypass;
+mod cluster;
 mod observe;
 mod reload;
 mod tokens;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fs::Permissions,
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -17,6 +18,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
@@ -30,10 +32,11 @@ use crate::{
         chain::OpenError,
         send::{self, Senders, Standings},
     },
-    config::{Config, Unknown},
+    config::{Config, Source, Unknown},
     fetch::Trust,
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup, pids},
+    kubernetes::Cluster,
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
@@ -43,7 +46,7 @@ use crate::{
     telemetry::{
         Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
     },
-    workload::Table,
+    workload::{Discovery, Table},
 };
 
 /// How long receivers of the audit log may take for what is left at the end; the rest is
@@ -83,8 +86,17 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .with_context(|| format!("{}", config.state.display()))?;
 
     // Whatever can be wrong with files is found before the kernel is touched.
-    let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
-    let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
+    let cluster = Cluster::connect(&config)
+        .await
+        .map_err(|e| misconfigured(&e))?;
+    let table = match config.workloads.source {
+        Source::Directory => reload::table(&config).map_err(|e| misconfigured(&e))?,
+        Source::Kubernetes => Table::default(),
+    };
+    let policies = match config.policies.source {
+        Source::Directory => reload::policies(&config).map_err(|e| misconfigured(&e))?,
+        Source::Kubernetes => PolicySet::default(),
+    };
     let judge = Judge::new(&config).map_err(|e| misconfigured(&e))?;
     reload::warn(&PolicySet::default(), &policies, &judge);
     judge
@@ -141,6 +153,9 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         trust_domains: config.trust_domains(),
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
+        discover: (cluster.clone())
+            .filter(|cluster| cluster.on_demand())
+            .map(|cluster| Discovery::new(cluster)),
         policies: ArcSwap::from_pointee(policies),
         changed: watch::Sender::new(()),
         judge,
@@ -170,6 +185,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         config: config.clone(),
         proxy: proxy.clone(),
         identities: identities.clone(),
+        cluster: cluster.clone(),
         sinks: senders.as_ref().map(Senders::standings),
         agent_cgroup: own_cgroup(&cgroup),
         workloads: Mutex::default(),
@@ -191,9 +207,19 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         watcher.clone(),
     ));
     let (wake, woken) = mpsc::channel(1);
+    let (feeding, fed) = watch::channel(cluster.is_none());
+    if let Some(cluster) = &cluster {
+        cluster::start(&state, cluster, wake.clone(), feeding, &watcher);
+    }
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
-    tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
+    tokio::spawn(enrol(
+        state.clone(),
+        enroller,
+        fed,
+        (wake, woken),
+        watcher.clone(),
+    ));
     tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
     tokio::spawn(tokens::sweep(proxy.clone(), watcher.clone()));
     drop((watcher, state, identities));
@@ -234,6 +260,8 @@ pub(crate) struct State {
     config: Config,
     proxy: Arc<Proxy>,
     identities: Arc<Identities>,
+    /// The API server, where something comes from it.
+    cluster: Option<Arc<Cluster>>,
     /// Of the audit log's receivers.
     sinks: Option<Standings>,
     agent_cgroup: u64,
@@ -315,6 +343,9 @@ impl StatusSource for State {
         metrics.set_audit(audit.written(), audit.lost());
         let (incomplete, _) = self.proxy.join.counts();
         metrics.set_incomplete(incomplete);
+        if let Some(cluster) = &self.cluster {
+            cluster::measure(self, cluster);
+        }
         let sinks = self.sinks.as_ref().map(Standings::progress);
         for sink in sinks.into_iter().flatten() {
             metrics.set_sink(&sink);
@@ -398,16 +429,22 @@ async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
 async fn enrol(
     state: Arc<State>,
     enroller: Enroller,
-    wake: mpsc::Sender<()>,
-    mut woken: mpsc::Receiver<()>,
+    mut fed: watch::Receiver<bool>,
+    (wake, mut woken): (mpsc::Sender<()>, mpsc::Receiver<()>),
     mut stop: Watcher,
 ) {
     const SOON: Duration = Duration::from_millis(20);
     const SOMETIME: Duration = Duration::from_secs(2);
+    // Until table and policies are there, an earlier agent's hooks stay, and refuse.
+    tokio::select! {
+        _there = fed.wait_for(|there| *there) => {}
+        () = stop.triggered() => return,
+    }
     let mut watching: Vec<PodsRoot> = Vec::new();
     let mut _watcher = None;
     let mut rounds = Rounds {
         enroller,
+        ranges: None,
         table: None,
         local: HashSet::new(),
     };
@@ -466,6 +503,8 @@ fn started(state: &State, enroller: &Enroller) {
 /// What enrolment remembers from one round to the next.
 struct Rounds {
     enroller: Enroller,
+    /// The ranges that the kernel asks about.
+    ranges: Option<Arc<BTreeSet<IpNet>>>,
     /// What the kernel's table of destinations was last made from.
     table: Option<Arc<Table>>,
     local: HashSet<IpAddr>,
@@ -483,9 +522,19 @@ impl Rounds {
             .table
             .as_ref()
             .is_some_and(|before| Arc::ptr_eq(before, &table));
+        let ranges = proxy.discover.as_ref().map(Discovery::ranges);
+        let ranges = ranges.unwrap_or_default();
+        if self.ranges.as_ref() != Some(&ranges) {
+            proxy.kernel.set_ranges(&ranges)?;
+            self.ranges = Some(ranges);
+        }
         if !same || local != self.local {
             let nodes = table.mesh_node_ports();
-            proxy.kernel.set_mesh(&table.mesh(), &local, &nodes)?;
+            let outside = match proxy.discover {
+                Some(_) => table.outside(),
+                None => HashSet::new(),
+            };
+            (proxy.kernel).set_mesh(&table.mesh(), &local, &nodes, &outside)?;
             let before = self.table.as_ref().map(|table| table.ignored.as_slice());
             if before.unwrap_or_default() != table.ignored {
                 for what in &table.ignored {

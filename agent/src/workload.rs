@@ -1,7 +1,8 @@
 //! What runs where: the table of workloads and services that everything else
 //! looks up. `manifest` reads Kubernetes objects, `table` is what they become: `pod`s,
-//! `node`s, and `service`s with their `endpoints`.
+//! `node`s, and `service`s with their `endpoints`. `discover` asks for what it lacks.
 
+mod discover;
 mod endpoints;
 mod manifest;
 mod node;
@@ -11,6 +12,7 @@ mod table;
 #[cfg(test)]
 mod tests;
 
+pub use discover::{Discover, Discovery, Found};
 pub use manifest::WorkloadObject;
 pub use node::Node;
 pub use pod::Workload;

@@ -5,6 +5,7 @@ mod ask;
 mod audit;
 mod authority;
 mod bypass;
+mod discover;
 mod enrolment;
 mod guard;
 mod identity;

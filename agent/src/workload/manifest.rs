@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::objects::{Head, Meta, Object, ignore, or_default};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
 pub enum WorkloadObject {
     Pod(Box<Pod>),
     Service(Box<Service>),
@@ -20,7 +21,7 @@ pub enum WorkloadObject {
 macro_rules! manifest {
     ($($(#[$doc:meta])* $name:ident { $($(#[$attribute:meta])* $field:ident: $ty:ty),* $(,)? })*) => {
         $($(#[$doc])*
-        #[derive(Clone, Debug, Default, Deserialize)]
+        #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
         #[serde(default, rename_all = "camelCase")]
         pub struct $name {
             // `null` stands for an absent field in Kubernetes.
@@ -143,7 +144,7 @@ pub fn is_tcp(protocol: Option<&String>) -> bool {
 }
 
 /// IntOrString of the API.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum PortOrName {
     Port(u16),

@@ -12,9 +12,11 @@ use std::{
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::pod::Workload;
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
 pub struct NamespacedName {
     pub namespace: String,
     pub name: String,
@@ -23,6 +25,8 @@ pub struct NamespacedName {
 #[derive(Debug)]
 pub struct Service {
     pub name: NamespacedName,
+    /// Its cluster IPs.
+    pub addresses: Vec<IpAddr>,
     /// `sessionAffinity: ClientIP`: for how long after its last connection a client
     /// stays with its endpoint.
     pub affinity: Option<Duration>,
@@ -37,6 +41,8 @@ pub struct ServicePort {
     pub endpoints: Arc<[Endpoint]>,
     /// Whether any endpoint, ready or not, is a pod in the mesh, or may be one.
     pub in_mesh: bool,
+    /// Whether its endpoints are known. Where they are not, they are asked for.
+    pub known: bool,
     scope: Scope,
     next: AtomicUsize,
 }
@@ -87,16 +93,25 @@ pub struct View<'a> {
 }
 
 impl ServicePort {
-    pub fn new(service: Arc<Service>, port: u16, endpoints: Arc<[Endpoint]>, scope: Scope) -> Self {
-        let in_mesh = endpoints.iter().any(|e| match &e.workload {
-            Some(workload) => workload.in_mesh(),
-            None => e.is_pod,
-        });
+    pub fn new(
+        service: Arc<Service>,
+        port: u16,
+        endpoints: Arc<[Endpoint]>,
+        scope: Scope,
+        known: bool,
+    ) -> Self {
+        // What is not known may be in the mesh: it is asked for before it is used.
+        let in_mesh = !known
+            || endpoints.iter().any(|e| match &e.workload {
+                Some(workload) => workload.in_mesh(),
+                None => e.is_pod,
+            });
         Self {
             service,
             port,
             endpoints,
             in_mesh,
+            known,
             scope,
             // All agents, and every new table, would else begin with the same endpoint.
             next: AtomicUsize::new(RandomState::new().build_hasher().finish() as usize),
@@ -125,6 +140,11 @@ impl ServicePort {
             Topology::Node => usable(all.into_iter().filter(|e| for_node(e, view)).collect()),
             Topology::Zone => usable(all.into_iter().filter(|e| for_zone(e, view)).collect()),
         }
+    }
+
+    /// By which address its endpoints are asked for.
+    pub fn asked_by(&self, dialled: IpAddr) -> IpAddr {
+        self.service.addresses.first().copied().unwrap_or(dialled)
     }
 
     /// One after the other of so many.

@@ -53,7 +53,27 @@ pub struct Table {
 }
 
 impl Table {
-    pub fn build(objects: &[WorkloadObject], default: Mesh) -> Self {
+    /// Of objects that are all there is.
+    pub fn build<'a>(objects: impl IntoIterator<Item = &'a WorkloadObject>, default: Mesh) -> Self {
+        Self::of(objects, default, None)
+    }
+
+    /// Of all services, but only some pods: what is missing is discovered when it is
+    /// dialled. `listed`: services whose EndpointSlices are among the objects, if they
+    /// have any; of the others it is not known what is behind them.
+    pub fn partial<'a>(
+        objects: impl IntoIterator<Item = &'a WorkloadObject>,
+        default: Mesh,
+        listed: &HashSet<NamespacedName>,
+    ) -> Self {
+        Self::of(objects, default, Some(listed))
+    }
+
+    fn of<'a>(
+        objects: impl IntoIterator<Item = &'a WorkloadObject>,
+        default: Mesh,
+        partial: Option<&HashSet<NamespacedName>>,
+    ) -> Self {
         let mut namespaces = HashMap::new();
         let (mut pods, mut services, mut slices) = (Vec::new(), Vec::new(), Vec::new());
         let mut table = Self::default();
@@ -94,7 +114,7 @@ impl Table {
             let meta = &service.metadata;
             (&meta.creation_timestamp, meta.namespace(), &meta.name)
         });
-        table.add_services(&services, &slices);
+        table.add_services(&services, &slices, partial);
         let names = slices.iter().filter(|slice| slice.address_type == "FQDN");
         table.ignored = names.map(|slice| fqdn(slice)).collect();
         table
@@ -179,6 +199,15 @@ impl Table {
         (ports, self.node_addresses.keys().copied().collect())
     }
 
+    /// Addresses of workloads that are not in the mesh. (Those of the node that a
+    /// host-network pod shares may be a service's, too.)
+    pub fn outside(&self) -> HashSet<IpAddr> {
+        let workloads = self.workloads.iter().filter(|w| !w.in_mesh());
+        let addresses = workloads.flat_map(|w| &w.addresses).copied();
+        let free = |address: &IpAddr| self.pods.get(address).is_none_or(|w| !w.in_mesh());
+        addresses.filter(free).collect()
+    }
+
     /// All that leads to services but node ports.
     pub fn services(&self) -> impl Iterator<Item = (&SocketAddr, &Arc<ServicePort>)> {
         self.services.iter()
@@ -224,7 +253,12 @@ impl Table {
         }
     }
 
-    fn add_services(&mut self, objects: &[&manifest::Service], slices: &[&EndpointSlice]) {
+    fn add_services(
+        &mut self,
+        objects: &[&manifest::Service],
+        slices: &[&EndpointSlice],
+        partial: Option<&HashSet<NamespacedName>>,
+    ) {
         let index = Index::new(self, objects, slices);
         let (mut inside, mut outside) = (HashMap::new(), Vec::new());
         let mut node_ports = HashMap::new();
@@ -235,7 +269,8 @@ impl Table {
                 continue;
             }
             let service = Arc::new(service(object));
-            let addresses = cluster_addresses(object);
+            let addresses = service.addresses.clone();
+            let known = partial.is_none_or(|listed| listed.contains(&service.name));
             for port in &object.spec.ports {
                 if !is_tcp(port.protocol.as_ref()) {
                     continue;
@@ -256,7 +291,9 @@ impl Table {
                 }
                 let entry = |scope| {
                     let (service, endpoints) = (service.clone(), endpoints.clone());
-                    Arc::new(ServicePort::new(service, port.port, endpoints, scope))
+                    Arc::new(ServicePort::new(
+                        service, port.port, endpoints, scope, known,
+                    ))
                 };
                 let local = object.spec.internal_traffic_policy == "Local";
                 let cluster = entry(Scope::Cluster { local });
@@ -301,6 +338,7 @@ fn service(object: &manifest::Service) -> Service {
             namespace: object.metadata.namespace().to_owned(),
             name: object.metadata.name.clone(),
         },
+        addresses: cluster_addresses(object),
         affinity: (spec.session_affinity == "ClientIP")
             .then(|| Duration::from_secs(u64::from(timeout))),
     }

@@ -97,7 +97,7 @@ fn a_node_may_be_a_container_itself() -> Result<()> {
     // What is a pod and not known is refused: the node's own processes are told apart.
     lab.remove_manifest("pod-client")?;
     eventually("it is not known", Duration::from_secs(5), || {
-        let seen = client.dial(&at(&server, ECHO), &["--send", "x"]);
+        let seen = client.dial(&at(&server, ECHO), &["--send", "x", "--half-close"]);
         seen.is_ok_and(|seen| seen["connect"] == "EPERM")
     })?;
     let mut node = lab.nodes[0].command(binary("probe")?)?;
@@ -139,7 +139,7 @@ fn an_address_may_be_the_next_pods_while_the_last_one_lingers() -> Result<()> {
     let mut lab = Lab::started()?;
     let (near, far) = (lab.pod(1, "near")?, lab.pod(2, "far")?);
     let mut lingering: Vec<Pod> = Vec::new();
-    let mut ip = None;
+    let mut ip: Option<String> = None;
     for name in ["job", "again", "next"] {
         if let Some(ip) = &ip {
             lab.reuse_address(1, ip)?;
@@ -167,7 +167,8 @@ fn an_address_may_be_the_next_pods_while_the_last_one_lingers() -> Result<()> {
         );
         // The runtime has taken its network, the kubelet not yet its cgroup.
         let ended = pod.manifest().replace("phase: Running", "phase: Succeeded");
-        lab.manifest(&format!("pod-{name}"), &ended)?;
+        lab.manifest(&format!("ended-{name}"), &ended)?;
+        lab.remove_manifest(&format!("pod-{name}"))?;
         let mut unlink = lab.nodes[0].command("ip")?;
         output(unlink.args(["-n", &pod.netns, "link", "del", "eth0"]))?;
         ip = Some(pod.ip.clone());

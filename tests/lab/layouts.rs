@@ -148,10 +148,12 @@ fn an_address_may_be_the_next_pods_while_the_last_one_lingers() -> Result<()> {
         let echo = pod.serve("echo", ECHO)?;
         for client in [&near, &far] {
             for _ in 0..3 {
+                let log = || lab.nodes[client.node - 1].log();
                 assert!(
                     echoes(client, &at(&pod, ECHO))?,
-                    "{name} from {}",
-                    client.name
+                    "{name} from {}: {}",
+                    client.name,
+                    log()
                 );
             }
             let identity = format!("spiffe://cluster.local/ns/shop/sa/{name}");

@@ -179,6 +179,9 @@ impl Pod {
     pub fn restart_sandbox(&mut self) -> Result<()> {
         std::fs::write(self.pod_cgroup.join("cgroup.kill"), "1")?;
         let _reaped = self.pause.child.wait();
+        // What is left of the old namespace lives on while the agent holds it.
+        let (at, link) = &self.link;
+        host::ip(at, &[format!("link del {link}")])?;
         host::output(Command::new("ip").args(["netns", "del", &self.netns]))?;
         sandbox(&self.netns, &self.ip, &self.ip6, self.node, &self.link)?;
         let mut pause = self.command("sleep")?;
@@ -371,6 +374,8 @@ fn sandbox(
         &[
             format!("link set {link} master pods"),
             format!("link set {link} up"),
+            // Who had its addresses before had another MAC address.
+            "neigh flush dev pods".into(),
         ],
     )
 }

@@ -7,6 +7,8 @@ pub mod app;
 pub mod audit;
 pub mod authority;
 pub mod authorizer;
+pub mod bugtool;
+pub mod check;
 pub mod config;
 pub mod doctor;
 pub mod fetch;

@@ -7,6 +7,7 @@ mod authority;
 mod bypass;
 mod enrolment;
 mod identity;
+mod identity_sources;
 mod joined;
 mod kernel;
 mod kit;

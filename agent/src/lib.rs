@@ -8,6 +8,8 @@ pub mod audit;
 pub mod authority;
 pub mod authorizer;
 pub mod boot;
+pub mod bugtool;
+pub mod check;
 pub mod config;
 pub mod crds;
 pub mod doctor;

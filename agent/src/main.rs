@@ -15,7 +15,7 @@ use postern::{
         admin,
         people::{self, command::Change},
     },
-    boot,
+    boot, bugtool, check,
     config::{Config, Normalization},
     crds, doctor,
     identity::TrustDomain,
@@ -57,6 +57,35 @@ enum Command {
     },
     /// Show what this kernel and host offer, and what the agent does without.
     Doctor(ConfigFile),
+    /// Say whether this node, or a cluster, is fit for Postern, and what to do where it
+    /// is not. Exit code 1: something must be done first.
+    InstallCheck {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Look at the cluster that this file names, instead of this node.
+        #[arg(long, value_name = "FILE")]
+        kubeconfig: Option<PathBuf>,
+        /// Look at the rights of this service account instead of the asker's.
+        #[arg(long, value_name = "NAMESPACE/NAME")]
+        service_account: Option<String>,
+        #[arg(long, short, value_enum, default_value_t = Output::Text)]
+        output: Output,
+    },
+    /// Write what others need to find out what is wrong here into one archive, without
+    /// secrets.
+    Bugtool {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// The archive; not replaced if it is there.
+        #[arg(long, short, value_name = "FILE")]
+        output: Option<PathBuf>,
+        /// Last records of the audit log to put in: who spoke with whom.
+        #[arg(long, value_name = "N", default_value_t = 0)]
+        audit: usize,
+        /// The agent's log, where it is in a file.
+        #[arg(long, value_name = "FILE")]
+        log: Option<PathBuf>,
+    },
     /// Detach and remove everything that is pinned: traffic is direct again.
     Cleanup {
         #[command(flatten)]
@@ -265,6 +294,30 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Run { file, node } => agent(&file, node)?,
         Command::Status { config, output } => status(&load(&config)?, output)?,
         Command::Doctor(file) => return Ok(examine(&load_or_default(&file)?)),
+        Command::InstallCheck {
+            config,
+            kubeconfig,
+            service_account,
+            output,
+        } => {
+            let scope = check::Scope {
+                kubeconfig: kubeconfig.as_deref(),
+                service_account: service_account.as_deref(),
+            };
+            return install_check(&load_or_default(&config)?, &scope, output);
+        }
+        Command::Bugtool {
+            config,
+            output,
+            audit,
+            log,
+        } => {
+            let config = load_or_default(&config)?;
+            let name = || bugtool::name(&config.node_name(), std::time::SystemTime::now());
+            let path = output.unwrap_or_else(name);
+            bugtool::write(&config, &bugtool::Wanted { audit, log }, &path)?;
+            println!("{}", path.display());
+        }
         Command::Cleanup { file, stay } => {
             let config = load_or_default(&file)?;
             for path in kernel::cleanup(&config.kernel.pin, &config.state)? {
@@ -543,6 +596,23 @@ fn status(config: &Config, output: Output) -> Result<()> {
         bail!("the agent has problems");
     }
     Ok(())
+}
+
+fn install_check(config: &Config, scope: &check::Scope<'_>, output: Output) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("the async runtime")?;
+    let report = runtime.block_on(check::run(config, scope));
+    match output {
+        Output::Text => print!("{report}"),
+        Output::Json => println!("{}", serde_json::to_string(&report)?),
+    }
+    Ok(match report.fit() {
+        true => ExitCode::SUCCESS,
+        false => ExitCode::FAILURE,
+    })
 }
 
 fn examine(config: &Config) -> ExitCode {

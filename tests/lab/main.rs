@@ -9,6 +9,7 @@ mod discover;
 mod enrolment;
 mod guard;
 mod identity;
+mod identity_sources;
 mod joined;
 mod kernel;
 mod kit;

@@ -273,8 +273,9 @@ async fn a_ca_that_is_away_leaves_what_there_is() {
     assert!(round.problem.is_some_and(|p| p.contains("Unavailable")));
     assert_eq!(credentials.fingerprint(), before);
     // Nothing listens at all.
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
-    let free = free.local_addr().expect("bound");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("binds");
+    let free = taken.local_addr().expect("bound");
+    drop(taken);
     let ca = config.identity.istio.as_mut().expect("set");
     ca.address = format!("https://{free}");
     let ca = ca.clone();

@@ -251,7 +251,7 @@ fn half_a_configuration_is_refused() {
             |_, a| a.service_account_token_file = Some("/x".into()),
             "one of",
         ),
-        (|i, _| i.root_key = Some("/root.key".into()), "excludes"),
+        (|i, _| i.root_key = Some("/root.key".into()), "exclude"),
         (|_, a| a.roots = Some("/nowhere".into()), "/nowhere"),
     ] {
         let error = open(change).expect(expected);

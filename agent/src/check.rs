@@ -1,0 +1,37 @@
+//! `postern install-check`: whether a node, or a cluster, is fit for Postern, before it is
+//! installed and after. Changes nothing. Each finding says what it is, why it matters and
+//! what to do about it.
+
+mod cluster;
+mod node;
+mod report;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+
+pub use report::{Finding, Level, Report};
+
+use crate::config::Config;
+
+/// What is looked at.
+pub struct Scope<'a> {
+    /// Of the cluster to ask; `None`: that of the pod that this runs in, if it does.
+    pub kubeconfig: Option<&'a Path>,
+    /// Whose rights are looked at, `NAMESPACE/NAME`; `None`: the asker's own.
+    pub service_account: Option<&'a str>,
+}
+
+/// With a kubeconfig the cluster alone is looked at: this host need not be one of its
+/// nodes. Else the node, and in a pod its cluster as well.
+pub async fn run(config: &Config, scope: &Scope<'_>) -> Report {
+    let mut report = Report::default();
+    let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    if scope.kubeconfig.is_none() {
+        node::examine(config, &mut report);
+    }
+    if scope.kubeconfig.is_some() || in_pod {
+        cluster::examine(scope, &mut report).await;
+    }
+    report
+}

@@ -92,6 +92,12 @@ pub fn cgroup_mount() -> Result<PathBuf> {
         .context("no cgroup v2 is mounted")
 }
 
+/// A cgroup's path below the mount, as runtimes name it.
+pub fn below_mount(cgroup: &Path) -> PathBuf {
+    let mount = cgroup_mount().unwrap_or_default();
+    cgroup.strip_prefix(mount).unwrap_or(cgroup).to_owned()
+}
+
 /// Puts a program into a cgroup and a network namespace before it starts.
 pub fn place(command: &mut Command, cgroup: &Path, netns: &str) -> Result<()> {
     let procs = File::options()

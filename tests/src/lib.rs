@@ -24,7 +24,7 @@ use anyhow::{Context as _, Result, bail};
 
 pub use audit::{audit_records, audit_text};
 pub use capture::{Capture, count_bytes, tshark};
-pub use host::{Running, binary, output, text};
+pub use host::{Running, below_mount, binary, output, text};
 pub use node::{Node, NodeOptions};
 pub use pod::{Layout, Pod, PodOptions};
 pub use sweep::sweep;

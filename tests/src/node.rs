@@ -48,6 +48,8 @@ pub struct NodeOptions {
     pub audit: String,
     /// Further configuration, as top-level YAML.
     pub more: String,
+    /// Where the agent has the cgroup v2 tree; `None`: where this machine has it.
+    pub cgroups: Option<PathBuf>,
 }
 
 impl Default for NodeOptions {
@@ -60,6 +62,7 @@ impl Default for NodeOptions {
             kernel: probes(),
             audit: String::new(),
             more: String::new(),
+            cgroups: None,
         }
     }
 }
@@ -130,6 +133,11 @@ impl Node {
         Ok(command)
     }
 
+    /// Of its state, its log and its configuration.
+    pub fn directory(&self) -> &Path {
+        &self.dir
+    }
+
     pub fn config_path(&self) -> PathBuf {
         self.dir.join("agent.yaml")
     }
@@ -162,14 +170,19 @@ impl Node {
             kernel,
             audit,
             more,
+            cgroups,
         } = &self.options;
+        let cgroup = match cgroups {
+            None => self.cgroup.clone(),
+            Some(tree) => tree.join(host::below_mount(&self.cgroup)),
+        };
         format!(
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
              workloads: {{directory: {lab}/{manifests}}}\npolicies: {{directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
              kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{directory: {dir}/audit{audit}}}\n\
              log: {{level: 'info,postern=debug'}}\n{}{more}",
             self.name,
-            self.cgroup.display(),
+            cgroup.display(),
             self.pin.display(),
             if more.contains("identity:") {
                 String::new()

@@ -27,7 +27,7 @@ pub struct Pod {
     pod_cgroup: PathBuf,
     container: PathBuf,
     dir: PathBuf,
-    _pause: Running,
+    pause: Running,
 }
 
 #[derive(Clone)]
@@ -133,7 +133,7 @@ impl Pod {
         pause.arg("infinity");
         host::place(&mut pause, &container, &netns)?;
         Ok(Self {
-            _pause: Running::start(&mut pause, dir.join("pause.log"))?,
+            pause: Running::start(&mut pause, dir.join("pause.log"))?,
             name: name.to_owned(),
             uid,
             node,
@@ -287,6 +287,13 @@ impl Pod {
         ))
     }
 
+    /// Ends the process that holds its namespace and its cgroup: others do.
+    pub fn without_sandbox(&mut self) -> Result<()> {
+        self.pause.child.kill()?;
+        self.pause.child.wait()?;
+        Ok(())
+    }
+
     pub fn cgroup(&self) -> &Path {
         &self.container
     }
@@ -295,7 +302,7 @@ impl Pod {
 impl Drop for Pod {
     fn drop(&mut self) {
         let _none_left = std::fs::write(self.pod_cgroup.join("cgroup.kill"), "1");
-        let _reaped = self._pause.child.wait();
+        let _reaped = self.pause.child.wait();
         crate::sweep::remove_cgroup(&self.pod_cgroup);
         if !self.options.host_network {
             let _gone = Command::new("ip")

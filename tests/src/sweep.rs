@@ -1,7 +1,12 @@
 //! Removes what labs made, by name: every name begins with the process that made
 //! it, so that a living lab is never touched.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use crate::host;
 
@@ -65,6 +70,11 @@ fn names(dir: &Path) -> Vec<String> {
         .collect()
 }
 
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).collect()
+}
+
 /// Removes one lab: processes, pins, namespaces, cgroups, files.
 pub fn remove(id: &str) {
     let ours = |name: &String| {
@@ -75,6 +85,10 @@ pub fn remove(id: &str) {
         let dir = mount.join(id);
         let _none_left = fs::write(dir.join("cgroup.kill"), "1");
         remove_cgroup(&dir);
+    }
+    // What a container runtime made beside it on a hybrid host.
+    for mount in entries(Path::new("/sys/fs/cgroup")) {
+        remove_cgroup(&mount.join(id));
     }
     for name in names(Path::new(BPF)).iter().filter(|n| ours(n)) {
         let _gone = fs::remove_dir_all(Path::new(BPF).join(name));

@@ -5,13 +5,14 @@ use std::{fmt, fs, path::Path};
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{bench, cmd, setup, vm};
+use crate::{bench, cmd, image, setup, vm};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Tier {
     /// Within one process
     Unit,
-    /// End to end, in namespaces of this machine (needs root), and beside Envoy
+    /// End to end, in namespaces of this machine (needs root), in containers, and beside
+    /// Envoy
     Lab,
     /// End to end on Debian's kernel, in a virtual machine
     Vm,
@@ -112,18 +113,22 @@ fn lab(filter: &[String]) -> Result<Count> {
     }
     setup::ensure(&[setup::Tier::Build, setup::Tier::Lab])?;
     bench::build_release()?;
+    let image = image::run(&image::Wanted {
+        tag: "localhost/postern:test".into(),
+        arch: None,
+        docker: false,
+    })?;
     let mut count = Count::default();
     let mut test = cmd::cargo();
-    test.arg("test").args(bench::SELECTED).args([
-        "--test",
-        "lab",
-        "--test",
-        "envoy",
-        "--no-fail-fast",
-    ]);
+    test.arg("test").args(bench::SELECTED);
+    for program in ["lab", "envoy", "containers"] {
+        test.args(["--test", program]);
+    }
+    test.arg("--no-fail-fast");
     test.args(["--", "--test-threads=2"]).args(filter);
     test.envs(programs()).env("POSTERN_ENVOY", setup::envoy());
     test.env("POSTERN_TOOLS", setup::tools());
+    test.env("POSTERN_IMAGE", image.archive);
     cmd::run_lines(&mut test, |line| count.line(line))?;
     count.verdict()
 }

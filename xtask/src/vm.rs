@@ -18,6 +18,7 @@ use crate::{
 };
 
 mod initramfs;
+mod reboot;
 
 /// The oldest kernel that is promised to work, as Debian 12 has it.
 const KERNEL: &str = "6.1.";
@@ -31,12 +32,17 @@ const BY_KPROBES: &str = "POSTERN_PROBES=kprobe";
 pub fn test(filter: &[String]) -> Result<Count> {
     setup::ensure(&[Tier::Build, Tier::Lab, Tier::Vm])?;
     bench::build_release()?;
-    let lab = test_program("lab")?;
-    let command = script(&lab, filter);
     let mut count = Count::default();
-    let code = run(&command, &mut |line| count.line(line))?;
-    if code != 0 {
-        bail!("the tests ended with {code}");
+    if filter != ["reboot"] {
+        let lab = test_program("lab")?;
+        let command = script(&lab, filter);
+        let code = run(&command, &mut |line| count.line(line))?;
+        if code != 0 {
+            bail!("the tests ended with {code}");
+        }
+    }
+    if reboot::wanted(filter) {
+        reboot::test(&mut count)?;
     }
     count.verdict()
 }
@@ -87,41 +93,71 @@ fn executable(messages: &str, name: &str) -> Option<String> {
 /// Boot, run `command` with what it prints going to `line`, and return its exit
 /// code.
 fn run(command: &[String], line: &mut dyn FnMut(&str)) -> Result<u8> {
-    let dir = cmd::target().join("vm");
-    fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
-    let release = newest_kernel(Path::new("/lib/modules"))?;
-    let image = dir.join("initramfs.cpio");
-    initramfs::build(&dir.join("initramfs"), &image, &release, command)?;
-
-    let console = dir.join("console.log");
-    let mut log = File::create(&console).context("create the log of the console")?;
-    let kernel = dir.join("kernel.log");
-    let status = dir.join("status");
-    // What an earlier run left must not pass for what this one says.
-    let _ = fs::remove_file(&status);
-
-    let start = Instant::now();
-    let mut qemu = qemu(&release, &image, &kernel, &status);
-    let ended = cmd::run_lines(&mut qemu, |text| {
-        let text = text.trim_end_matches('\r');
-        // The log is for reading later; the test does not depend on it.
-        let _ = writeln!(log, "{text}");
-        line(text);
-    });
-    if start.elapsed() >= LIMIT {
-        bail!(
-            "the machine was stopped after {} minutes",
-            LIMIT.as_secs() / 60
-        );
-    }
-    ended?;
-    exit_code(&fs::read_to_string(&status).unwrap_or_default()).with_context(|| {
+    let machine = Machine::new(command)?;
+    let kernel = machine.kernel_log.clone();
+    machine.run(line)?.with_context(|| {
         format!(
             "the machine ended without running the command; see {}:\n{}",
             kernel.display(),
             tail(&fs::read(&kernel).unwrap_or_default())
         )
     })
+}
+
+/// A machine that runs one command and ends.
+struct Machine {
+    qemu: Command,
+    console: PathBuf,
+    kernel_log: PathBuf,
+    status: PathBuf,
+}
+
+impl Machine {
+    fn new(command: &[String]) -> Result<Self> {
+        let dir = cmd::target().join("vm");
+        fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        let release = newest_kernel(Path::new("/lib/modules"))?;
+        let image = dir.join("initramfs.cpio");
+        initramfs::build(&dir.join("initramfs"), &image, &release, command)?;
+        let (kernel_log, status) = (dir.join("kernel.log"), dir.join("status"));
+        // What an earlier run left must not pass for what this one says.
+        let _ = fs::remove_file(&status);
+        Ok(Self {
+            qemu: qemu(&release, &image, &kernel_log, &status),
+            console: dir.join("console.log"),
+            kernel_log,
+            status,
+        })
+    }
+
+    /// Gives it a disk that outlives it.
+    fn disk(&mut self, image: &Path) {
+        let disk = format!("file={},format=raw,if=virtio", image.display());
+        self.qemu.arg("-drive").arg(disk);
+    }
+
+    /// Boots; returns the command's exit code, or nothing where the machine ended before
+    /// the command did.
+    fn run(mut self, line: &mut dyn FnMut(&str)) -> Result<Option<u8>> {
+        let mut log = File::create(&self.console).context("create the log of the console")?;
+        let start = Instant::now();
+        let ended = cmd::run_lines(&mut self.qemu, |text| {
+            let text = text.trim_end_matches('\r');
+            // The log is for reading later; the test does not depend on it.
+            let _ = writeln!(log, "{text}");
+            line(text);
+        });
+        if start.elapsed() >= LIMIT {
+            bail!(
+                "the machine was stopped after {} minutes",
+                LIMIT.as_secs() / 60
+            );
+        }
+        ended?;
+        Ok(exit_code(
+            &fs::read_to_string(&self.status).unwrap_or_default(),
+        ))
+    }
 }
 
 /// The virtual machine. Its serial ports are the kernel's console, the output of

@@ -79,7 +79,8 @@ pub fn again(package: &Value, program: &Path) -> Result<()> {
         let value = package[key].as_str().unwrap_or_default();
         rustc.env(format!("CARGO_PKG_{}", key.to_uppercase()), value);
     }
-    cmd::run(rustc.arg("-o").arg(program))
+    eprintln!("+ rustc -C {STATIC} agent/src/main.rs");
+    cmd::run_quietly(rustc.arg("-o").arg(program))
 }
 
 fn dependencies() -> String {

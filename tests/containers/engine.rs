@@ -39,9 +39,10 @@ impl Engine {
             }
             Layout::Pure => {
                 let mut unshare = Command::new("unshare");
-                let script = "mount --make-rprivate / && mount -t cgroup2 none /sys/fs/cgroup \
+                let script = "mount -t cgroup2 none /sys/fs/cgroup \
                               && echo mounted && exec sleep infinity";
-                unshare.args(["--mount", "sh", "-c", script]);
+                // Namespaces that are made later are to be seen there, too.
+                unshare.args(["--mount", "--propagation", "slave", "sh", "-c", script]);
                 let holder = Running::start(&mut unshare, directory.join("mounts.log"))?;
                 holder.says("mounted")?;
                 Some(holder)
@@ -120,7 +121,13 @@ impl Engine {
                 std::fs::copy(&file, to).with_context(|| file.clone())?;
             }
         }
-        std::fs::create_dir_all(root.join("tmp"))?;
+        for (name, line) in [
+            ("passwd", "root:x:0:0::/:/bin/sh\n"),
+            ("group", "root:x:0:\n"),
+        ] {
+            std::fs::create_dir_all(root.join("etc"))?;
+            std::fs::write(root.join("etc").join(name), line)?;
+        }
         let archive = self.storage.join(format!("{name}.tar"));
         output(
             Command::new("tar")

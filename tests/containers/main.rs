@@ -4,7 +4,10 @@
 mod engine;
 mod names;
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use engine::{Engine, Layout};
@@ -51,15 +54,11 @@ fn secured(layout: Layout) -> Result<()> {
     )?;
 
     let (server, client) = (pod(&mut lab, 2, "web")?, pod(&mut lab, 1, "client")?);
-    let mut web = within(&server);
-    web.push(format!("--volume={}:/nginx.conf:ro", nginx.display()));
-    web.push("--tmpfs=/tmp".into());
-    engine.start(
-        "web",
-        &web,
-        "apps",
-        &["/usr/sbin/nginx", "-p", "/tmp", "-c", "/nginx.conf"],
-    )?;
+    let mut options = within(&server);
+    options.push(format!("--volume={}:/nginx.conf:ro", nginx.display()));
+    options.push("--tmpfs=/tmp".into());
+    let serve = ["/usr/sbin/nginx", "-p", "/tmp", "-c", "/nginx.conf"];
+    let web = engine.start("web", &options, "apps", &serve)?;
     engine.start(
         "client",
         &within(&client),
@@ -73,7 +72,8 @@ fn secured(layout: Layout) -> Result<()> {
         "it is there, without the mesh",
         Duration::from_secs(20),
         || ask().is_ok_and(|(code, _)| code == 0),
-    )?;
+    )
+    .with_context(|| format!("{:?}\n{}", ask(), said_by(&web)))?;
 
     let mut logs = Vec::new();
     for node in &mut lab.nodes {
@@ -83,14 +83,9 @@ fn secured(layout: Layout) -> Result<()> {
     for node in &lab.nodes {
         logs.push(agent(&engine, &lab, node, &image)?);
     }
-    let said = || -> String {
-        let logs = logs
-            .iter()
-            .map(|log| std::fs::read_to_string(log).unwrap_or_default());
-        logs.collect()
-    };
+    let said = || -> String { logs.iter().map(|log| said_by(log)).collect() };
     for log in &logs {
-        let ready = || std::fs::read_to_string(log).is_ok_and(|log| log.contains(" ready"));
+        let ready = || said_by(log).contains(" ready");
         eventually("the agent is ready", Duration::from_secs(60), ready).with_context(said)?;
     }
     for (node, pod) in [(0, "client"), (1, "web")] {
@@ -133,7 +128,11 @@ fn secured(layout: Layout) -> Result<()> {
     eventually("traffic resumes", Duration::from_secs(60), || {
         ask().is_ok_and(|(code, _)| code == 0)
     })
-    .with_context(|| std::fs::read_to_string(log).unwrap_or_default())
+    .with_context(|| said_by(&log))
+}
+
+fn said_by(log: &Path) -> String {
+    std::fs::read_to_string(log).unwrap_or_default()
 }
 
 /// A pod whose only processes are its containers'.

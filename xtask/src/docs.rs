@@ -21,6 +21,7 @@ const DOCUMENTS: &[&str] = &[
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "docs/boot.md",
     "docs/oauth.md",
 ];
 /// A document that is to be read in one sitting, and how long it may be.

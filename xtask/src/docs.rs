@@ -22,6 +22,7 @@ const DOCUMENTS: &[&str] = &[
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "docs/boot.md",
     "docs/oauth.md",
     "docs/kubernetes.md",
 ];

@@ -1,7 +1,7 @@
 //! Power loss: one half of the test in a machine that ends by it, the other half in the
 //! next, on the same disk.
 
-use std::{fs, fs::File};
+use std::fs::{self, File};
 
 use anyhow::{Context as _, Result, bail};
 

@@ -147,7 +147,10 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         trust_domains,
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
-        discover: None,
+        discover: cluster
+            .as_ref()
+            .filter(|cluster| cluster.on_demand())
+            .map(|cluster| Discovery::new(cluster.clone())),
         policies: ArcSwap::from_pointee(policies),
         changed: watch::Sender::new(()),
         judge,

@@ -144,9 +144,7 @@ impl Site {
             start_mib: start_bytes as f64 / f64::from(1 << 20),
             memory,
             churn_cpu: 100.0 * (self.cpu()? - cpu) / f64::from(churn.seconds),
-            churn_kib: (self.api.bytes_sent() - sent) as f64
-                / 1024.0
-                / f64::from(churn.seconds),
+            churn_kib: (self.api.bytes_sent() - sent) as f64 / 1024.0 / f64::from(churn.seconds),
             watches: {
                 let all = self.api.requests().into_iter();
                 all.filter(|r| r.verb == "watch").count() as f64

@@ -147,10 +147,9 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         trust_domains,
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
-        discover: cluster
-            .as_ref()
+        discover: (cluster.clone())
             .filter(|cluster| cluster.on_demand())
-            .map(|cluster| Discovery::new(cluster.clone())),
+            .map(|cluster| Discovery::new(cluster)),
         policies: ArcSwap::from_pointee(policies),
         changed: watch::Sender::new(()),
         judge,

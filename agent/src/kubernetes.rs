@@ -41,7 +41,7 @@ use tokio::{
     task::AbortHandle,
 };
 
-pub use client::{ConnectError, explain};
+pub use client::{ConnectError, examine, explain};
 pub use disk::DiskError;
 pub use events::{Patience, PodState, tell_pods};
 pub use index::Index;
@@ -72,6 +72,9 @@ pub struct Pace {
     pub absent: Duration,
     /// ... and how long it is missed before what it had is forgotten.
     pub forget: Duration,
+    /// How long a watch may fail before what it brought is called stale: API servers are
+    /// restarted, one after the other.
+    pub grace: Duration,
     /// For an answer of the API server.
     pub answer: Duration,
     /// How long one watch request may last.
@@ -96,6 +99,7 @@ impl Default for Pace {
             longest: Duration::from_secs(30),
             absent: Duration::from_secs(30),
             forget: Duration::from_secs(60),
+            grace: Duration::from_secs(10),
             answer: Duration::from_secs(10),
             watch: Duration::from_secs(240),
             resync: Duration::from_secs(3600),
@@ -373,7 +377,7 @@ impl Cluster {
     }
 
     pub fn standing(&self) -> Standing {
-        self.store.standing()
+        self.store.standing(self.pace.grace)
     }
 
     /// How many objects of each resource are kept.

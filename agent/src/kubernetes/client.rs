@@ -3,8 +3,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use k8s_openapi::api::core::v1::Namespace;
 use kube::{
-    Client, Config,
+    Api, Client, Config,
+    api::ListParams,
     config::{InClusterError, KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 
@@ -92,4 +94,25 @@ pub fn explain(error: &kube::Error) -> String {
         text.truncate(at);
     }
     text
+}
+
+/// For `postern doctor`, which has no runtime: the API server that answers, or why none
+/// does. It takes what the agent takes first, the right to list namespaces.
+pub fn examine(config: &Kubernetes) -> Result<String, String> {
+    const LIMIT: Duration = Duration::from_secs(10);
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| e.to_string())?;
+    runtime.block_on(async {
+        let (client, _) = connect(config).await.map_err(|e| e.to_string())?;
+        let namespaces: Api<Namespace> = Api::all(client.clone());
+        let params = ListParams::default().limit(1);
+        let answer = tokio::time::timeout(LIMIT, namespaces.list(&params)).await;
+        match answer {
+            Ok(Ok(_)) => Ok("the API server answers".into()),
+            Ok(Err(error)) => Err(format!("the API server: {}", explain(&error))),
+            Err(_late) => Err(format!("the API server: no answer within {LIMIT:?}")),
+        }
+    })
 }

@@ -12,10 +12,6 @@ use tokio::sync::watch;
 use super::{Held, Scope, held::Stored};
 use crate::workload::{NamespacedName, WorkloadObject};
 
-/// A watch may fail for so long before what it brought is called stale: API servers are
-/// restarted, one after the other.
-pub const GRACE: Duration = Duration::from_secs(10);
-
 #[derive(Debug, Default)]
 pub struct Store {
     inner: Mutex<Inner>,
@@ -163,14 +159,15 @@ impl Store {
         }
     }
 
-    pub fn standing(&self) -> Standing {
+    /// `grace`: so long a watch may fail before what it brought is called stale.
+    pub fn standing(&self, grace: Duration) -> Standing {
         const ERRORS: usize = 3;
         let inner = self.lock();
         let now = SystemTime::now();
         let kept = || inner.scopes.values();
         let old = |failing: &&Failing| {
             let age = now.duration_since(failing.since);
-            age.is_ok_and(|age| age > GRACE)
+            age.is_ok_and(|age| age > grace)
         };
         let mut failing: Vec<_> = inner
             .scopes

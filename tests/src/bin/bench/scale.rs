@@ -85,7 +85,7 @@ struct Site {
 
 impl Site {
     fn new(size: Population, discovery: &str) -> Result<Self> {
-        let mut lab = Lab::with(1 + PARTNERS, Source::Api)?;
+        let mut lab = Lab::with(1 + PARTNERS, Source::Kubernetes)?;
         lab.nodes[0].options.kubernetes = format!(", discovery: {discovery}");
         let api = lab.api()?;
         size.fill(&api)?;

@@ -1,6 +1,7 @@
 //! End-to-end tests: real kernel, real programs, two nodes.
 
 mod addresses;
+mod apiserver;
 mod ask;
 mod audit;
 mod authority;

@@ -1,7 +1,7 @@
 //! `cgroup/connect4` and `connect6`: steers a pod's TCP connect into the agent.
 //!
-//! The order decides the cost: a destination outside the mesh is one or two map
-//! look-ups and passes. Inside the mesh, a caller that is not known yet meets
+//! The order decides the cost: a destination outside the mesh is two or three map
+//! look-ups and passes; where not all pods are known, one more if it may be a pod's. Inside the mesh, a caller that is not known yet meets
 //! `enrol.unknown`, and anything that cannot be carried is refused (`EPERM`):
 //! this hook fails closed once a destination is known to be in the mesh.
 
@@ -12,13 +12,16 @@ use aya_ebpf::{
         bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns,
     },
     helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
+    maps::lpm_trie::Key,
     programs::SockAddrContext,
 };
-use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW};
+use postern_ebpf::{
+    Address, Counter, Dial, MESH_LOCAL, MESH_OUTSIDE, MESH_REMOTE, MeshKey, UNKNOWN_ALLOW,
+};
 
 use crate::{
     context::{Caller, caller, is_mapped, mapped, read_address, write_address},
-    maps::{DIALS, MESH, ORIGINS, config, count},
+    maps::{DIALS, FOREIGN, MESH, ORIGINS, RANGES, config, count},
     observe::sockets,
     sockops::forget,
 };
@@ -143,16 +146,36 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     Decision::Steer(config.outbound_port)
 }
 
-/// Whether the destination is in the mesh, and where.
+/// Whether the destination is in the mesh, or may be, and where.
 #[inline(always)]
 fn in_mesh(address: Address, port: u32) -> Option<u32> {
+    let mut outside = false;
     for port in [0, port] {
         // SAFETY: the map's values are only replaced whole, by the agent.
-        if let Some(place) = unsafe { MESH.get(MeshKey { address, port }) } {
-            return Some(*place);
+        match unsafe { MESH.get(MeshKey { address, port }) } {
+            Some(&MESH_OUTSIDE) => outside = true,
+            Some(place) => return Some(*place),
+            None => {}
         }
     }
-    None
+    if outside || !may_be_a_pod(address) {
+        return None;
+    }
+    Some(MESH_REMOTE)
+}
+
+/// Whether nobody knows what an address is that a pod may have: the agent will ask.
+#[inline(always)]
+fn may_be_a_pod(address: Address) -> bool {
+    if RANGES.get(Key::new(128, address)).is_none() {
+        return false;
+    }
+    // SAFETY: the map's values are only replaced whole, by the agent.
+    match unsafe { FOREIGN.get(address) } {
+        // SAFETY: a helper without arguments.
+        Some(until) => *until <= unsafe { bpf_ktime_get_ns() },
+        None => true,
+    }
 }
 
 #[inline(always)]

@@ -19,7 +19,7 @@ pub const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// Changes whenever a type, a map or a meaning in this file changes. It is part
 /// of the pin path, so that agents of different ABIs never share a map.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Directories that may hold pods: two kubelets, or two layouts, on one host.
 pub const PODS_ROOTS: usize = 4;
@@ -73,10 +73,18 @@ pub struct MeshKey {
     pub port: u32,
 }
 
-/// Value of `MESH`: any entry is steered; this one is moreover a pod of this node.
+/// Value of `MESH`: steered; moreover a pod of this node.
 pub const MESH_LOCAL: u32 = 1;
-/// Value of `MESH`: a destination somewhere else.
+/// Value of `MESH`: steered, a destination somewhere else.
 pub const MESH_REMOTE: u32 = 0;
+/// Value of `MESH`, for all ports: known, and outside the mesh. It is not asked about,
+/// whatever `RANGES` says; ports that have an entry are steered all the same.
+pub const MESH_OUTSIDE: u32 = 2;
+
+/// Entries of `RANGES`: addresses that pods may have. What is dialled there and stands
+/// neither in `MESH` nor, with a time (`CLOCK_MONOTONIC`, ns) that is not over, in
+/// `FOREIGN`, is steered: the agent asks what it is.
+pub const RANGES: u32 = 4_096;
 
 /// One TCP connect that was steered to the agent; value of `DIALS`, by socket cookie.
 #[repr(C)]

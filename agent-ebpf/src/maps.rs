@@ -1,15 +1,15 @@
 //! All maps. Sizes here are the defaults; the agent sets those of its
 //! configuration before it loads. A map is LRU only where losing an entry is
-//! safe: `ORIGINS` and `PROBES`, where it turns a probe away under STRICT, and those of
-//! observers, where something is told once more.
+//! safe: `ORIGINS` and `PROBES`, where it turns a probe away under STRICT, `FOREIGN`, where
+//! it costs a question, and those of observers, where something is told once more.
 
 use aya_ebpf::{
     macros::map,
-    maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SockHash},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash},
 };
 use postern_ebpf::{
-    Bucket, COUNTERS as COUNTER_COUNT, Call, Client, Config, Counter, Dial, Endpoint, Flow,
-    Listener, MeshKey, Probe, Tracked, Workload,
+    Address, Bucket, COUNTERS as COUNTER_COUNT, Call, Client, Config, Counter, Dial, Endpoint,
+    Flow, Listener, MeshKey, Probe, RANGES as RANGE_COUNT, Tracked, Workload,
 };
 
 use crate::observe::processes::ExecScratch;
@@ -31,6 +31,14 @@ pub static CGROUPS: HashMap<u64, Workload> = HashMap::with_max_entries(4_096, NO
 /// Destinations in the mesh.
 #[map]
 pub static MESH: HashMap<MeshKey, u32> = HashMap::with_max_entries(131_072, NO_PREALLOC);
+
+/// Addresses that pods of the cluster may have, whether they are known or not.
+#[map]
+pub static RANGES: LpmTrie<Address, u32> = LpmTrie::with_max_entries(RANGE_COUNT, 0);
+
+/// Addresses within `RANGES` that are no pod's, to the time until which that holds.
+#[map]
+pub static FOREIGN: LruHashMap<Address, u64> = LruHashMap::with_max_entries(16_384, 0);
 
 /// Steered connections by socket cookie, until the socket is released.
 #[map]

@@ -1,12 +1,13 @@
 //! Builds the parts and joins them; the only one who knows all of them.
 
 mod bypass;
+mod cluster;
 mod observe;
 mod reload;
 mod tokens;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeSet, HashSet},
     fs::Permissions,
     net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
@@ -17,6 +18,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
+use ipnet::IpNet;
 use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::{
@@ -30,10 +32,11 @@ use crate::{
         chain::OpenError,
         send::{self, Senders, Standings},
     },
-    config::{Config, Unknown},
+    config::{Config, Source, Unknown},
     fetch::Trust,
     judge::Judge,
     kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup},
+    kubernetes::Cluster,
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
@@ -43,7 +46,7 @@ use crate::{
     telemetry::{
         Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
     },
-    workload::Table,
+    workload::{Discovery, Table},
 };
 
 /// How long receivers of the audit log may take for what is left at the end; the rest is
@@ -83,8 +86,17 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .with_context(|| format!("{}", config.state.display()))?;
 
     // Whatever can be wrong with files is found before the kernel is touched.
-    let table = reload::table(&config).map_err(|e| misconfigured(&e))?;
-    let policies = reload::policies(&config).map_err(|e| misconfigured(&e))?;
+    let cluster = Cluster::connect(&config)
+        .await
+        .map_err(|e| misconfigured(&e))?;
+    let table = match config.workloads.source {
+        Source::Directory => reload::table(&config).map_err(|e| misconfigured(&e))?,
+        Source::Kubernetes => Table::default(),
+    };
+    let policies = match config.policies.source {
+        Source::Directory => reload::policies(&config).map_err(|e| misconfigured(&e))?,
+        Source::Kubernetes => PolicySet::default(),
+    };
     let judge = Judge::new(&config).map_err(|e| misconfigured(&e))?;
     reload::warn(&PolicySet::default(), &policies, &judge);
     judge
@@ -135,6 +147,9 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         trust_domains,
         kernel: kernel.clone(),
         table: ArcSwap::from_pointee(table),
+        discover: (cluster.clone())
+            .filter(|cluster| cluster.on_demand())
+            .map(|cluster| Discovery::new(cluster)),
         policies: ArcSwap::from_pointee(policies),
         changed: watch::Sender::new(()),
         judge,
@@ -163,6 +178,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         config: config.clone(),
         proxy: proxy.clone(),
         identities: identities.clone(),
+        cluster: cluster.clone(),
         sinks: senders.as_ref().map(Senders::standings),
         agent_cgroup: own_cgroup(&cgroup),
         workloads: Mutex::default(),
@@ -184,9 +200,19 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         watcher.clone(),
     ));
     let (wake, woken) = mpsc::channel(1);
+    let (feeding, fed) = watch::channel(cluster.is_none());
+    if let Some(cluster) = &cluster {
+        cluster::start(&state, cluster, wake.clone(), feeding, &watcher);
+    }
     tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
     tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
-    tokio::spawn(enrol(state.clone(), enroller, wake, woken, watcher.clone()));
+    tokio::spawn(enrol(
+        state.clone(),
+        enroller,
+        fed,
+        (wake, woken),
+        watcher.clone(),
+    ));
     tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
     tokio::spawn(tokens::sweep(proxy.clone(), watcher.clone()));
     drop((watcher, state, identities));
@@ -227,6 +253,8 @@ pub(crate) struct State {
     config: Config,
     proxy: Arc<Proxy>,
     identities: Arc<Identities>,
+    /// The API server, where something comes from it.
+    cluster: Option<Arc<Cluster>>,
     /// Of the audit log's receivers.
     sinks: Option<Standings>,
     agent_cgroup: u64,
@@ -308,6 +336,9 @@ impl StatusSource for State {
         metrics.set_audit(audit.written(), audit.lost());
         let (incomplete, _) = self.proxy.join.counts();
         metrics.set_incomplete(incomplete);
+        if let Some(cluster) = &self.cluster {
+            cluster::measure(self, cluster);
+        }
         let sinks = self.sinks.as_ref().map(Standings::progress);
         for sink in sinks.into_iter().flatten() {
             metrics.set_sink(&sink);
@@ -391,16 +422,22 @@ async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
 async fn enrol(
     state: Arc<State>,
     enroller: Enroller,
-    wake: mpsc::Sender<()>,
-    mut woken: mpsc::Receiver<()>,
+    mut fed: watch::Receiver<bool>,
+    (wake, mut woken): (mpsc::Sender<()>, mpsc::Receiver<()>),
     mut stop: Watcher,
 ) {
     const SOON: Duration = Duration::from_millis(20);
     const SOMETIME: Duration = Duration::from_secs(2);
+    // Until table and policies are there, an earlier agent's hooks stay, and refuse.
+    tokio::select! {
+        _there = fed.wait_for(|there| *there) => {}
+        () = stop.triggered() => return,
+    }
     let mut watching: Vec<PodsRoot> = Vec::new();
     let mut _watcher = None;
     let mut rounds = Rounds {
         enroller,
+        ranges: None,
         table: None,
         local: HashSet::new(),
     };
@@ -459,6 +496,8 @@ fn started(state: &State, enroller: &Enroller) {
 /// What enrolment remembers from one round to the next.
 struct Rounds {
     enroller: Enroller,
+    /// The ranges that the kernel asks about.
+    ranges: Option<Arc<BTreeSet<IpNet>>>,
     /// What the kernel's table of destinations was last made from.
     table: Option<Arc<Table>>,
     local: HashSet<IpAddr>,
@@ -476,8 +515,18 @@ impl Rounds {
             .table
             .as_ref()
             .is_some_and(|before| Arc::ptr_eq(before, &table));
+        let ranges = proxy.discover.as_ref().map(Discovery::ranges);
+        let ranges = ranges.unwrap_or_default();
+        if self.ranges.as_ref() != Some(&ranges) {
+            proxy.kernel.set_ranges(&ranges)?;
+            self.ranges = Some(ranges);
+        }
         if !same || local != self.local {
-            proxy.kernel.set_mesh(&table.mesh(), &local)?;
+            let outside = match proxy.discover {
+                Some(_) => table.outside(),
+                None => HashSet::new(),
+            };
+            proxy.kernel.set_mesh(&table.mesh(), &local, &outside)?;
             (self.table, self.local) = (Some(table), local);
             // Labels may have changed, and with them what selects a pod.
             proxy.recheck();

@@ -1,6 +1,7 @@
 //! The agent's configuration: one YAML file, parsed once into types that cannot
 //! be wrong. `config/agent.yaml` lists every key with its default.
 
+mod kubernetes;
 mod listen;
 mod normalization;
 mod values;
@@ -13,6 +14,7 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+pub use kubernetes::{Discovery, Kubernetes, Source};
 pub use listen::{Admin, Guard, Listen};
 pub use normalization::Normalization;
 pub use values::{Bytes, Count, DiskBytes, QueueLength, RingBytes, Span, SyncPolicy, Window};
@@ -42,6 +44,7 @@ pub struct Config {
     pub enforce: Enforce,
     pub workloads: Workloads,
     pub policies: Policies,
+    pub kubernetes: Kubernetes,
     pub identity: Identity,
     pub transport: Transport,
     pub http: Http,
@@ -101,6 +104,7 @@ pub enum Bypass {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Workloads {
+    pub source: Source,
     /// Directory of manifests (`*.yaml`, `*.yml`, `*.json`), watched.
     pub directory: PathBuf,
 }
@@ -109,6 +113,7 @@ pub struct Workloads {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Policies {
+    pub source: Source,
     /// Directory of manifests, watched.
     pub directory: PathBuf,
     /// Namespace whose policies reach the whole mesh (Istio `rootNamespace`).
@@ -367,6 +372,7 @@ impl Default for Config {
             enforce: Enforce::default(),
             workloads: Workloads::default(),
             policies: Policies::default(),
+            kubernetes: Kubernetes::default(),
             identity: Identity::default(),
             transport: Transport::default(),
             http: Http::default(),
@@ -400,6 +406,7 @@ impl Default for Enforce {
 impl Default for Workloads {
     fn default() -> Self {
         Self {
+            source: Source::Directory,
             directory: "/etc/postern/manifests".into(),
         }
     }
@@ -408,6 +415,7 @@ impl Default for Workloads {
 impl Default for Policies {
     fn default() -> Self {
         Self {
+            source: Source::Directory,
             directory: "/etc/postern/policies".into(),
             root_namespace: "istio-system".into(),
             path_normalization: Normalization::default(),
@@ -649,6 +657,14 @@ mod tests {
             (
                 "kernel:\n  ringBytes: 5000\n",
                 ["kernel.ringBytes", "power of two"],
+            ),
+            (
+                "workloads:\n  source: etcd\n",
+                ["workloads.source", "kubernetes"],
+            ),
+            (
+                "kubernetes:\n  podCidrs: [10.0.0.0/33]\n",
+                ["kubernetes.podCidrs", "agent.yaml:2"],
             ),
             ("trustDomain: Not Valid\n", ["trustDomain", "agent.yaml:1"]),
         ] {

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use crate::{
     app::hook_cgroup,
-    config::Config,
+    config::{Config, Source},
     kernel::{Attached, Kernel, cgroup_mounts, diag, find_pods_roots},
+    kubernetes,
 };
 
 /// One finding.
@@ -99,6 +100,14 @@ pub fn examine(config: &Config) -> Vec<Finding> {
             false,
             format!("SOCK_DESTROY: {error}: connections that are not to be cannot be cut"),
         ),
+    }
+    let sources = [config.workloads.source, config.policies.source];
+    if sources.contains(&Source::Kubernetes) {
+        // Without it the agent runs on what it knew last.
+        match kubernetes::examine(&config.kubernetes) {
+            Ok(what) => find(true, false, what),
+            Err(why) => find(false, false, why),
+        }
     }
     let bpffs = Path::new("/sys/fs/bpf").is_dir();
     find(

@@ -16,6 +16,7 @@ pub mod introspect;
 pub mod judge;
 pub mod jwt;
 pub mod kernel;
+pub mod kubernetes;
 pub mod lifecycle;
 pub mod oauth;
 pub mod objects;

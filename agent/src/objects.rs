@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde::{
-    Deserialize, Deserializer,
+    Deserialize, Deserializer, Serialize,
     de::{DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
@@ -56,7 +56,7 @@ pub struct Head {
 
 /// Kubernetes' ObjectMeta. All its fields are listed, so that a misspelt one is
 /// refused: a policy without `namespace` is another policy.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields, rename_all = "camelCase")]
 pub struct Meta {
     #[serde(deserialize_with = "or_default")]
@@ -73,23 +73,23 @@ pub struct Meta {
     pub deletion_timestamp: Option<String>,
     #[serde(deserialize_with = "or_default")]
     pub owner_references: Vec<OwnerReference>,
-    #[serde(rename = "generateName")]
+    #[serde(rename = "generateName", skip_serializing)]
     _generate_name: IgnoredAny,
-    #[serde(rename = "resourceVersion")]
+    #[serde(rename = "resourceVersion", skip_serializing)]
     _resource_version: IgnoredAny,
-    #[serde(rename = "generation")]
+    #[serde(rename = "generation", skip_serializing)]
     _generation: IgnoredAny,
-    #[serde(rename = "selfLink")]
+    #[serde(rename = "selfLink", skip_serializing)]
     _self_link: IgnoredAny,
-    #[serde(rename = "deletionGracePeriodSeconds")]
+    #[serde(rename = "deletionGracePeriodSeconds", skip_serializing)]
     _deletion_grace_period_seconds: IgnoredAny,
-    #[serde(rename = "finalizers")]
+    #[serde(rename = "finalizers", skip_serializing)]
     _finalizers: IgnoredAny,
-    #[serde(rename = "managedFields")]
+    #[serde(rename = "managedFields", skip_serializing)]
     _managed_fields: IgnoredAny,
 }
 
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default)]
 pub struct OwnerReference {
     pub kind: String,

@@ -20,7 +20,7 @@ pub use compile::{Mesh, Reading};
 pub use evaluate::{Denial, Facts, Layer, Permitted, PolicyRef, RequestFacts, Rule, Verdict};
 pub use extension::Caller;
 pub use normalize::{BadPath, Normal, normalize};
-pub use outbound::{Ambiguous, Outbound};
+pub use outbound::{Outbound, Unclear};
 pub use partial::{Lean, Open, Partial, Token};
 pub use resource::{ProtectedResource, Scheme, Unproven};
 pub use schema::PolicyObject;

@@ -1,6 +1,6 @@
 //! Carries connections. `outbound` takes what pods dial, `inbound` what comes to
 //! them; between nodes `hbone` is the tunnel, on one node there is none. `splice`
-//! moves bytes, `deliver` is the destination's side of all of them: it judges, and
+//! moves bytes, `look` says what is at an address, `deliver` is the destination's side of all of them: it judges, and
 //! reads `http` where policy asks for requests. `connections` knows what is live and ends what policy no longer
 //! allows, `enrol` follows pods as they come and go, `listen` opens their
 //! listeners.
@@ -16,6 +16,7 @@ pub mod http;
 mod identities;
 mod inbound;
 mod listen;
+mod look;
 mod outbound;
 mod pods;
 mod source;
@@ -24,7 +25,7 @@ mod story;
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicU32, Ordering},
@@ -47,7 +48,7 @@ use crate::{
     oauth::TokenClient,
     policy::{Permitted, PolicySet, Selected},
     telemetry::Metrics,
-    workload::Table,
+    workload::{Discovery, Table},
 };
 
 pub use attach::describe;
@@ -77,6 +78,8 @@ pub struct Proxy {
     pub trust_domains: Vec<TrustDomain>,
     pub kernel: Arc<Kernel>,
     pub table: ArcSwap<Table>,
+    /// Where the table does not hold the whole cluster.
+    pub discover: Option<Discovery>,
     pub policies: ArcSwap<PolicySet>,
     /// Told after policies, pods or services have changed.
     pub changed: watch::Sender<()>,
@@ -106,6 +109,15 @@ impl Proxy {
     pub fn recheck(&self) -> usize {
         self.changed.send_replace(());
         self.connections.recheck(&self.policies, &self.table)
+    }
+
+    /// Lets what is dialled at an address pass for a while: no pod has it.
+    fn foreign(&self, address: IpAddr) {
+        self.kernel.set_foreign(address, look::FOREIGN_FOR);
+        // It may have come into the table meanwhile, and been taken out of there.
+        if self.table.load().pod(address).is_some() {
+            self.kernel.forget_foreign(address);
+        }
     }
 }
 

@@ -6,6 +6,7 @@ mod ask;
 mod audit;
 mod authority;
 mod bypass;
+mod discover;
 mod enrolment;
 mod identity;
 mod joined;

@@ -2,12 +2,16 @@
 //! older than the pod's place in the mesh: the hooks see new connections only. Each is
 //! recorded once, and ended where `enforce.bypass` says so.
 //!
+//! Where the table does not hold the whole cluster, it is asked first who is at the other
+//! end, and looked again.
+//!
 //! Fails open: what cannot be listed is not ended, and the agent says so.
 
 use std::{
     collections::{HashMap, HashSet},
+    net::IpAddr,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::observe::tell::{NOT_HANDED_OVER, NOT_STEERED, in_mesh};
@@ -17,18 +21,22 @@ use crate::{
     kernel::diag::{TcpSocket, destroy, tcp_listeners, tcp_sockets},
     lifecycle::Watcher,
     proxy::{LocalPod, Proxy},
-    workload::Table,
+    workload::{Found, Table, Target},
 };
 
 /// Connections that were told, by cookie, and whether they were ended.
 type Known = HashMap<u64, bool>;
 
 const INTERVAL: Duration = Duration::from_secs(2);
+/// Addresses that are asked about in one round, and how long an answer is good for.
+const ASKS: usize = 16;
+const ANSWERED: Duration = Duration::from_secs(60);
 /// `include/net/tcp_states.h`.
 const ESTABLISHED: u8 = 1;
 
 pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut stop: Watcher) {
     let mut known: HashMap<u64, Known> = HashMap::new();
+    let mut asked: HashMap<IpAddr, Instant> = HashMap::new();
     let mut tick = tokio::time::interval(INTERVAL);
     loop {
         tokio::select! {
@@ -43,30 +51,60 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
         let pods = proxy.pods.load_full();
         known.retain(|serial, _| pods.all.iter().any(|pod| pod.serial == *serial));
         // It enters namespaces: not a thing for the runtime to wait on.
+        let mut strangers = HashSet::new();
         tokio::task::block_in_place(|| {
             for pod in &pods.all {
                 if !pod.workload.load().host_network {
                     let seen = known.entry(pod.serial).or_default();
-                    look(&proxy, pod, agent_cgroup, enforce, seen);
+                    strangers.extend(look(&proxy, pod, agent_cgroup, enforce, seen));
                 }
             }
         });
+        asked.retain(|_, at| at.elapsed() < ANSWERED);
+        let Some(discover) = &proxy.discover else {
+            continue;
+        };
+        strangers.retain(|address| !asked.contains_key(address));
+        for address in strangers.into_iter().take(ASKS) {
+            // What cannot be found out is asked again, and not told meanwhile.
+            if !matches!(discover.ask(address).await, Found::Unknown(_)) {
+                asked.insert(address, Instant::now());
+            }
+        }
     }
 }
 
-fn look(proxy: &Proxy, pod: &LocalPod, agent_cgroup: u64, enforce: Bypass, seen: &mut Known) {
+/// Tells, or ends, what bypasses the agent; returns addresses that may be in the mesh and
+/// are not known.
+fn look(
+    proxy: &Proxy,
+    pod: &LocalPod,
+    agent_cgroup: u64,
+    enforce: Bypass,
+    seen: &mut Known,
+) -> HashSet<IpAddr> {
+    let mut strangers = HashSet::new();
     let listed = tcp_sockets(&pod.netns).and_then(|s| Ok((s, tcp_listeners(&pod.netns)?)));
     let (sockets, listeners) = match listed {
         Ok(listed) => listed,
         Err(error) => {
             let pod = &pod.workload.load().name;
-            return tracing::warn!(pod, %error, "cannot list its sockets");
+            tracing::warn!(pod, %error, "cannot list its sockets");
+            return strangers;
         }
     };
     let table = proxy.table.load();
     let mut open = Known::new();
     for socket in sockets.iter().filter(|s| s.cgroup != agent_cgroup) {
-        let Some((direction, why)) = uncarried(&table, &listeners, socket) else {
+        let found = uncarried(&table, &listeners, socket);
+        if is_foreign(socket)
+            && !matches!(found, Some((Direction::Inbound, _)))
+            && is_stranger(proxy, &table, socket)
+        {
+            strangers.insert(socket.remote.ip());
+            continue;
+        }
+        let Some((direction, why)) = found else {
             continue;
         };
         let before = seen.get(&socket.cookie);
@@ -105,6 +143,31 @@ fn look(proxy: &Proxy, pod: &LocalPod, agent_cgroup: u64, enforce: Bypass, seen:
         proxy.audit.record(Record::Bypass(Box::new(flow)));
     }
     *seen = open;
+    strangers
+}
+
+/// Whether the other end may be in the mesh, and nobody knows.
+fn is_stranger(proxy: &Proxy, table: &Table, socket: &TcpSocket) -> bool {
+    let Some(discover) = &proxy.discover else {
+        return false;
+    };
+    match table.target(socket.remote) {
+        Some(Target::Pod(_)) => false,
+        Some(Target::Service(port)) => !port.known,
+        None => {
+            let ranges = discover.ranges();
+            ranges.iter().any(|r| r.contains(&socket.remote.ip()))
+        }
+    }
+}
+
+/// The kernel says which sockets are whose; without that nothing is known.
+fn is_foreign(socket: &TcpSocket) -> bool {
+    let (local, remote) = (socket.local, socket.remote);
+    socket.state == ESTABLISHED
+        && socket.cgroup != 0
+        && !remote.ip().is_loopback()
+        && remote.ip() != local.ip()
 }
 
 /// Whether a socket's connection should be carried and is not.
@@ -114,12 +177,7 @@ fn uncarried(
     socket: &TcpSocket,
 ) -> Option<(Direction, &'static str)> {
     let (local, remote) = (socket.local, socket.remote);
-    // The kernel says which sockets are whose; without that nothing is known.
-    let foreign = socket.state == ESTABLISHED
-        && socket.cgroup != 0
-        && !remote.ip().is_loopback()
-        && remote.ip() != local.ip();
-    if !foreign {
+    if !is_foreign(socket) {
         return None;
     }
     // Who dialled is not kept: who comes to a port that is listened on did.

@@ -1,5 +1,6 @@
 //! Reads the directories, and reads them again when they change. A change that
-//! does not parse leaves the last good state standing.
+//! does not parse leaves the last good state standing. What any source brings is
+//! published here.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -14,7 +15,7 @@ use tokio::sync::mpsc;
 use super::State;
 use crate::{
     audit::Record,
-    config::Config,
+    config::{Config, Source},
     judge::Judge,
     jwt::RemoteKeys,
     lifecycle::Watcher,
@@ -39,8 +40,9 @@ pub fn table(config: &Config) -> Result<Table, ReloadError> {
     Ok(Table::build(&objects, config.enrol.default))
 }
 
-pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
-    let mesh = Mesh {
+/// What policies are read by.
+pub fn mesh(config: &Config) -> Mesh<'_> {
+    Mesh {
         root_namespace: &config.policies.root_namespace,
         trust_domain: &config.trust_domain,
         aliases: &config.trust_domain_aliases,
@@ -49,9 +51,12 @@ pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
             normalization: config.policies.path_normalization,
             trusted_proxies: config.policies.num_trusted_proxies,
         },
-    };
+    }
+}
+
+pub fn policies(config: &Config) -> Result<PolicySet, ReloadError> {
     let objects = load_directory(&config.policies.directory)?;
-    PolicySet::compile(objects, &mesh).map_err(ReloadError::Policies)
+    PolicySet::compile(objects, &mesh(config)).map_err(ReloadError::Policies)
 }
 
 /// Several files change together; they are read when no more come for this long.
@@ -89,37 +94,52 @@ pub async fn watch(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher)
 }
 
 fn reload(state: &State) {
-    let proxy = &state.proxy;
-    match table(&state.config) {
-        Ok(table) => {
-            proxy.table.store(Arc::new(table));
-            state.problem("workloads", None);
-        }
-        Err(error) => refused(state, "workloads", &error.to_string()),
-    }
-    match policies(&state.config) {
-        Ok(policies) => {
-            warn(&proxy.policies.load(), &policies, &proxy.judge);
-            // Keys of old policies go after the policies.
-            let wanted: HashSet<RemoteKeys> = policies.remote_keys().iter().cloned().collect();
-            let before = proxy.policies.load_full();
-            let both = before.remote_keys().iter().chain(&wanted).cloned();
-            proxy.judge.keys.want(both.collect());
-            proxy.policies.store(Arc::new(policies));
-            proxy.judge.keys.want(wanted);
-            state.problem("policies", None);
-            // After the new set is published: what is accepted from now on is judged
-            // by it, and what was accepted before is judged here.
-            let ended = proxy.recheck();
-            if ended > 0 {
-                tracing::info!(ended, "connections ended by a change of policy");
+    let config = &state.config;
+    if config.workloads.source == Source::Directory {
+        match table(config) {
+            Ok(table) => {
+                publish_table(state, table);
+                state.problem("workloads", None);
             }
+            Err(error) => refused(state, "workloads", &error.to_string()),
         }
-        Err(error) => refused(state, "policies", &error.to_string()),
+    }
+    if config.policies.source == Source::Directory {
+        match policies(config) {
+            Ok(policies) => {
+                publish_policies(state, policies);
+                state.problem("policies", None);
+            }
+            Err(error) => refused(state, "policies", &error.to_string()),
+        }
     }
     match state.identities.bundle.reload() {
         Ok(()) => state.problem("bundle", None),
         Err(error) => refused(state, "bundle", &error.to_string()),
+    }
+}
+
+/// What is looked up from now on; enrolment is to be woken.
+pub fn publish_table(state: &State, table: Table) {
+    state.proxy.table.store(Arc::new(table));
+}
+
+/// What connections and requests are judged by from now on, and those that are open.
+pub fn publish_policies(state: &State, policies: PolicySet) {
+    let proxy = &state.proxy;
+    warn(&proxy.policies.load(), &policies, &proxy.judge);
+    // Keys of old policies go after the policies.
+    let wanted: HashSet<RemoteKeys> = policies.remote_keys().iter().cloned().collect();
+    let before = proxy.policies.load_full();
+    let both = before.remote_keys().iter().chain(&wanted).cloned();
+    proxy.judge.keys.want(both.collect());
+    proxy.policies.store(Arc::new(policies));
+    proxy.judge.keys.want(wanted);
+    // After the new set is published: what is accepted from now on is judged by it, and
+    // what was accepted before is judged here.
+    let ended = proxy.recheck();
+    if ended > 0 {
+        tracing::info!(ended, "connections ended by a change of policy");
     }
 }
 
@@ -163,11 +183,17 @@ fn watcher(
         }
     })?;
     let bundle = config.identity.bundle.as_deref().and_then(Path::parent);
-    let watched = [
-        config.workloads.directory.as_path(),
-        config.policies.directory.as_path(),
+    let directories = [
+        (
+            config.workloads.source,
+            config.workloads.directory.as_path(),
+        ),
+        (config.policies.source, config.policies.directory.as_path()),
     ];
-    for directory in watched.into_iter().chain(bundle) {
+    let watched = directories
+        .into_iter()
+        .filter(|(source, _)| *source == Source::Directory);
+    for directory in watched.map(|(_, directory)| directory).chain(bundle) {
         watcher.watch(directory, RecursiveMode::NonRecursive)?;
     }
     Ok(watcher)

@@ -23,7 +23,7 @@ use aya::{
         links::{FdLink, LinkError},
     },
 };
-use postern_ebpf::{ABI, Config};
+use postern_ebpf::{ABI, Config, RANGES};
 
 use super::{
     btf::{self, Btf},
@@ -60,6 +60,11 @@ pub enum KernelError {
         name: &'static str,
         source: MapError,
     },
+    #[error(
+        "{0} ranges of pod addresses, adjacent ones taken as one; at most {max} have room: \
+         name wider ones in kubernetes.podCidrs", max = RANGES
+    )]
+    TooManyRanges(usize),
     #[error("cannot pin {path}: {source}")]
     Pin { path: PathBuf, source: PinError },
     #[error("{path}: {source}")]
@@ -83,11 +88,13 @@ pub struct Kernel {
     _lock: nix::fcntl::Flock<File>,
 }
 
-const MAPS: [&str; 13] = [
+const MAPS: [&str; 15] = [
     "CONFIG",
     "WORKLOADS",
     "CGROUPS",
     "MESH",
+    "RANGES",
+    "FOREIGN",
     "DIALS",
     "FLOWS",
     "CLIENTS",

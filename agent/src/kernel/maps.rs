@@ -9,11 +9,11 @@ use std::{
 
 use aya::{
     Ebpf, Pod,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, SockHash},
+    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, SockHash},
 };
 use postern_ebpf::{
     Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE, LISTENER_PLAINTEXT,
-    Listener, MESH_LOCAL, MESH_REMOTE, MeshKey, Probe, Tracked, Workload,
+    Listener, MESH_LOCAL, MESH_OUTSIDE, MESH_REMOTE, MeshKey, Probe, Tracked, Workload,
 };
 
 use socket2::Socket;
@@ -52,6 +52,8 @@ pub struct Maps {
     workloads: Guarded<u64, Workload>,
     cgroups: Guarded<u64, Workload>,
     mesh: Guarded<MeshKey, u32>,
+    pub(super) ranges: Mutex<LpmTrie<MapData, Address, u32>>,
+    pub(super) foreign: Guarded<Address, u64>,
     dials: Guarded<u64, Dial>,
     flows: Guarded<Endpoint, Dial>,
     clients: Guarded<Endpoint, Client>,
@@ -68,6 +70,8 @@ impl Maps {
             workloads: Mutex::new(named(ebpf, "WORKLOADS")?),
             cgroups: Mutex::new(named(ebpf, "CGROUPS")?),
             mesh: Mutex::new(named(ebpf, "MESH")?),
+            ranges: Mutex::new(named(ebpf, "RANGES")?),
+            foreign: Mutex::new(named(ebpf, "FOREIGN")?),
             dials: Mutex::new(named(ebpf, "DIALS")?),
             flows: Mutex::new(named(ebpf, "FLOWS")?),
             clients: Mutex::new(named(ebpf, "CLIENTS")?),
@@ -92,7 +96,7 @@ pub(super) fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().expect("no panic while a map is held")
 }
 
-fn failed(name: &'static str) -> impl Fn(MapError) -> KernelError {
+pub(super) fn failed(name: &'static str) -> impl Fn(MapError) -> KernelError {
     move |source| KernelError::Map { name, source }
 }
 
@@ -102,8 +106,10 @@ pub(super) fn forget<K: Pod, V: Pod>(map: &Guarded<K, V>, key: &K) {
 }
 
 /// The maps that metrics report the fill of.
-pub const FILLED: [&str; 7] = [
+pub const FILLED: [&str; 9] = [
     "MESH",
+    "RANGES",
+    "FOREIGN",
     "WORKLOADS",
     "CGROUPS",
     "DIALS",
@@ -131,33 +137,43 @@ impl Kernel {
         by_cgroup: &StdMap<u64, Workload>,
     ) -> Result<(), KernelError> {
         replace(&self.maps.workloads, by_netns).map_err(failed("WORKLOADS"))?;
-        replace(&self.maps.cgroups, by_cgroup).map_err(failed("CGROUPS"))
+        replace(&self.maps.cgroups, by_cgroup).map_err(failed("CGROUPS"))?;
+        Ok(())
     }
 
-    /// Makes exactly these destinations steered.
+    /// Makes exactly these destinations steered. `outside`: addresses that nobody has to
+    /// ask about.
     pub fn set_mesh(
         &self,
         destinations: &HashSet<(IpAddr, Option<u16>)>,
         local: &HashSet<IpAddr>,
+        outside: &HashSet<IpAddr>,
     ) -> Result<(), KernelError> {
-        let wanted = destinations
-            .iter()
-            .map(|(ip, port)| {
-                let place = if local.contains(ip) {
-                    MESH_LOCAL
-                } else {
-                    MESH_REMOTE
-                };
-                (
-                    MeshKey {
-                        address: to_abi(*ip),
-                        port: u32::from(port.unwrap_or(0)),
-                    },
-                    place,
-                )
-            })
-            .collect();
-        replace(&self.maps.mesh, &wanted).map_err(failed("MESH"))
+        let outside = outside.iter().map(|ip| {
+            let (address, port) = (to_abi(*ip), 0);
+            (MeshKey { address, port }, MESH_OUTSIDE)
+        });
+        let inside = destinations.iter().map(|(ip, port)| {
+            let place = if local.contains(ip) {
+                MESH_LOCAL
+            } else {
+                MESH_REMOTE
+            };
+            (
+                MeshKey {
+                    address: to_abi(*ip),
+                    port: u32::from(port.unwrap_or(0)),
+                },
+                place,
+            )
+        });
+        // What is in the mesh stands last: it replaces the other.
+        let wanted = outside.chain(inside).collect();
+        let new = replace(&self.maps.mesh, &wanted).map_err(failed("MESH"))?;
+        for key in new {
+            forget(&self.maps.foreign, &key.address);
+        }
+        Ok(())
     }
 
     pub fn set_listener(
@@ -188,7 +204,8 @@ impl Kernel {
     pub(super) fn forget_connections(&self) -> Result<(), KernelError> {
         replace(&self.maps.flows, &StdMap::new()).map_err(failed("FLOWS"))?;
         replace(&self.maps.clients, &StdMap::new()).map_err(failed("CLIENTS"))?;
-        replace(&self.maps.probes, &StdMap::new()).map_err(failed("PROBES"))
+        replace(&self.maps.probes, &StdMap::new()).map_err(failed("PROBES"))?;
+        Ok(())
     }
 
     /// Stops handing over connections to an address.
@@ -253,10 +270,12 @@ impl Kernel {
     }
 
     /// Entries in each of [`FILLED`].
-    pub fn fill(&self) -> [(&'static str, usize); 7] {
+    pub fn fill(&self) -> [(&'static str, usize); 9] {
         let maps = &self.maps;
         let counts = [
             hold(&maps.mesh).keys().count(),
+            hold(&maps.ranges).keys().count(),
+            hold(&maps.foreign).keys().count(),
             hold(&maps.workloads).keys().count(),
             hold(&maps.cgroups).keys().count(),
             hold(&maps.dials).keys().count(),
@@ -280,12 +299,13 @@ pub fn monotonic() -> u64 {
 }
 
 /// Makes a map hold exactly what is wanted, touching only what differs: entries
-/// that stay are never absent in between.
+/// that stay are never absent in between. Returns what is new.
 fn replace<K: Pod + std::hash::Hash + Eq, V: Pod + PartialEq>(
     map: &Guarded<K, V>,
     wanted: &StdMap<K, V>,
-) -> Result<(), MapError> {
+) -> Result<Vec<K>, MapError> {
     let mut map = hold(map);
+    let mut new = Vec::new();
     let present: StdMap<K, V> = map.iter().collect::<Result<_, _>>()?;
     // Removed first, so that a map that is nearly full has room for what comes.
     for key in present.keys().filter(|key| !wanted.contains_key(key)) {
@@ -294,9 +314,10 @@ fn replace<K: Pod + std::hash::Hash + Eq, V: Pod + PartialEq>(
     for (key, value) in wanted {
         if present.get(key) != Some(value) {
             map.insert(key, value, 0)?;
+            new.push(*key);
         }
     }
-    Ok(())
+    Ok(new)
 }
 
 /// Entry of a last hop in `CLIENTS`; removed when dropped.

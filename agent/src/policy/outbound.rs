@@ -32,12 +32,27 @@ pub struct Outbound {
     /// The header that names the trace a user's token came with.
     pub on_behalf: Option<HeaderName>,
     pub wanted: Arc<Wanted>,
+    /// It stands for an object that was refused.
+    refused: bool,
 }
 
-/// Two objects that say what to do with one request.
+/// Why it is not known what to do with a request.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{} and {} both name this request; one may", .0[0], .0[1])]
-pub struct Ambiguous(Box<[PolicyRef; 2]>);
+pub enum Unclear {
+    #[error("{} and {} both name this request; one may", .0[0], .0[1])]
+    Ambiguous(Box<[PolicyRef; 2]>),
+    #[error("{0} names this request, and was refused")]
+    Refused(Box<PolicyRef>),
+}
+
+impl Unclear {
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::Ambiguous(_) => "ambiguous",
+            Self::Refused(_) => "policyRefused",
+        }
+    }
+}
 
 impl Outbound {
     pub(super) fn new(
@@ -163,7 +178,35 @@ impl Outbound {
                 timeout,
             }),
             policy,
+            refused: false,
         })
+    }
+
+    /// In place of an object that was refused: what it names gets no token, and so does
+    /// not go. Without hosts that could be read, it may have named any.
+    pub(super) fn refused(policy: PolicyRef, hosts: Option<Vec<String>>) -> Self {
+        let hosts = hosts.unwrap_or_else(|| vec!["*".into()]);
+        Self {
+            hosts: hosts.iter().map(|host| Pattern::parse(host)).collect(),
+            ports: Vec::new(),
+            header: header::AUTHORIZATION,
+            application: Application::Replace,
+            on_behalf: None,
+            wanted: Arc::new(Wanted {
+                object: format!("{}/{}", policy.namespace, policy.name),
+                grant: oauth::Grant::WorkloadIdentity,
+                server: None,
+                client_id: None,
+                authentication: ClientAuthentication::None {},
+                audiences: Vec::new(),
+                resources: Vec::new(),
+                scopes: Vec::new(),
+                prefix: String::new(),
+                timeout: TIMEOUT,
+            }),
+            policy,
+            refused: true,
+        }
     }
 
     /// Whether requests on connections to this port may be meant.
@@ -201,13 +244,14 @@ impl Outbound {
         all: &'a [Arc<Self>],
         port: u16,
         host: &str,
-    ) -> Result<Option<&'a Arc<Self>>, Ambiguous> {
+    ) -> Result<Option<&'a Arc<Self>>, Unclear> {
         let mut fitting = (all.iter()).filter(|one| one.on_port(port) && one.fits(host));
         match (fitting.next(), fitting.next()) {
             (Some(one), Some(other)) => {
                 let both = [one.policy.clone(), other.policy.clone()];
-                Err(Ambiguous(Box::new(both)))
+                Err(Unclear::Ambiguous(Box::new(both)))
             }
+            (Some(one), None) if one.refused => Err(Unclear::Refused(Box::new(one.policy.clone()))),
             (one, _) => Ok(one),
         }
     }

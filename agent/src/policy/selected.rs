@@ -8,7 +8,7 @@ use super::{
     compile::Reading,
     evaluate::{Denial, Facts, Layer, PolicyRef, Rule, Verdict},
     extension::{Binding, Caller, Connect},
-    outbound::{Ambiguous, Outbound},
+    outbound::{Outbound, Unclear},
     resource::ProtectedResource,
     schema::{Action, MtlsMode},
 };
@@ -234,7 +234,7 @@ impl Selected {
     }
 
     /// The OutboundToken for a request that it sends.
-    pub fn outbound(&self, port: u16, host: &str) -> Result<Option<&Arc<Outbound>>, Ambiguous> {
+    pub fn outbound(&self, port: u16, host: &str) -> Result<Option<&Arc<Outbound>>, Unclear> {
         Outbound::choose(&self.outbound, port, host)
     }
 

@@ -1,5 +1,7 @@
 //! All policies, and how those of one workload are found among them.
 
+mod standin;
+
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
@@ -170,6 +172,19 @@ impl PolicySet {
         objects: Vec<Located<PolicyObject>>,
         mesh: &Mesh<'_>,
     ) -> Result<Self, Vec<PolicyError>> {
+        let (set, errors) = Self::gather(objects, mesh);
+        match errors.is_empty() {
+            true => Ok(set),
+            false => Err(errors),
+        }
+    }
+
+    /// All that is right is taken, and what is wrong is told: whoever takes the rest has
+    /// to close what the others guarded (`stand_in`).
+    pub fn gather(
+        objects: Vec<Located<PolicyObject>>,
+        mesh: &Mesh<'_>,
+    ) -> (Self, Vec<PolicyError>) {
         let mut set = Self {
             reading: mesh.requests,
             ..Self::default()
@@ -199,10 +214,7 @@ impl PolicySet {
                 });
             }
         }
-        match errors.is_empty() {
-            true => Ok(set),
-            false => Err(errors),
-        }
+        (set, errors)
     }
 
     fn add(&mut self, object: PolicyObject, mesh: &Mesh<'_>) -> Result<(), Wrong> {

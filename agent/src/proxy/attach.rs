@@ -87,9 +87,10 @@ impl Attacher {
         let outbound = match selected.outbound(self.port, request.host) {
             Ok(None) => return Ok(None),
             Ok(Some(outbound)) => outbound,
-            Err(two) => {
+            Err(unclear) => {
                 let sent = Sent::new(self.clone(), request, None);
-                return Err(sent.refuse(Lacking("ambiguous", two.to_string().into())));
+                let why = unclear.to_string().into();
+                return Err(sent.refuse(Lacking(unclear.code(), why)));
             }
         };
         if outbound.yields_to(request) {

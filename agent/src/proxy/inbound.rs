@@ -16,7 +16,7 @@ use super::{
     LocalPod, Proxy,
     deliver::{Arrived, Delivery, answer},
     hbone::{SEND_BUFFER, keepalive},
-    is_agent_port, reset,
+    is_agent_port, look, reset,
     splice::End,
     story::{Ending, Story},
 };
@@ -66,7 +66,10 @@ pub async fn plaintext(
         Transport::Plaintext
     };
     let mut story = Story::new(&proxy, Reporter::Destination, transport, client, dialled);
-    story.source.workload = proxy.table.load().pod(client.ip()).cloned();
+    story.source.workload = match probe {
+        true => proxy.table.load().pod(client.ip()).cloned(),
+        false => look::client(&proxy, client.ip()).await,
+    };
     story.destination.identity = Some(pod.identity().clone());
     story.destination.workload = Some(pod.workload.load_full());
     let delivery = Delivery {
@@ -253,7 +256,7 @@ async fn stream_of(
     );
     story.tls = Some(caller.session);
     story.source.identity = Some(caller.peer.clone());
-    story.source.workload = proxy.table.load().pod(client.ip()).cloned();
+    story.source.workload = look::client(&proxy, client.ip()).await;
     story.destination.identity = Some(pod.identity().clone());
     story.destination.workload = Some(pod.workload.load_full());
     if !proxy.trust_domains.contains(&caller.peer.trust_domain) {

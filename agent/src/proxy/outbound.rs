@@ -10,7 +10,9 @@ use super::{
     LocalPod, Proxy,
     attach::Attacher,
     deliver::{Arrived, Delivery, carry_bytes, finish},
-    is_agent_port, reset,
+    is_agent_port,
+    look::{Place, look},
+    reset,
     source::{Opened, Sending, Upstream},
     splice::End,
     story::{Ending, Story},
@@ -20,7 +22,7 @@ use crate::{
     kernel::{from_abi, text},
     lifecycle::Watcher,
     policy::{Caller, Denial, Facts},
-    workload::{Target, Workload},
+    workload::Workload,
 };
 
 /// Carries one accepted connection to its end. `pod`: whose listener it came to;
@@ -67,14 +69,14 @@ pub async fn carry(
     story.source.process = Some(process);
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
-    let judged = route(&proxy, &mut story, address)
-        .map_err(|(fault, why)| Ending::Failed(fault, why))
-        .and_then(
-            |route| match may_connect(&proxy, pod, program.as_deref(), &story) {
-                Ok(()) => Ok(route),
-                Err(denial) => Err(Ending::Denied(denial)),
-            },
-        );
+    let judged = match route(&proxy, &mut story, address).await {
+        Ok(outside @ Route::Outside(..)) => Ok(outside),
+        Ok(route) => match may_connect(&proxy, pod, program.as_deref(), &story) {
+            Ok(()) => Ok(route),
+            Err(denial) => Err(Ending::Denied(denial)),
+        },
+        Err((fault, why)) => Err(Ending::Failed(fault, why)),
+    };
     let ending = match judged {
         Err(ending) => {
             reset(stream);
@@ -87,11 +89,13 @@ pub async fn carry(
                 .map_or(0, |address| address.port());
             // Looked at after it has subscribed: policy may change in between.
             let changed = proxy.changed.subscribe();
-            let attacher = proxy.selected(pod).sends_tokens(port).then(|| {
+            let outside = matches!(route, Route::Outside(..));
+            let sends = !outside && proxy.selected(pod).sends_tokens(port);
+            let attacher = sends.then(|| {
                 let bare = matches!(route, Route::Direct(_));
                 Arc::new(Attacher::new(&proxy, pod, &story, bare))
             });
-            let unread = attacher.is_none();
+            let unread = attacher.is_none() && !outside;
             let run = run(
                 &proxy, pod, route, attacher, &mut story, stream, client, drain,
             );
@@ -148,21 +152,23 @@ enum Route {
     Remote(Arc<Workload>, SocketAddr),
     /// An endpoint outside the mesh, behind a service that has others inside.
     Direct(SocketAddr),
+    /// Out of the mesh, as it was dialled: it came here only to be asked about. `true`:
+    /// the cluster has no pod there.
+    Outside(SocketAddr, bool),
 }
 
-fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route, (Fault, String)> {
-    let unknown = |why: &str| (Fault::Destination, why.to_owned());
-    let target = proxy.table.load().target(dialled);
-    let (address, workload) = match target {
-        Some(Target::Pod(workload)) => (dialled, Some(workload)),
-        Some(Target::Service(port)) => {
-            story.service = Some(port.service.name.clone());
-            let endpoint = port
-                .pick(dialled.ip())
-                .ok_or_else(|| unknown("the service has no ready endpoint"))?;
-            (endpoint.address, endpoint.workload.clone())
+async fn route(
+    proxy: &Proxy,
+    story: &mut Story,
+    dialled: SocketAddr,
+) -> Result<Route, (Fault, String)> {
+    let (address, workload) = match look(proxy, story, dialled).await? {
+        Place::At(address, workload) => (address, workload),
+        Place::Outside(workload) => {
+            let foreign = workload.is_none() && story.service.is_none();
+            story.destination.workload = workload;
+            return Ok(Route::Outside(dialled, foreign));
         }
-        None => return Err(unknown("the destination is no longer known")),
     };
     story.destination.address = Some(address);
     story.destination.workload = workload.clone();
@@ -175,6 +181,9 @@ fn route(proxy: &Proxy, story: &mut Story, dialled: SocketAddr) -> Result<Route,
     }
     story.destination.identity = Some(workload.identity(&proxy.trust_domains[0]));
     if workload.node != proxy.audit.node() {
+        if let Some(discovery) = &proxy.discover {
+            discovery.used(address.ip());
+        }
         story.transport = Transport::Hbone;
         return Ok(Route::Remote(workload, address));
     }
@@ -200,6 +209,10 @@ async fn run(
     drain: Watcher,
 ) -> Ending {
     let mut source = End::Tcp(stream);
+    let foreign = match route {
+        Route::Outside(address, true) => Some(address.ip()),
+        _ => None,
+    };
     let upstream = match route {
         Route::Local(to, address) => {
             let mut facts = Facts::new(Some(pod.identity().clone()), client.ip(), address);
@@ -222,7 +235,7 @@ async fn run(
             expected: workload.identity(&proxy.trust_domains[0]),
             client,
         },
-        Route::Direct(address) => Upstream::Direct {
+        Route::Direct(address) | Route::Outside(address, _) => Upstream::Direct {
             pod: pod.clone(),
             address,
             limit: proxy.transport.connect_timeout.0,
@@ -235,6 +248,9 @@ async fn run(
             return ending;
         }
     };
+    if let Some(address) = foreign {
+        proxy.foreign(address);
+    }
     story.tls = opened.session.clone();
     story.opened(None);
     if let Some(attacher) = attacher {

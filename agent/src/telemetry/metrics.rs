@@ -1,7 +1,7 @@
 //! Metrics in the OpenMetrics text format: Istio's TCP metrics by Istio's names and
 //! labels, so that its dashboards work, and Postern's own with the prefix `postern_`.
 
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -151,6 +151,8 @@ pub struct Metrics {
     pub tunnels: Gauge,
     pub streams: Gauge,
     pub enrolled: Gauge,
+    /// Connections that waited to learn what they dial: `known`, `foreign`, `unknown`.
+    discoveries: Family<Name, Counter>,
     pub reload_errors: Family<Name, Counter>,
     pub map_entries: Family<Name, Gauge>,
     /// Counted elsewhere; set to what stands there.
@@ -159,6 +161,11 @@ pub struct Metrics {
     pub audit_lost: Counter,
     audit_incomplete: Counter,
     sinks: [(&'static str, Family<Sink, Gauge>); 4],
+    /// The API server, counted elsewhere.
+    kubernetes: Family<Name, Counter>,
+    kubernetes_objects: Family<Name, Gauge>,
+    kubernetes_watches: Gauge,
+    kubernetes_stale: Gauge,
     pub certificate_errors: Counter,
 }
 
@@ -180,6 +187,7 @@ impl Default for Metrics {
             tunnels: Gauge::default(),
             streams: Gauge::default(),
             enrolled: Gauge::default(),
+            discoveries: Family::default(),
             reload_errors: Family::default(),
             map_entries: Family::default(),
             kernel: Family::default(),
@@ -187,6 +195,10 @@ impl Default for Metrics {
             audit_lost: Counter::default(),
             audit_incomplete: Counter::default(),
             sinks: ["sent", "behind", "skipped", "rejected"].map(|what| (what, Family::default())),
+            kubernetes: Family::default(),
+            kubernetes_objects: Family::default(),
+            kubernetes_watches: Gauge::default(),
+            kubernetes_stale: Gauge::default(),
             certificate_errors: Counter::default(),
             registry: Registry::default(),
         };
@@ -240,6 +252,11 @@ impl Default for Metrics {
             m.enrolled.clone(),
         );
         own.register(
+            "discoveries",
+            "Connections that waited until it was asked what they dial",
+            m.discoveries.clone(),
+        );
+        own.register(
             "reload_errors",
             "Reloads that left the last good state standing",
             m.reload_errors.clone(),
@@ -276,6 +293,27 @@ impl Default for Metrics {
                 family.clone(),
             );
         }
+        own.register(
+            "kubernetes",
+            "What the agent asked of the API server and heard from it",
+            m.kubernetes.clone(),
+        );
+        own.register(
+            "kubernetes_objects",
+            "Objects of the API server that are kept, by resource",
+            m.kubernetes_objects.clone(),
+        );
+        own.register(
+            "kubernetes_watches",
+            "Watches at the API server",
+            m.kubernetes_watches.clone(),
+        );
+        own.register_with_unit(
+            "kubernetes_stale",
+            "Since when changes may be missed; 0: none are",
+            Unit::Seconds,
+            m.kubernetes_stale.clone(),
+        );
         own.register(
             "certificate_errors",
             "Certificates that could not be renewed",
@@ -314,6 +352,10 @@ impl Metrics {
         self.handshakes.get_or_create(&Name { name }).inc();
     }
 
+    pub fn discovery(&self, name: &'static str) {
+        self.discoveries.get_or_create(&Name { name }).inc();
+    }
+
     pub fn reload_error(&self, name: &'static str) {
         self.reload_errors.get_or_create(&Name { name }).inc();
     }
@@ -335,6 +377,25 @@ impl Metrics {
 
     pub fn set_incomplete(&self, count: u64) {
         set(&self.audit_incomplete, count);
+    }
+
+    pub fn set_kubernetes(
+        &self,
+        counts: &[(&'static str, u64)],
+        kept: BTreeMap<&'static str, usize>,
+        watches: usize,
+        stale: u64,
+    ) {
+        for (name, count) in counts {
+            set(&self.kubernetes.get_or_create(&Name { name }), *count);
+        }
+        for (name, objects) in kept {
+            let gauge = self.kubernetes_objects.get_or_create(&Name { name });
+            gauge.set(objects as i64);
+        }
+        self.kubernetes_watches.set(watches as i64);
+        let stale = i64::try_from(stale).unwrap_or(i64::MAX);
+        self.kubernetes_stale.set(stale);
     }
 
     pub fn set_sink(&self, progress: &Progress) {

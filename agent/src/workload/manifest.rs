@@ -4,22 +4,24 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::objects::{Head, Meta, Object, ignore, or_default};
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
 pub enum WorkloadObject {
     Pod(Box<Pod>),
     Service(Box<Service>),
     EndpointSlice(Box<EndpointSlice>),
     Namespace(Box<Namespace>),
+    Node(Box<Node>),
 }
 
 macro_rules! manifest {
     ($($(#[$doc:meta])* $name:ident { $($(#[$attribute:meta])* $field:ident: $ty:ty),* $(,)? })*) => {
         $($(#[$doc])*
-        #[derive(Clone, Debug, Default, Deserialize)]
+        #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
         #[serde(default, rename_all = "camelCase")]
         pub struct $name {
             // `null` stands for an absent field in Kubernetes.
@@ -77,6 +79,7 @@ manifest! {
     Endpoint {
         addresses: Vec<String>,
         conditions: EndpointConditions,
+        node_name: Option<String>,
         target_ref: ObjectReference,
     }
     ObjectReference { kind: String }
@@ -85,10 +88,21 @@ manifest! {
 
     /// core/v1 Namespace.
     Namespace { metadata: Meta }
+
+    /// core/v1 Node.
+    Node { metadata: Meta, spec: NodeSpec, status: NodeStatus }
+    NodeSpec {
+        #[serde(rename = "podCIDR")]
+        pod_cidr: Option<String>,
+        #[serde(rename = "podCIDRs")]
+        pod_cidrs: Vec<String>,
+    }
+    NodeStatus { addresses: Vec<NodeAddress> }
+    NodeAddress { r#type: String, address: String }
 }
 
 /// IntOrString of the API.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(untagged)]
 pub enum PortOrName {
     Port(u16),
@@ -102,6 +116,7 @@ impl Object for WorkloadObject {
                 ("v1", "Pod") => Self::Pod(Deserialize::deserialize(from)?),
                 ("v1", "Service") => Self::Service(Deserialize::deserialize(from)?),
                 ("v1", "Namespace") => Self::Namespace(Deserialize::deserialize(from)?),
+                ("v1", "Node") => Self::Node(Deserialize::deserialize(from)?),
                 ("discovery.k8s.io/v1", "EndpointSlice") => {
                     Self::EndpointSlice(Deserialize::deserialize(from)?)
                 }

@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{
     WorkloadObject,
     manifest::{self, EndpointSlice, Pod, PortOrName},
@@ -69,7 +71,7 @@ impl Workload {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize, Serialize)]
 pub struct NamespacedName {
     pub namespace: String,
     pub name: String,
@@ -84,6 +86,8 @@ pub struct ServicePort {
     pub endpoints: Vec<Endpoint>,
     /// Whether any endpoint, ready or not, is a pod in the mesh, or may be one.
     pub in_mesh: bool,
+    /// Whether its endpoints are known. Where they are not, they are asked for.
+    pub known: bool,
     next: AtomicUsize,
 }
 
@@ -98,13 +102,14 @@ pub struct Endpoint {
     pub address: SocketAddr,
     /// `None` where the endpoint is no pod that is known.
     pub workload: Option<Arc<Workload>>,
+    /// Whether it is a pod, known or not.
+    pub is_pod: bool,
 }
 
 /// An endpoint as it is listed for a service.
 struct Listed {
     endpoint: Endpoint,
     ready: bool,
-    is_pod: bool,
 }
 
 impl ServicePort {
@@ -137,7 +142,27 @@ pub struct Table {
 }
 
 impl Table {
-    pub fn build(objects: &[WorkloadObject], default: Mesh) -> Self {
+    /// Of objects that are all there is.
+    pub fn build<'a>(objects: impl IntoIterator<Item = &'a WorkloadObject>, default: Mesh) -> Self {
+        Self::of(objects, default, None)
+    }
+
+    /// Of all services, but only some pods: what is missing is discovered when it is
+    /// dialled. `listed`: services whose EndpointSlices are among the objects, if they
+    /// have any; of the others it is not known what is behind them.
+    pub fn partial<'a>(
+        objects: impl IntoIterator<Item = &'a WorkloadObject>,
+        default: Mesh,
+        listed: &HashSet<NamespacedName>,
+    ) -> Self {
+        Self::of(objects, default, Some(listed))
+    }
+
+    fn of<'a>(
+        objects: impl IntoIterator<Item = &'a WorkloadObject>,
+        default: Mesh,
+        partial: Option<&HashSet<NamespacedName>>,
+    ) -> Self {
         let mut namespaces = HashMap::new();
         let (mut pods, mut services, mut slices) = (Vec::new(), Vec::new(), Vec::new());
         for object in objects {
@@ -149,6 +174,7 @@ impl Table {
                     let meta = &namespace.metadata;
                     namespaces.insert(meta.name.clone(), label(&meta.labels));
                 }
+                WorkloadObject::Node(_) => {}
             }
         }
         let mut table = Self::default();
@@ -166,7 +192,7 @@ impl Table {
             table.workloads.push(workload);
         }
         for service in services {
-            table.add_service(service, &slices);
+            table.add_service(service, &slices, partial);
         }
         table
     }
@@ -208,11 +234,25 @@ impl Table {
         pods.chain(services).collect()
     }
 
+    /// Addresses of workloads that are not in the mesh. (Those of the node that a
+    /// host-network pod shares may be a service's, too.)
+    pub fn outside(&self) -> HashSet<IpAddr> {
+        let workloads = self.workloads.iter().filter(|w| !w.in_mesh());
+        let addresses = workloads.flat_map(|w| &w.addresses).copied();
+        let free = |address: &IpAddr| self.pods.get(address).is_none_or(|w| !w.in_mesh());
+        addresses.filter(free).collect()
+    }
+
     pub fn services(&self) -> impl Iterator<Item = (&SocketAddr, &Arc<ServicePort>)> {
         self.services.iter()
     }
 
-    fn add_service(&mut self, object: &manifest::Service, slices: &[&EndpointSlice]) {
+    fn add_service(
+        &mut self,
+        object: &manifest::Service,
+        slices: &[&EndpointSlice],
+        partial: Option<&HashSet<NamespacedName>>,
+    ) {
         let name = NamespacedName {
             namespace: object.metadata.namespace().to_owned(),
             name: object.metadata.name.clone(),
@@ -242,6 +282,7 @@ impl Table {
         );
         addresses.extend(outside.filter_map(|a| a.parse::<IpAddr>().ok()));
         let service = Arc::new(Service { name, addresses });
+        let known = partial.is_none_or(|listed| listed.contains(&service.name));
         for port in &spec.ports {
             if port.protocol.as_deref().is_some_and(|p| p != "TCP") {
                 continue;
@@ -256,12 +297,18 @@ impl Table {
                     behind.insert(service.name.name.clone());
                 }
             }
-            let in_mesh = listed.iter().any(|e| match &e.endpoint.workload {
-                Some(workload) => workload.in_mesh(),
-                None => e.is_pod,
-            });
-            // A pod that is listed before it is known may be in the mesh: not used yet.
-            let usable = |e: &Listed| e.ready && (e.endpoint.workload.is_some() || !e.is_pod);
+            // What is not known may be in the mesh: it is asked for before it is used.
+            let in_mesh = !known
+                || listed.iter().any(|e| match &e.endpoint.workload {
+                    Some(workload) => workload.in_mesh(),
+                    None => e.endpoint.is_pod,
+                });
+            // A pod that is listed before it is known may be in the mesh: not used yet,
+            // where it comes by itself.
+            let usable = |e: &Listed| {
+                e.ready
+                    && (partial.is_some() || e.endpoint.workload.is_some() || !e.endpoint.is_pod)
+            };
             let endpoints = listed
                 .into_iter()
                 .filter(usable)
@@ -272,6 +319,7 @@ impl Table {
                 port: port.port,
                 endpoints,
                 in_mesh,
+                known,
                 next: AtomicUsize::new(0),
             });
             for address in &service.addresses {
@@ -316,10 +364,10 @@ impl Table {
                             endpoint: Endpoint {
                                 address,
                                 workload: self.pod(ip).cloned(),
+                                is_pod: endpoint.target_ref.kind == "Pod",
                             },
                             // EndpointConditions.ready: absent means ready.
                             ready: endpoint.conditions.ready != Some(false),
-                            is_pod: endpoint.target_ref.kind == "Pod",
                         });
                     }
                 }
@@ -356,9 +404,9 @@ impl Table {
                     endpoint: Endpoint {
                         address: SocketAddr::new(*ip, number),
                         workload: Some(w.clone()),
+                        is_pod: true,
                     },
                     ready: w.ready,
-                    is_pod: true,
                 }))
             })
             .flatten()

@@ -1,17 +1,20 @@
 //! Tables built from manifests.
 
-use std::path::Path;
+use std::{collections::HashSet, path::Path};
 
 use super::*;
 use crate::{config::Mesh, objects::load_text};
 
-fn table(text: &str) -> Table {
-    let objects: Vec<WorkloadObject> = load_text(Path::new("t.yaml"), text)
+fn objects(text: &str) -> Vec<WorkloadObject> {
+    load_text(Path::new("t.yaml"), text)
         .expect("manifests parse")
         .into_iter()
         .map(|located| located.object)
-        .collect();
-    Table::build(&objects, Mesh::Disabled)
+        .collect()
+}
+
+fn table(text: &str) -> Table {
+    Table::build(&objects(text), Mesh::Disabled)
 }
 
 fn pod(name: &str, ip: &str, more: &str) -> String {
@@ -136,5 +139,46 @@ fn headless_and_ended_pods_have_no_entries() {
     let table = table(&text);
     assert!(table.pod("10.0.0.9".parse().expect("address")).is_none());
     assert_eq!(table.services().count(), 0);
+    assert!(table.mesh().is_empty());
+}
+
+#[test]
+fn what_a_partial_table_lacks_may_be_in_the_mesh() {
+    let text = pod("a", "10.0.0.1", ", postern.dev/mesh: disabled")
+        + &service("{clusterIP: 10.9.0.1, selector: {app: web}, ports: [{port: 80}]}");
+    let slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: web-1, \
+        namespace: shop, labels: {kubernetes.io/service-name: web}}\naddressType: IPv4\n\
+        ports: [{port: 8080}]\nendpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod}}, \
+        {addresses: [10.0.0.2], targetRef: {kind: Pod}}]\n";
+    let name = NamespacedName {
+        namespace: "shop".into(),
+        name: "web".into(),
+    };
+    let partial = |text: &str, listed: &HashSet<NamespacedName>| {
+        Table::partial(&objects(text), Mesh::Disabled, listed)
+    };
+    let vip: std::net::SocketAddr = "10.9.0.1:80".parse().expect("address");
+    // Nobody has looked behind the service yet.
+    let table = partial(&text, &HashSet::new());
+    assert_eq!(table.mesh(), [(vip.ip(), Some(80))].into());
+    assert!(!table.service(vip).expect("service").known);
+    // One endpoint is known to be outside, the other is not known: it is asked for when
+    // its turn comes.
+    let table = partial(&(text.clone() + slice), &[name.clone()].into());
+    let port = table.service(vip).expect("service");
+    assert!(port.known && port.in_mesh);
+    let unknown: Vec<bool> = (port.endpoints.iter())
+        .map(|e| e.is_pod && e.workload.is_none())
+        .collect();
+    assert_eq!(unknown, [false, true]);
+    assert_eq!(
+        table.outside(),
+        ["10.0.0.1", "fd00::a"]
+            .map(|a| a.parse().expect("address"))
+            .into()
+    );
+    // All are known.
+    let text = text + slice + &pod("b", "10.0.0.2", ", postern.dev/mesh: disabled");
+    let table = partial(&text, &[name].into());
     assert!(table.mesh().is_empty());
 }

@@ -9,8 +9,12 @@ mod audit;
 mod guard;
 #[path = "bench/load.rs"]
 mod load;
+#[path = "bench/population.rs"]
+mod population;
 #[path = "bench/report.rs"]
 mod report;
+#[path = "bench/scale.rs"]
+mod scale;
 
 use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
 
@@ -50,6 +54,13 @@ struct Cli {
 enum Part {
     /// What auditing costs: with an audit log and without, in turns
     Audit,
+    /// What a large cluster costs an agent: 500 and 5,000 pods, discovered on demand and
+    /// all known ahead
+    Scale {
+        /// Changes of pods elsewhere, in a second
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+        rate: u32,
+    },
     /// Hold connections to an echo server open until killed
     #[command(hide = true)]
     Hold { address: SocketAddr, count: usize },
@@ -64,6 +75,17 @@ fn main() -> ExitCode {
             println!("{report}");
             cli.write(&report.json())
         }),
+        Some(Part::Scale { rate }) => {
+            let churn = scale::Churn {
+                rate,
+                seconds: cli.seconds,
+            };
+            guard::run(cli.limit() + cli.rounds * Duration::from_secs(600), || {
+                let report = scale::bench(cli.rounds, churn)?;
+                println!("{report}");
+                cli.write(&report.json())
+            })
+        }
         None => guard::run(cli.limit(), || bench(&cli)),
     }
 }

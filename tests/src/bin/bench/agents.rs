@@ -21,7 +21,7 @@ pub fn memory(lab: &Lab) -> Result<Vec<f64>> {
     lab.nodes.iter().map(resident).collect()
 }
 
-fn resident(node: &Node) -> Result<f64> {
+pub fn resident(node: &Node) -> Result<f64> {
     let pid = node.agent_pid().context("the agent does not run")?;
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));

@@ -5,6 +5,8 @@ use std::fmt;
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
+use crate::scale::Churn;
+
 const NOTES: &str = "\
 Medians. Spread is the wider of the two ranges of rounds, in percent of its median.
 wrk begins to time a request when its connection stands: p50 and p99 are without connect().";
@@ -251,6 +253,80 @@ impl fmt::Display for AuditReport {
         let [off, on] = self.memory.each_ref().map(|memory| list(memory));
         writeln!(f, "\n{} records on both nodes", self.records)?;
         write!(f, "memory of the agents, MiB: {off} without, {on} with")
+    }
+}
+
+/// What one agent took in a cluster.
+pub struct Measure {
+    pub start_ms: f64,
+    pub start_cpu: f64,
+    pub start_mib: f64,
+    pub memory: f64,
+    pub churn_cpu: f64,
+    pub churn_kib: f64,
+    pub watches: f64,
+    pub lists: f64,
+}
+
+type Quantity = (&'static str, &'static str, fn(&Measure) -> f64);
+
+const QUANTITIES: [Quantity; 8] = [
+    ("start to ready", "ms", |m| m.start_ms),
+    ("CPU until then", "s", |m| m.start_cpu),
+    ("from the API server until then", "MiB", |m| m.start_mib),
+    ("memory, in use", "MiB", |m| m.memory),
+    ("CPU while pods change", "%", |m| m.churn_cpu),
+    ("from the API server meanwhile", "KiB/s", |m| m.churn_kib),
+    ("watches", "", |m| m.watches),
+    ("lists of pods", "", |m| m.lists),
+];
+
+/// What a large cluster costs one agent.
+pub struct ScaleReport {
+    pub machine: Machine,
+    pub rounds: u32,
+    pub churn: Churn,
+    /// A value a round.
+    pub columns: Vec<(String, Vec<Measure>)>,
+}
+
+impl ScaleReport {
+    pub fn json(&self) -> Value {
+        let columns = self.columns.iter().map(|(name, measured)| {
+            let quantities = QUANTITIES.iter().map(|(what, unit, of)| {
+                let values: Vec<f64> = measured.iter().map(of).collect();
+                json!({ "what": what, "unit": unit, "median": median(&values), "rounds": values })
+            });
+            json!({ "cluster": name, "quantities": quantities.collect::<Vec<_>>() })
+        });
+        json!({
+            "machine": self.machine.json(),
+            "rounds": self.rounds,
+            "changesPerSecond": self.churn.rate,
+            "seconds": self.churn.seconds,
+            "columns": columns.collect::<Vec<_>>(),
+        })
+    }
+}
+
+impl fmt::Display for ScaleReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\n{:32}{:8}", "pods in the cluster", "")?;
+        for (name, _) in &self.columns {
+            write!(f, "{name:>15}")?;
+        }
+        for (what, unit, of) in QUANTITIES {
+            write!(f, "\n{what:32}{unit:8}")?;
+            for (_, measured) in &self.columns {
+                let values: Vec<f64> = measured.iter().map(of).collect();
+                write!(f, "{:>15}", number(median(&values)))?;
+            }
+        }
+        let Churn { rate, seconds } = self.churn;
+        write!(
+            f,
+            "\nMedians. {rate} pods a second changed for {seconds} s on nodes that this one's pods do not talk to."
+        )
     }
 }
 

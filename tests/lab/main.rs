@@ -12,6 +12,7 @@ mod identity;
 mod joined;
 mod kernel;
 mod kit;
+mod kubernetes;
 mod lifecycle;
 mod login;
 mod oauth;

@@ -1,6 +1,7 @@
 //! End-to-end tests: real kernel, real programs, two nodes.
 
 mod addresses;
+mod apiserver;
 mod ask;
 mod audit;
 mod authority;
@@ -11,6 +12,7 @@ mod identity;
 mod joined;
 mod kernel;
 mod kit;
+mod kubernetes;
 mod lifecycle;
 mod login;
 mod oauth;

@@ -311,37 +311,48 @@ impl Cluster {
         true
     }
 
-    /// Services without a selector say by EndpointSlices alone which pods are behind them,
-    /// and policy that names such a service must find its pods.
-    pub fn pin_services(&self) {
+    /// Watches what cannot be found when it is dialled. Services without a selector say by
+    /// EndpointSlices alone which pods are behind them, and policy that names such a
+    /// service must find its pods. Pods of a node that does not say which addresses they
+    /// have would be dialled as if they were outside the mesh. Says whether more is watched
+    /// than before.
+    pub fn pin(&self) -> bool {
         if !self.on_demand() {
-            return;
+            return false;
         }
-        let wanted: HashSet<NamespacedName> = {
+        let wanted: HashSet<Scope> = {
             let inner = self.store.lock();
-            let services = inner.workloads().filter_map(|object| match object {
+            let pinned = inner.workloads().filter_map(|object| match object {
                 WorkloadObject::Service(service) if service.spec.selector.is_empty() => {
-                    Some(NamespacedName {
+                    Some(Scope::Slices(Some(NamespacedName {
                         namespace: service.metadata.namespace().to_owned(),
                         name: service.metadata.name.clone(),
-                    })
+                    })))
                 }
+                WorkloadObject::Node(node) if self.pod_cidrs.is_empty() => index::is_silent(object)
+                    .then(|| Scope::Pods(Some(node.metadata.name.as_str().into()))),
                 _ => None,
             });
-            services.collect()
+            pinned.collect()
         };
-        for service in &wanted {
-            self.ensure(Scope::Slices(Some(service.clone())), true);
+        let before = self.watches();
+        for scope in &wanted {
+            self.ensure(scope.clone(), true);
         }
-        // Those of services that are gone, or got a selector, go the way of unused ones.
+        let more = self.watches() > before;
+        // Those of services that are gone, or got a selector, go the way of unused ones, and
+        // so do those of nodes.
         for (scope, watching) in self.watching().iter_mut() {
-            if let Scope::Slices(Some(service)) = scope
-                && watching.used.is_none()
-                && !wanted.contains(service)
-            {
+            let may_go = match scope {
+                Scope::Slices(Some(_)) => true,
+                Scope::Pods(Some(node)) => *node != self.node,
+                _ => false,
+            };
+            if may_go && watching.used.is_none() && !wanted.contains(scope) {
                 watching.used = Some(Arc::new(AtomicU64::new(self.now())));
             }
         }
+        more
     }
 
     /// Ends the watches of what nobody dials any more.

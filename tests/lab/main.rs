@@ -1,6 +1,7 @@
 //! End-to-end tests: real kernel, real programs, two nodes.
 
 mod addresses;
+mod apiserver;
 mod ask;
 mod audit;
 mod authority;
@@ -13,6 +14,7 @@ mod identity_sources;
 mod joined;
 mod kernel;
 mod kit;
+mod kubernetes;
 mod layouts;
 mod lifecycle;
 mod login;

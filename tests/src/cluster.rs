@@ -22,6 +22,8 @@ pub enum Source {
     #[default]
     Directory,
     Kubernetes,
+    /// The same, without controllers: endpoints are the test's own.
+    Api,
 }
 
 impl Source {
@@ -38,12 +40,13 @@ pub struct Cluster {
     netns: String,
     lab: PathBuf,
     nodes: usize,
+    controllers: bool,
     /// By the directory of manifests that each follows.
     servers: Mutex<BTreeMap<String, Arc<ApiServer>>>,
 }
 
 impl Cluster {
-    pub(crate) fn new(lab: &Path, netns: &str, nodes: usize) -> Result<Self> {
+    pub(crate) fn new(lab: &Path, netns: &str, nodes: usize, source: Source) -> Result<Self> {
         host::ip(
             netns,
             &[
@@ -56,6 +59,7 @@ impl Cluster {
             netns: netns.to_owned(),
             lab: lab.to_owned(),
             nodes,
+            controllers: source == Source::Kubernetes,
             servers: Mutex::default(),
         })
     }
@@ -90,7 +94,7 @@ impl Cluster {
         let port = 6443 + servers.len() as u16;
         let server = ApiServer::with(Options {
             address: SocketAddr::from(([198, 51, 100, 254], port)),
-            endpoints: true,
+            endpoints: self.controllers,
             bind: Arc::new(move |address| bind(&netns, address)),
             ..Options::default()
         })?;

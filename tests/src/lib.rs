@@ -86,8 +86,8 @@ impl Lab {
         let switch = lab.switch();
         host::add_netns(&switch)?;
         host::ip(&switch, &["link add wire type bridge", "link set wire up"])?;
-        if source == Source::Kubernetes {
-            let cluster = Cluster::new(lab.path(), &switch, nodes)?;
+        if source != Source::Directory {
+            let cluster = Cluster::new(lab.path(), &switch, nodes, source)?;
             lab.cluster = Some(Arc::new(cluster));
         }
         for number in 1..=nodes {

@@ -208,7 +208,7 @@ impl Node {
         } = &self.options;
         let (source, cluster) = match self.source() {
             Source::Directory => (String::new(), String::new()),
-            Source::Kubernetes => (
+            Source::Kubernetes | Source::Api => (
                 "source: kubernetes, ".to_owned(),
                 format!("kubernetes: {{kubeconfig: {dir}/kubeconfig{kubernetes}}}\n"),
             ),

@@ -88,8 +88,11 @@ impl Follower {
                 () = stop.triggered() => return,
             }
             let fed = *self.fed.borrow();
-            self.cluster.pin_services();
+            // Whole is what is whole with all that it shows to be missing.
             let mut standing = self.cluster.standing();
+            while self.cluster.pin() {
+                standing = self.cluster.standing();
+            }
             if !fed && !standing.whole && !disk && began.elapsed() >= PATIENCE {
                 disk = true;
                 self.load().await;

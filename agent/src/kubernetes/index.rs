@@ -101,6 +101,16 @@ fn cidrs<'a>(many: &'a [String], one: Option<&'a String>) -> impl Iterator<Item 
     many.iter().chain(one).filter_map(|text| text.parse().ok())
 }
 
+/// Whether it is a node that does not say which addresses its pods have.
+pub fn is_silent(object: &WorkloadObject) -> bool {
+    let WorkloadObject::Node(node) = object else {
+        return false;
+    };
+    cidrs(&node.spec.pod_cidrs, node.spec.pod_cidr.as_ref())
+        .next()
+        .is_none()
+}
+
 /// Addresses that pods may have, as nodes and the configuration tell: as few ranges as
 /// say the same.
 pub fn ranges(inner: &Inner, configured: &[IpNet]) -> BTreeSet<IpNet> {

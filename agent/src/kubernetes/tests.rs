@@ -113,7 +113,7 @@ impl Followed {
         let publisher = tokio::spawn(async move {
             let mut changes = followed.changes();
             loop {
-                followed.pin_services();
+                followed.pin();
                 if followed.standing().whole {
                     compile(&followed);
                 }

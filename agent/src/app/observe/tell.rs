@@ -331,11 +331,12 @@ fn beside(table: &Table, host_network: bool, life: &SocketLife) -> Beside {
     }
 }
 
-/// Whether what is dialled is to be carried. `any_port`: of a service, too.
+/// Whether what is dialled is to be carried, as far as is known: what only may be in the
+/// mesh, because nobody has looked behind a service yet, is none of what went around it. `any_port`: of a service, too.
 pub fn in_mesh(table: &Table, address: SocketAddr, any_port: bool) -> bool {
     match table.target(address) {
         Some(Target::Pod(workload) | Target::HostPort(workload, _)) => workload.in_mesh(),
-        Some(Target::Service(port)) => port.in_mesh,
+        Some(Target::Service(port)) => port.known && port.in_mesh,
         None if any_port => service_in_mesh(table, address.ip()),
         None => false,
     }
@@ -343,5 +344,5 @@ pub fn in_mesh(table: &Table, address: SocketAddr, any_port: bool) -> bool {
 
 fn service_in_mesh(table: &Table, ip: IpAddr) -> bool {
     let mut services = table.services();
-    services.any(|(address, port)| address.ip() == ip && port.in_mesh)
+    services.any(|(address, port)| address.ip() == ip && port.known && port.in_mesh)
 }

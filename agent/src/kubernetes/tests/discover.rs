@@ -124,6 +124,30 @@ async fn what_nobody_dials_any_more_is_forgotten() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn pods_of_a_node_without_ranges_are_known_ahead() {
+    let mut lab = Lab::new();
+    lab.put(node("n2", "10.0.2.0/24"));
+    lab.put(json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n3"}, "spec": {}}));
+    for (name, node, address) in [
+        ("near", NODE, "10.0.1.1"),
+        ("far", "n2", "10.0.2.1"),
+        ("silent", "n3", "10.0.3.1"),
+    ] {
+        lab.put(pod(name, node, address));
+    }
+    let followed = lab.follow().await;
+    until("the silent node's pods", || {
+        followed.pods() == ["near", "silent"]
+    })
+    .await;
+    // It is said for the whole cluster where they are.
+    lab.config.kubernetes.pod_cidrs = vec!["10.0.0.0/16".parse().expect("a range")];
+    let followed = lab.follow().await;
+    followed.synced().await;
+    assert_eq!(followed.pods(), ["near"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn all_is_known_ahead_where_that_is_wanted() {
     let mut lab = Lab::new();
     lab.config.kubernetes.discovery = Discovery::All;

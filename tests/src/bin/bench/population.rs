@@ -35,8 +35,9 @@ impl Population {
     pub fn change(&self, api: &ApiServer, change: usize, first: usize) -> Result<()> {
         let elsewhere = self.nodes + 1 - first;
         // One node after the other, and all of its pods in turn.
-        let (node, pod) = (first - 1 + change % elsewhere, change / elsewhere);
-        let index = node + pod % (self.pods / self.nodes) * self.nodes;
+        let (node, pod) = (first - 2 + change % elsewhere, change / elsewhere);
+        let others = self.nodes - 1;
+        let index = node + pod % (self.pods / others) * others;
         let changed = self.pod(index, 1 + change);
         api.apply(changed).map_err(|e| anyhow!("{e:?}")).map(drop)
     }
@@ -61,8 +62,7 @@ impl Population {
     }
 
     fn pod(&self, index: usize, revision: usize) -> Value {
-        let node = 1 + index % self.nodes;
-        let ip = format!("10.0.{node}.{}", FIRST + index / self.nodes);
+        let (node, ip) = self.place(index);
         let (service, team) = (index % self.services, index % self.services % 10);
         let variables: Vec<_> = (0..12)
             .map(|n| json!({"name": format!("SETTING_{n}"), "value": format!("value-{n}-of-the-application")}))
@@ -74,14 +74,16 @@ impl Population {
                        "fieldsV1": {"f:spec": {"f:containers": {"k:{\"name\":\"main\"}": variables.clone()}}}})
             })
             .collect();
-        let condition = |name: &str| json!({"type": name, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"});
+        let conditions = ["Initialized", "Ready", "ContainersReady", "PodScheduled"].map(
+            |name| json!({"type": name, "status": "True", "lastTransitionTime": "2026-01-01T00:00:00Z"}),
+        );
         json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
                 "name": format!("app-{service}-{index}"), "namespace": format!("team-{team}"),
                 "uid": format!("00000000-0000-0000-0000-{index:012}"),
                 "labels": {"app": format!("app-{service}"), "pod-template-hash": "abcdef",
-                           "postern.dev/mesh": if node == 1 { "disabled" } else { "enabled" }},
+                           "postern.dev/mesh": "enabled"},
                 "annotations": {"revision": revision.to_string()},
                 "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "controller": true,
                     "name": format!("app-{service}-abcdef"), "uid": format!("{service}")}],
@@ -100,11 +102,18 @@ impl Population {
             },
             "status": {
                 "phase": "Running", "podIP": ip, "podIPs": [{"ip": ip}], "hostIP": format!("192.0.2.{node}"),
-                "conditions": (["Initialized", "Ready", "ContainersReady", "PodScheduled"].map(condition)),
+                "conditions": conditions,
                 "containerStatuses": [{"name": "main", "ready": true, "restartCount": 0,
                     "imageID": format!("registry.example/team/app@sha256:{index:064x}")}],
             },
         })
+    }
+
+    /// Node and address of a pod: none is on the first node, where pods are real.
+    fn place(&self, index: usize) -> (usize, String) {
+        let others = self.nodes - 1;
+        let node = 2 + index % others;
+        (node, format!("10.0.{node}.{}", FIRST + index / others))
     }
 
     fn address(index: usize) -> String {
@@ -125,9 +134,9 @@ impl Population {
         let behind = (index..self.pods).step_by(self.services);
         let endpoints: Vec<_> = behind
             .map(|pod| {
-                let node = 1 + pod % self.nodes;
+                let (node, ip) = self.place(pod);
                 json!({
-                    "addresses": [format!("10.0.{node}.{}", FIRST + pod / self.nodes)],
+                    "addresses": [ip],
                     "conditions": {"ready": true, "serving": true}, "nodeName": format!("node{node}"),
                     "targetRef": {"kind": "Pod", "name": format!("app-{index}-{pod}")},
                 })

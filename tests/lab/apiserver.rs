@@ -1,7 +1,11 @@
 //! The API server of the lab against clients that were not written with it: `kubectl`,
 //! and `curl` for what goes over the wire.
 
-use std::{path::PathBuf, process::Command, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result};
 use postern_apiserver::{ApiServer, Claims, Options};

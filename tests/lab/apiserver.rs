@@ -1,6 +1,8 @@
 //! The API server of the lab against clients that were not written with it: `kubectl`,
 //! and `curl` for what goes over the wire.
 
+mod wire;
+
 use std::{
     path::{Path, PathBuf},
     process::Command,

@@ -98,7 +98,13 @@ fn a_service_address_reaches_all_endpoints_evenly() -> Result<()> {
 
 #[test]
 fn an_unmeshed_destination_never_enters_the_agent() -> Result<()> {
-    let mut lab = Lab::started()?;
+    let mut lab = Lab::new(2)?;
+    for node in &mut lab.nodes {
+        // On demand its first connection would: that is how it is found out
+        // (`discover`).
+        node.options.kubernetes = ", discovery: all".into();
+        node.start()?;
+    }
     let client = lab.pod(1, "client")?;
     let outside = PodOptions {
         mesh: Some(false),

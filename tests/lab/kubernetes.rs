@@ -98,6 +98,34 @@ fn a_past_that_is_forgotten_again_and_again_costs_no_connection() -> Result<()> 
 }
 
 #[test]
+fn whatever_goes_wrong_on_the_way_all_is_right_in_the_end() -> Result<()> {
+    let (mut lab, api) = started()?;
+    let (client, server, _echo) = pair(&mut lab)?;
+    api.chaos(6);
+    let names = |number: usize| format!("churn{number}");
+    for round in 0..3 {
+        let pods = (0..5)
+            .map(|number| lab.pod(1, &names(round * 5 + number)))
+            .collect::<Result<Vec<_>>>()?;
+        for pod in &pods {
+            assert!(echoes(pod, &at(&server, ECHO))?, "{}", lab.nodes[0].log());
+        }
+        for pod in pods {
+            lab.remove_manifest(&format!("pod-{}", pod.name))?;
+        }
+    }
+    eventually("all have left", Duration::from_secs(30), || {
+        let status = lab.nodes[0].status().unwrap_or_default();
+        status["workloads"]
+            .as_array()
+            .is_some_and(|all| all.len() == 1)
+    })?;
+    api.calm();
+    assert!(echoes(&client, &at(&server, ECHO))?);
+    Ok(())
+}
+
+#[test]
 fn what_is_refused_is_told_where_it_was_written() -> Result<()> {
     let (mut lab, api) = started()?;
     let (client, server, _echo) = pair(&mut lab)?;

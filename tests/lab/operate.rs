@@ -1,7 +1,7 @@
 //! What operators see: configuration, status, metrics, records, events.
 
 use anyhow::Result;
-use postern_tests::{Lab, output, text};
+use postern_tests::{Lab, Source, output, text};
 use serde_json::Value;
 
 use crate::kit::{ECHO, at, echoes, is_connection, pair};
@@ -20,6 +20,10 @@ fn a_wrong_configuration_is_refused_with_code_2() -> Result<()> {
         assert!(node.log().contains(expected), "{more}: {}", node.log());
     }
     node.options.more.clear();
+    if node.source() == Source::Kubernetes {
+        // A cluster has no such kind, and one wrong object holds up no agent (`policy`).
+        return Ok(());
+    }
     lab.policy("bad", "apiVersion: security.istio.io/v1\nkind: RequestAuthorization\nmetadata: {name: r, namespace: shop}\n")?;
     assert_eq!(lab.nodes[0].start_refused()?, Some(2));
     let log = lab.nodes[0].log();

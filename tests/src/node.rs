@@ -348,7 +348,8 @@ impl Node {
     }
 
     pub(crate) fn knows(&self, pod: &Pod) -> Result<bool> {
-        if pod.node != self.number && self.source() == Source::Kubernetes {
+        let all = self.options.kubernetes.contains("discovery: all");
+        if pod.node != self.number && self.source() == Source::Kubernetes && !all {
             // It asks when the pod is dialled.
             return Ok(true);
         }

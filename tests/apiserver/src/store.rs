@@ -259,7 +259,7 @@ pub fn later(seconds: u64) -> String {
 /// 128 bits that come once.
 pub fn random() -> u128 {
     let half = || u128::from(RandomState::new().hash_one(0));
-    half() << 64 | half()
+    (half() << 64) | half()
 }
 
 pub fn uid() -> String {

@@ -1,6 +1,7 @@
 //! The kernel side, seen from the agent: `load` brings programs, links and maps
 //! into the kernel or adopts those that are pinned, `maps` is what is read and
-//! written at run time (`ranges`: what is asked about), `observers` is what pods are seen by, `events` decodes the ring,
+//! written at run time (`ranges`: what is asked about), `observers` is what pods are seen
+//! by, `events` decodes the ring,
 //! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
 //! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
 //! by, `pids` says whose process ids are seen, `btf` finds fields in the kernel's structures.

@@ -183,7 +183,7 @@ impl Node {
     }
 
     /// Writes what the agent is configured by.
-    fn configure(&self) -> Result<()> {
+    pub fn configure(&self) -> Result<()> {
         if let Some(cluster) = &self.cluster {
             let server = cluster.server(&self.options.manifests)?;
             let path = self.dir.join("kubeconfig");
@@ -234,11 +234,6 @@ impl Node {
                 )
             },
         )
-    }
-
-    /// Writes the agent's configuration.
-    pub fn configure(&self) -> Result<()> {
-        Ok(std::fs::write(self.config_path(), self.config())?)
     }
 
     /// Starts the agent and waits until it is ready.

@@ -152,7 +152,7 @@ fn is_stranger(proxy: &Proxy, table: &Table, socket: &TcpSocket) -> bool {
         return false;
     };
     match table.target(socket.remote) {
-        Some(Target::Pod(_)) => false,
+        Some(Target::Pod(_) | Target::HostPort(..)) => false,
         Some(Target::Service(port)) => !port.known,
         None => {
             let ranges = discover.ranges();

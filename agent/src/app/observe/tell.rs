@@ -332,7 +332,8 @@ fn beside(table: &Table, host_network: bool, life: &SocketLife) -> Beside {
 }
 
 /// Whether what is dialled is to be carried, as far as is known: what only may be in the
-/// mesh, because nobody has looked behind a service yet, is none of what went around it. `any_port`: of a service, too.
+/// mesh, because nobody has looked behind a service yet, is none of what went around it.
+/// `any_port`: of a service, too.
 pub fn in_mesh(table: &Table, address: SocketAddr, any_port: bool) -> bool {
     match table.target(address) {
         Some(Target::Pod(workload) | Target::HostPort(workload, _)) => workload.in_mesh(),

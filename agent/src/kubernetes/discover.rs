@@ -5,7 +5,8 @@
 //! The API server away, or slow: not known, and whoever dialled is refused.
 
 use std::{
-    collections::BTreeSet, future::Future, net::IpAddr, pin::Pin, sync::Arc, sync::atomic::Ordering,
+    collections::BTreeSet, future::Future, net::IpAddr, pin::Pin, sync::Arc,
+    sync::atomic::Ordering, time::Duration,
 };
 
 use ipnet::IpNet;
@@ -16,6 +17,13 @@ use tokio::time::timeout;
 use super::{Cluster, Scope, explain};
 use crate::workload::{Discover, Found};
 
+/// Before it is tried again; well within what a connection waits (`workload::discover`).
+const AGAIN: [Duration; 3] = [
+    Duration::from_millis(100),
+    Duration::from_millis(200),
+    Duration::from_millis(400),
+];
+
 impl Discover for Cluster {
     fn ranges(&self) -> Arc<BTreeSet<IpNet>> {
         self.ranges.load_full()
@@ -24,7 +32,7 @@ impl Discover for Cluster {
     fn discover<'a>(&'a self, address: IpAddr) -> Pin<Box<dyn Future<Output = Found> + Send + 'a>> {
         Box::pin(async move {
             self.counts.discovered.inc();
-            match timeout(self.pace.answer, self.find(address)).await {
+            match timeout(self.pace.answer, self.find_again(address)).await {
                 Ok(Ok(true)) => Found::Known,
                 Ok(Ok(false)) => Found::Foreign,
                 Ok(Err(why)) => Found::Unknown(why),
@@ -41,6 +49,18 @@ impl Discover for Cluster {
 }
 
 impl Cluster {
+    /// As [`Self::find`], and again where it fails: one answer that is lost, or an API
+    /// server that changes its leader, is no reason to refuse a connection.
+    async fn find_again(&self, address: IpAddr) -> Result<bool, String> {
+        for pause in AGAIN {
+            match self.find(address).await {
+                Err(_passing) => tokio::time::sleep(pause).await,
+                found => return found,
+            }
+        }
+        self.find(address).await
+    }
+
     /// Whether it is in the table now.
     async fn find(&self, address: IpAddr) -> Result<bool, String> {
         let index = self.index.load_full();

@@ -83,7 +83,7 @@ impl Default for Options {
             bookmarks: Duration::from_secs(2),
             endpoints: false,
             policies: vec![kinds::ISTIO, kinds::OURS],
-            bind: Arc::new(|address| TcpListener::bind(address)),
+            bind: Arc::new(TcpListener::bind::<SocketAddr>),
         }
     }
 }

@@ -82,7 +82,7 @@ pub fn list(store: &Store, target: &Target, query: &Query) -> Answer {
         .filter(|(key, object)| wanted(key) && selector.matches(object));
     let mut items = Vec::new();
     let mut last = None;
-    while let Some((key, object)) = chosen.next() {
+    for (key, object) in chosen.by_ref() {
         let mut object = shown(&kind, &target.version, object);
         if !kind.custom {
             // Of a typed list's items, the list says what they are.

@@ -166,7 +166,7 @@ impl Watch {
 
     fn news(&mut self) -> Result<Vec<Bytes>, Cut> {
         let store = self.shared.store();
-        if !store.kinds.iter().any(|k| *k == self.kind) {
+        if !store.kinds.contains(&self.kind) {
             return Err(Cut);
         }
         let changes = match store.since(&self.resource, self.position) {

@@ -235,7 +235,8 @@ fn who_does_it_right_gets_through_chaos() -> Result<()> {
             .join()
             .map_err(|_| anyhow::anyhow!("the client panicked"))??;
         let mut there = there;
-        (seen.sort(), there.sort());
+        seen.sort();
+        there.sort();
         assert_eq!(seen, there);
         Ok(())
     })

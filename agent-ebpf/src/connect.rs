@@ -8,16 +8,15 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::bpf_sock_addr,
-    helpers::generated::{
-        bpf_get_current_cgroup_id, bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns,
-    },
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_ktime_get_ns},
     helpers::{bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid},
     programs::SockAddrContext,
 };
 use postern_ebpf::{Address, Counter, Dial, MESH_LOCAL, MeshKey, UNKNOWN_ALLOW};
 
 use crate::{
-    context::{Caller, caller, is_mapped, mapped, read_address, write_address},
+    context::{Caller, caller, is_agent, is_mapped, mapped, read_address, write_address},
+    lookup::is_loopback,
     maps::{DIALS, MESH, ORIGINS, config, count},
     observe::sockets,
     sockops::forget,
@@ -90,9 +89,7 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     if config.agent_tgid == 0 {
         return pass;
     }
-    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    // SAFETY: a helper without arguments.
-    if tgid == config.agent_tgid && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup {
+    if is_agent(config) {
         return pass;
     }
     // SAFETY: a helper of this program type; the context outlives the call.
@@ -101,6 +98,10 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     let port =
         u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
     let Some(place) = in_mesh(destination, u32::from(port)) else {
+        if u32::from(port) == config.outbound_port && is_loopback(destination) {
+            // Another agent's hook, beside this one for a moment, has steered it.
+            return pass;
+        }
         // The socket may have been steered before, by a connect that failed.
         forget(cookie);
         return pass;
@@ -133,6 +134,7 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         return refuse;
     }
     forget(cookie);
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     let dial = dial(netns, cgroup, tgid, cookie, destination, u32::from(port));
     if DIALS.insert(cookie, dial, 0).is_err() {
         count(Counter::RefusedFull);

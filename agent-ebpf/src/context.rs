@@ -1,9 +1,40 @@
-//! Who is calling: which workload the current process belongs to.
+//! Who is calling: which workload the current process belongs to, or an agent.
 
-use aya_ebpf::helpers::generated::bpf_get_current_ancestor_cgroup_id;
-use postern_ebpf::{Address, Config, MAPPED, PODS_ROOTS, Workload};
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid,
+    generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id},
+};
+use postern_ebpf::{Address, Agent, Config, MAPPED, PODS_ROOTS, Workload};
 
-use crate::maps::{CGROUPS, WORKLOADS};
+use crate::maps::{AGENTS, CGROUPS, WORKLOADS};
+
+/// Whether an agent itself is running: the one in charge, or one that drains. By process
+/// and cgroup together, for a number may be another process's by now.
+#[inline(always)]
+pub fn is_agent(config: &Config) -> bool {
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
+    // SAFETY: a helper without arguments.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    (tgid == config.agent_tgid && cgroup == config.agent_cgroup)
+        || config.more_agents == 1 && known(cgroup, tgid)
+}
+
+/// Whether it is the cgroup of an agent: the one in charge, or one before it.
+#[inline(always)]
+pub fn is_agents_cgroup(config: &Config, cgroup: u64) -> bool {
+    cgroup == config.agent_cgroup || config.more_agents == 1 && known(cgroup, 0)
+}
+
+#[inline(always)]
+fn known(cgroup: u64, tgid: u32) -> bool {
+    let agent = Agent {
+        cgroup,
+        tgid,
+        _pad: 0,
+    };
+    // SAFETY: a plain number.
+    unsafe { AGENTS.get(agent) }.is_some()
+}
 
 pub enum Caller {
     /// A pod that the agent knows, and its pod-level cgroup's id where it was

@@ -19,7 +19,7 @@ pub const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// Changes whenever a type, a map or a meaning in this file changes. It is part
 /// of the pin path, so that agents of different ABIs never share a map.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Directories that may hold pods: two kubelets, or two layouts, on one host.
 pub const PODS_ROOTS: usize = 4;
@@ -48,11 +48,24 @@ pub struct Config {
     pub outbound_port: u32,
     /// Port that HBONE comes in on.
     pub hbone_port: u32,
-    pub _pad: u32,
+    /// 1 when `AGENTS` names more than the agent above.
+    pub more_agents: u32,
 }
 
 pub const UNKNOWN_REFUSE: u32 = 0;
 pub const UNKNOWN_ALLOW: u32 = 1;
+
+/// An agent beside the one that `CONFIG` names; key of `AGENTS`. One that has handed over
+/// still dials for the connections that it has, and the sockets that were made by its
+/// listeners stay in its cgroup for as long as those listeners are handed on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Agent {
+    pub cgroup: u64,
+    /// 0: whoever was in this cgroup, of sockets that it made.
+    pub tgid: u32,
+    pub _pad: u32,
+}
 
 /// What the agent decided about a workload; value of `WORKLOADS` (by network
 /// namespace cookie) and `CGROUPS` (by pod-level cgroup id).
@@ -193,6 +206,7 @@ macro_rules! sizes {
 
 sizes! {
     Config = 88,
+    Agent = 16,
     Workload = 8,
     MeshKey = 20,
     Dial = 96,

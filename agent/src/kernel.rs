@@ -3,26 +3,30 @@
 //! written at run time, `observers` is what pods are seen by, `events` decodes the ring,
 //! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
 //! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
-//! by, `btf` finds fields in its structures.
+//! by, `btf` finds fields in its structures. `link` replaces hooks in place, `agents` are those
+//! that have handed over.
 
+mod agents;
 mod btf;
 mod cgroup;
 mod container;
 pub mod diag;
 mod events;
 mod inherit;
+mod link;
 mod load;
 mod maps;
 mod netns;
 mod observers;
 
+pub use agents::AgentProcess;
 pub use cgroup::{
     CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
     processes,
 };
 pub use container::read_in_pod;
 pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};
-pub use load::{Kernel, KernelError, cleanup, own_cgroup};
+pub use load::{Kernel, KernelError, Start, cleanup, own_cgroup, shape};
 pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
 pub use observers::{Attached, Blind};

@@ -10,6 +10,7 @@ pub mod authorizer;
 pub mod config;
 pub mod doctor;
 pub mod fetch;
+pub mod handover;
 pub mod identity;
 pub mod inspect;
 pub mod introspect;

@@ -18,7 +18,7 @@ use postern::{
     config::{Config, Normalization},
     doctor,
     identity::TrustDomain,
-    inspect, kernel, telemetry,
+    inspect, telemetry,
 };
 
 /// Node agent: mutual TLS, identity, policy and audit for every pod of a node.
@@ -241,7 +241,7 @@ fn run(command: Command) -> Result<ExitCode> {
         Command::Doctor(file) => return Ok(examine(&load_or_default(&file)?)),
         Command::Cleanup(file) => {
             let config = load_or_default(&file)?;
-            for path in kernel::cleanup(&config.kernel.pin, &config.state)? {
+            for path in app::cleanup(&config)? {
                 println!("removed {}", path.display());
             }
         }

@@ -27,7 +27,7 @@ const INTERVAL: Duration = Duration::from_secs(2);
 /// `include/net/tcp_states.h`.
 const ESTABLISHED: u8 = 1;
 
-pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut stop: Watcher) {
+pub async fn watch(proxy: Arc<Proxy>, enforce: Bypass, mut stop: Watcher) {
     let mut known: HashMap<u64, Known> = HashMap::new();
     let mut tick = tokio::time::interval(INTERVAL);
     loop {
@@ -40,6 +40,8 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
         if configured.agent_tgid == 0 || configured.pods_by_netns_only == 1 {
             continue;
         }
+        // One that hands over has its sockets in a cgroup of its own.
+        let agents = proxy.kernel.agent_cgroups();
         let pods = proxy.pods.load_full();
         known.retain(|serial, _| pods.all.iter().any(|pod| pod.serial == *serial));
         // It enters namespaces: not a thing for the runtime to wait on.
@@ -47,14 +49,14 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
             for pod in &pods.all {
                 if !pod.workload.load().host_network {
                     let seen = known.entry(pod.serial).or_default();
-                    look(&proxy, pod, agent_cgroup, enforce, seen);
+                    look(&proxy, pod, &agents, enforce, seen);
                 }
             }
         });
     }
 }
 
-fn look(proxy: &Proxy, pod: &LocalPod, agent_cgroup: u64, enforce: Bypass, seen: &mut Known) {
+fn look(proxy: &Proxy, pod: &LocalPod, agents: &HashSet<u64>, enforce: Bypass, seen: &mut Known) {
     let listed = tcp_sockets(&pod.netns).and_then(|s| Ok((s, tcp_listeners(&pod.netns)?)));
     let (sockets, listeners) = match listed {
         Ok(listed) => listed,
@@ -65,7 +67,7 @@ fn look(proxy: &Proxy, pod: &LocalPod, agent_cgroup: u64, enforce: Bypass, seen:
     };
     let table = proxy.table.load();
     let mut open = Known::new();
-    for socket in sockets.iter().filter(|s| s.cgroup != agent_cgroup) {
+    for socket in sockets.iter().filter(|s| !agents.contains(&s.cgroup)) {
         let Some((direction, why)) = uncarried(&table, &listeners, socket) else {
             continue;
         };

@@ -25,3 +25,4 @@ mod send;
 mod smoke;
 mod storm;
 mod streams;
+mod upgrade;

@@ -5,8 +5,7 @@ use std::{collections::HashMap, fs::File, io, os::fd::BorrowedFd, path::Path};
 use postern_ebpf::{Dial, Endpoint};
 
 use super::{
-    FINISH, HandoverError, Own, PATIENCE, Purpose, Sockets, ToNew, ToOld, file,
-    wire::Channel,
+    FINISH, HandoverError, Own, PATIENCE, Purpose, Sockets, ToNew, ToOld, file, wire::Channel,
 };
 use crate::{audit::Key, kernel::AgentProcess};
 

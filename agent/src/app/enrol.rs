@@ -90,8 +90,8 @@ impl Work {
                 Some(Command::Pause(reply)) = self.orders.recv() => {
                     let _it_is_gone = reply.send(rounds.enroller.sockets());
                     tokio::select! {
-                        // Also without anybody to say so.
-                        _resumed = self.orders.recv() => {}
+                        // Nobody left to say so: the other one is in charge.
+                        resumed = self.orders.recv() => if resumed.is_none() { return },
                         () = stop.triggered() => return,
                     }
                     tokio::task::block_in_place(|| rounds.again(&state));

@@ -1,13 +1,14 @@
 //! The side of the agent that comes.
 
-use std::{collections::HashMap, fs::File, io, os::fd::BorrowedFd, path::Path};
-
-use postern_ebpf::{Dial, Endpoint};
-
-use super::{
-    FINISH, HandoverError, Own, PATIENCE, Purpose, Sockets, ToNew, ToOld, file, wire::Channel,
-};
 use crate::{audit::Key, kernel::AgentProcess};
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::fd::BorrowedFd,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 const NO_FDS: [BorrowedFd<'static>; 0] = [];
 
@@ -53,9 +54,10 @@ fn talk(door: &Path, own: &Own, purpose: Purpose) -> Result<Option<Taking>, Hand
     let Some(channel) = Channel::connect(door, PATIENCE).map_err(fail)? else {
         return Ok(None);
     };
-    channel.peer()?;
-    channel.send(&own.hello(purpose), &NO_FDS)?;
-    match channel.receive::<ToNew>()?.0 {
+    let pid = channel.peer()?;
+    let answer =
+        (channel.send(&own.hello(purpose), &NO_FDS)).and_then(|()| channel.receive::<ToNew>());
+    match answer.inspect_err(|_| wait_for_end(pid))?.0 {
         ToNew::Welcome {
             program,
             shape,
@@ -78,6 +80,15 @@ fn talk(door: &Path, own: &Own, purpose: Purpose) -> Result<Option<Taking>, Hand
 impl Taking {
     /// All is prepared: the agent in charge is to step back.
     pub fn commit(self) -> Result<Taken, HandoverError> {
+        let pid = self.channel.peer()?;
+        self.step_back().inspect_err(|error| {
+            if let HandoverError::Io(_) = error {
+                wait_for_end(pid);
+            }
+        })
+    }
+
+    fn step_back(self) -> Result<Taken, HandoverError> {
         let Self {
             channel,
             shape,
@@ -146,6 +157,23 @@ impl Taken {
             Err(error) if gone(&error) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// One that is being killed has its ports and locks for a moment still.
+fn wait_for_end(pid: i32) {
+    let until = Instant::now() + Duration::from_secs(3);
+    while Instant::now() < until {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // Behind the name, which may have any character: Z is dead, and has no file.
+        let state = stat
+            .rsplit(") ")
+            .next()
+            .and_then(|rest| rest.chars().next());
+        if matches!(state, None | Some('Z' | 'X')) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 

@@ -15,6 +15,7 @@ mod cmd {
     pub const OBJ_GET: libc::c_long = 7;
     pub const OBJ_GET_INFO_BY_FD: libc::c_long = 15;
     pub const LINK_UPDATE: libc::c_long = 29;
+    pub const LINK_DETACH: libc::c_long = 34;
 }
 /// `BPF_LINK_TYPE_CGROUP`.
 const TYPE_CGROUP: u32 = 3;
@@ -84,6 +85,23 @@ pub fn update(path: &Path, place: Place, program: BorrowedFd<'_>) -> io::Result<
     };
     bpf(cmd::LINK_UPDATE, &mut update)?;
     Ok(true)
+}
+
+/// A link, taken off its place at once by [`Link::detach`]: a hook whose last descriptor is
+/// closed is called for some time still.
+pub struct Link(OwnedFd);
+
+impl Link {
+    /// `None`: there is none at this path.
+    pub fn at(path: &Path) -> Option<Self> {
+        get(path).ok().flatten().map(Self)
+    }
+
+    pub fn detach(self) {
+        let mut detach = self.0.as_raw_fd() as u32;
+        // One of a namespace that has ended hangs on nothing.
+        let _gone_already = bpf(cmd::LINK_DETACH, &mut detach);
+    }
 }
 
 /// Whether a link at this path hangs on that place.

@@ -466,8 +466,13 @@ fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelError> {
 /// Puts the new link in the old one's place: whoever dies in between, one remains.
 fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
     let path = dir.join(name);
+    let old = link::Link::at(&path);
     let _absent = fs::remove_file(&path);
-    fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })
+    fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })?;
+    if let Some(old) = old {
+        old.detach();
+    }
+    Ok(())
 }
 
 /// The agent's cgroup as the hooks see it: `bpf_get_current_cgroup_id`.
@@ -568,6 +573,11 @@ pub fn cleanup(pin: &Path, state: &Path, lent: Option<File>) -> Result<Vec<PathB
     dirs.sort();
     for dir in dirs {
         for entry in fs::read_dir(&dir).map_err(fail(&dir))?.flatten() {
+            if dir.file_name().is_some_and(|name| name == "links")
+                && let Some(link) = link::Link::at(&entry.path())
+            {
+                link.detach();
+            }
             fs::remove_file(entry.path()).map_err(fail(&entry.path()))?;
             removed.push(entry.path());
         }

@@ -1,5 +1,10 @@
 //! The side of the agent that comes.
 
+use postern_ebpf::{Dial, Endpoint};
+
+use super::{
+    FINISH, HandoverError, Own, PATIENCE, Purpose, Sockets, ToNew, ToOld, file, wire::Channel,
+};
 use crate::{audit::Key, kernel::AgentProcess};
 use std::{
     collections::HashMap,

@@ -20,6 +20,7 @@ use postern_ebpf::{
 
 use crate::{
     context::{Caller, caller, is_agent, is_mapped, mapped, read_address, write_address},
+    lookup::is_loopback,
     maps::{DIALS, FOREIGN, MESH, ORIGINS, RANGES, config, count},
     observe::sockets,
     sockops::forget,
@@ -92,8 +93,7 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     if config.agent_tgid == 0 {
         return pass;
     }
-    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    if is_agent(config, tgid) {
+    if is_agent(config) {
         return pass;
     }
     // SAFETY: a helper of this program type; the context outlives the call.
@@ -102,6 +102,10 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
     let port =
         u16::from_be(unsafe { (&raw const (*ctx.sock_addr).user_port).read_volatile() } as u16);
     let Some(place) = in_mesh(destination, u32::from(port)) else {
+        if u32::from(port) == config.outbound_port && is_loopback(destination) {
+            // Another agent's hook, beside this one for a moment, has steered it.
+            return pass;
+        }
         // The socket may have been steered before, by a connect that failed.
         forget(cookie);
         return pass;
@@ -134,6 +138,7 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         return refuse;
     }
     forget(cookie);
+    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     let dial = dial(netns, cgroup, tgid, cookie, destination, u32::from(port));
     if DIALS.insert(cookie, dial, 0).is_err() {
         count(Counter::RefusedFull);

@@ -1,9 +1,46 @@
-//! Who is calling: which workload the current process belongs to.
+//! Who is calling: which workload the current process belongs to, or an agent.
 
-use aya_ebpf::helpers::generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id};
-use postern_ebpf::{ANY_TGID, Address, Config, DEEPEST, MAPPED, PODS_ROOTS, SOME_LEVEL, Workload};
+use aya_ebpf::helpers::{
+    bpf_get_current_pid_tgid,
+    generated::{bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id},
+};
+use postern_ebpf::{
+    ANY_TGID, Address, Agent, Config, DEEPEST, MAPPED, PODS_ROOTS, SOME_LEVEL, Workload,
+};
 
-use crate::maps::{CGROUPS, WORKLOADS};
+use crate::maps::{AGENTS, CGROUPS, WORKLOADS};
+
+/// Whether an agent itself is running: the one in charge, or one that drains. By process
+/// and cgroup together, for a number may be another process's by now. (Where its number is
+/// not to be had, it has its cgroup for itself: kernel/pids.rs of the agent.)
+#[inline(always)]
+pub fn is_agent(config: &Config) -> bool {
+    let tgid = match config.agent_tgid {
+        ANY_TGID => ANY_TGID,
+        _ => (bpf_get_current_pid_tgid() >> 32) as u32,
+    };
+    // SAFETY: a helper without arguments.
+    let cgroup = unsafe { bpf_get_current_cgroup_id() };
+    (tgid == config.agent_tgid && cgroup == config.agent_cgroup)
+        || config.more_agents == 1 && known(cgroup, tgid)
+}
+
+/// Whether it is the cgroup of an agent: the one in charge, or one before it.
+#[inline(always)]
+pub fn is_agents_cgroup(config: &Config, cgroup: u64) -> bool {
+    cgroup == config.agent_cgroup || config.more_agents == 1 && known(cgroup, 0)
+}
+
+#[inline(always)]
+fn known(cgroup: u64, tgid: u32) -> bool {
+    let agent = Agent {
+        cgroup,
+        tgid,
+        _pad: 0,
+    };
+    // SAFETY: a plain number.
+    unsafe { AGENTS.get(agent) }.is_some()
+}
 
 pub enum Caller {
     /// A pod that the agent knows, and its pod-level cgroup's id where it was
@@ -42,14 +79,6 @@ pub fn caller(config: &Config, netns: u64) -> Caller {
     } else {
         Caller::Foreign
     }
-}
-
-/// Whether the current process, of this thread group, is the agent.
-#[inline(always)]
-pub fn is_agent(config: &Config, tgid: u32) -> bool {
-    let may_be = tgid == config.agent_tgid || config.agent_tgid == ANY_TGID;
-    // SAFETY: a helper without arguments.
-    may_be && unsafe { bpf_get_current_cgroup_id() } == config.agent_cgroup
 }
 
 /// The depth of the pods' directory that the current process is below, if it is.

@@ -49,7 +49,8 @@ pub struct Config {
     pub outbound_port: u32,
     /// Port that HBONE comes in on.
     pub hbone_port: u32,
-    pub _pad: u32,
+    /// 1 when `AGENTS` names more than the agent above.
+    pub more_agents: u32,
 }
 
 /// The agent sees process ids of a namespace only (a node that is a container itself), and
@@ -64,6 +65,18 @@ pub const DEEPEST: u32 = 12;
 
 pub const UNKNOWN_REFUSE: u32 = 0;
 pub const UNKNOWN_ALLOW: u32 = 1;
+
+/// An agent beside the one that `CONFIG` names; key of `AGENTS`. One that has handed over
+/// still dials for the connections that it has, and the sockets that were made by its
+/// listeners stay in its cgroup for as long as those listeners are handed on.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Agent {
+    pub cgroup: u64,
+    /// 0: whoever was in this cgroup, of sockets that it made.
+    pub tgid: u32,
+    pub _pad: u32,
+}
 
 /// What the agent decided about a workload; value of `WORKLOADS` (by network
 /// namespace cookie) and `CGROUPS` (by pod-level cgroup id).
@@ -219,6 +232,7 @@ macro_rules! sizes {
 
 sizes! {
     Config = 88,
+    Agent = 16,
     Workload = 8,
     MeshKey = 20,
     Dial = 96,

@@ -1,15 +1,16 @@
 //! All maps. Sizes here are the defaults; the agent sets those of its
 //! configuration before it loads. A map is LRU only where losing an entry is
 //! safe: `ORIGINS` and `PROBES`, where it turns a probe away under STRICT, `FOREIGN`, where
-//! it costs a question, and those of observers, where something is told once more.
+//! it costs a question, `AGENTS`, which is larger than the number of agents that live at
+//! once, and those of observers, where something is told once more.
 
 use aya_ebpf::{
     macros::map,
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash},
 };
 use postern_ebpf::{
-    Address, Bucket, COUNTERS as COUNTER_COUNT, Call, Client, Config, Counter, Dial, Endpoint,
-    Flow, Listener, MeshKey, Probe, RANGES as RANGE_COUNT, Tracked, Workload,
+    Address, Agent, Bucket, COUNTERS as COUNTER_COUNT, Call, Client, Config, Counter, Dial,
+    Endpoint, Flow, Listener, MeshKey, Probe, RANGES as RANGE_COUNT, Tracked, Workload,
 };
 
 use crate::observe::processes::ExecScratch;
@@ -19,6 +20,11 @@ const NO_PREALLOC: u32 = aya_ebpf::bindings::BPF_F_NO_PREALLOC;
 
 #[map]
 pub static CONFIG: Array<Config> = Array::with_max_entries(1, 0);
+
+/// Agents that have handed over. LRU: there is one for each upgrade, and the oldest have
+/// long ended.
+#[map]
+pub static AGENTS: LruHashMap<Agent, u32> = LruHashMap::with_max_entries(1_024, 0);
 
 /// Known workloads by the cookie of their network namespace.
 #[map]

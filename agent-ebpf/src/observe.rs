@@ -22,7 +22,7 @@ use postern_ebpf::{
 };
 
 use crate::{
-    context::{self, Caller, caller, mapped},
+    context::{Caller, caller, is_agent, is_agents_cgroup, mapped},
     maps::{BUCKETS, CGROUPS, EVENTS, WORKLOADS, count},
 };
 
@@ -72,6 +72,10 @@ pub static OFFSETS: Offsets = Offsets {
     mm_arg_end: 0,
     binprm_filename: 0,
 };
+
+/// Set by the agent before load: the process whose observers these are.
+#[unsafe(no_mangle)]
+static OBSERVER: u32 = 0;
 
 /// Set by the agent before load, from its configuration.
 #[unsafe(no_mangle)]
@@ -202,25 +206,22 @@ enum Agents {
 impl Agents {
     #[inline(always)]
     fn tell(config: &Config, cgroup: u64) -> Self {
+        let agents = is_agents_cgroup(config, cgroup);
         if config.pods_by_netns_only == 1 || config.agent_cgroup == 0 {
-            if cgroup == config.agent_cgroup || config.agent_cgroup == 0 {
+            if agents || config.agent_cgroup == 0 {
                 return Self::Unsure;
             }
             return Self::No;
         }
-        if cgroup == config.agent_cgroup {
-            Self::Yes
-        } else {
-            Self::No
-        }
+        if agents { Self::Yes } else { Self::No }
     }
 }
 
-/// Whether the agent itself is running.
+/// The configuration, for the observers of the agent in charge: while one takes over from
+/// another, both have theirs attached, and everything is to be told once.
 #[inline(always)]
-fn is_agent(config: &Config) -> bool {
-    let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
-    context::is_agent(config, tgid)
+fn config() -> Option<&'static Config> {
+    crate::maps::config().filter(|config| config.agent_tgid == set(&OBSERVER))
 }
 
 /// The enrolled pod that the current process belongs to, given a namespace: its own or

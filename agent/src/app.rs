@@ -2,14 +2,14 @@
 
 mod bypass;
 mod cluster;
+mod enrol;
+mod handover;
 mod observe;
 mod reload;
 mod tokens;
 
 use std::{
-    collections::{BTreeSet, HashSet},
     fs::Permissions,
-    net::IpAddr,
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -18,12 +18,10 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
-use ipnet::IpNet;
-use notify::{RecursiveMode, Watcher as _};
-use postern_ebpf::{Counter, PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
+use postern_ebpf::Counter;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc, oneshot, watch},
+    sync::{Semaphore, mpsc, watch},
 };
 
 use crate::{
@@ -32,16 +30,19 @@ use crate::{
         chain::OpenError,
         send::{self, Senders, Standings},
     },
-    config::{Config, Source, Unknown},
+    config::{Config, Source},
     fetch::Trust,
+    handover::{Bound, Elders, Own},
     judge::Judge,
-    kernel::{CgroupMount, Kernel, PodsRoot, cgroup_id, cgroup_mounts, own_cgroup, pids},
+    kernel::{
+        self, AgentProcess, CgroupMount, Kernel, Netns, Start, cgroup_mounts, own_cgroup, pids,
+    },
     kubernetes::Cluster,
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
-        Choices, Connections, Enroller, HBONE_PORT, Identities, LocalPods, MAX_HANDSHAKES,
-        OUTBOUND_PORT, Proxy, Tunnels,
+        Choices, Connections, Enroller, Identities, Inherited, LocalPods, MAX_HANDSHAKES, Proxy,
+        Tunnels,
     },
     telemetry::{
         Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
@@ -72,7 +73,8 @@ pub fn hook_cgroup(config: &Config) -> Result<(PathBuf, Vec<CgroupMount>)> {
     Ok((cgroup, mounts))
 }
 
-/// Runs the agent until SIGTERM or SIGINT, then drains.
+/// Runs the agent until SIGTERM or SIGINT, or until another one has taken over; then
+/// drains.
 pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     let misconfigured = |e: &dyn std::fmt::Display| Misconfigured(e.to_string());
     let node = config.node_name();
@@ -103,11 +105,65 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .keys
         .want(policies.remote_keys().iter().cloned().collect());
     let identities = Identities::open(&config, &node).map_err(|e| misconfigured(&e))?;
-    let endpoints = Endpoints::bind(&config.listen)
-        .await
-        .map_err(|e| misconfigured(&e))?;
     let trust = Trust::new(config.jwt.roots.as_deref())
         .map_err(|e| Misconfigured(format!("jwt.roots: {e}")))?;
+    let (cgroup, mounts) = hook_cgroup(&config)?;
+    let own_cgroup = own_cgroup(&cgroup);
+    if own_cgroup == 0 {
+        // Its own connections would be taken for a pod's, again and again.
+        bail!(
+            "the agent's own cgroup is not found in the tree of {}: it needs the node's \
+             process ids (hostPID) and its cgroups",
+            cgroup.display()
+        );
+    }
+    let observed = config.audit.enabled && config.audit.events;
+    let own = Own {
+        node: node.clone(),
+        pin: config.kernel.pin.clone(),
+        shape: kernel::shape(&config.kernel),
+        process: AgentProcess {
+            tgid: pids::own(),
+            cgroup: own_cgroup,
+        },
+    };
+
+    // Beside an agent that runs, all is prepared before that one steps back.
+    let load = |start| {
+        let events = config.audit.events;
+        Kernel::load(&config.kernel, &cgroup, &config.state, events, start)
+    };
+    let (mut beside, mut taken) = (None, None);
+    if let Some(taking) = handover::begin(&config, &own).await {
+        beside = Some(load(Start::Beside)?);
+        let known = match &cluster {
+            Some(cluster) if cluster.has_workloads() => cluster::ahead(cluster, &config).await,
+            _ => None,
+        };
+        let table = known.as_ref().unwrap_or(&table);
+        handover::prepare(&config, table, &node, &identities).await;
+        taken = handover::commit(taking).await;
+    }
+    let mut taken = match taken {
+        Some(taken) => Some(taken),
+        // It died, or ends: this one starts alone.
+        None => {
+            beside = None;
+            None
+        }
+    };
+    let own_netns = Netns::own().context("the agent's own network namespace")?;
+    let inherited = Inherited::default();
+    if let Some(taken) = &mut taken {
+        inherited.fill(std::mem::take(&mut taken.sockets));
+    }
+    let bound = |address| Bound {
+        netns: own_netns.cookie,
+        address,
+    };
+    let endpoints = Endpoints::bind(&config.listen, |address| inherited.take(&bound(address)))
+        .await
+        .map_err(|e| misconfigured(&e))?;
     let (audit, writer) = if config.audit.enabled {
         let log = config.audit.settings(&config.state);
         let opened = Audit::open(&node, log, config.audit.queue.0);
@@ -124,7 +180,6 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     } else {
         (Audit::off(&node), None)
     };
-    let observed = config.audit.enabled && config.audit.events;
 
     let senders = if config.audit.enabled {
         let log = config.audit.directory(&config.state);
@@ -133,17 +188,18 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         None
     };
 
-    let (cgroup, mounts) = hook_cgroup(&config)?;
-    if own_cgroup(&cgroup) == 0 {
-        // Its own connections would be taken for a pod's, again and again.
-        bail!(
-            "the agent's own cgroup is not found in the tree of {}: it needs the node's \
-             process ids (hostPID) and its cgroups",
-            cgroup.display()
-        );
+    let kernel = match beside {
+        Some(kernel) => kernel,
+        None => load(Start::Alone)?,
+    };
+    let elders = Arc::new(Elders::default());
+    if let Some(taken) = &mut taken {
+        for agent in &taken.agents {
+            kernel.add_agent(*agent)?;
+        }
+        kernel.set_lock(Some(taken.lock.try_clone()?));
+        elders.expect(taken.pid, std::mem::take(&mut taken.keys));
     }
-    let (kernel, events) =
-        Kernel::load(&config.kernel, &cgroup, &config.state, config.audit.events)?;
     let sees = observed && kernel.sees_sockets();
     let identities = Arc::new(identities);
     let metrics = Metrics::default();
@@ -165,13 +221,19 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         connections: Connections::default(),
         tunnels: Tunnels::default(),
         tokens,
+        accepting: watch::Sender::new(false),
+        inherited,
+        elders,
         handshakes: Semaphore::new(MAX_HANDSHAKES),
         audit: audit.clone(),
-        join: Join::new(audit.clone(), sees),
+        join: Arc::new(Join::new(audit.clone(), sees)),
         processes: Processes::default(),
         metrics,
     });
+    // What carries connections drains; what keeps decisions true goes on as long as any is
+    // carried.
     let (trigger, watcher) = drain();
+    let (_until_the_end, following) = drain();
     let below = config.kernel.cgroup.as_deref();
     let enroller = Enroller::new(
         proxy.clone(),
@@ -187,48 +249,89 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         identities: identities.clone(),
         cluster: cluster.clone(),
         sinks: senders.as_ref().map(Senders::standings),
-        agent_cgroup: own_cgroup(&cgroup),
+        agent_cgroup: own.process.cgroup,
         workloads: Mutex::default(),
         problems: Mutex::new(vec!["starting".into()]),
     });
+    let sockets = endpoints.sockets()?.into_iter();
+    let sockets = sockets.map(|(address, fd)| (bound(address), fd)).collect();
     serve(endpoints, state.clone(), log, &watcher);
     for blind in &kernel.blind {
         tracing::warn!(blind.part, blind.why, "{}", blind.without);
     }
-    let (seen_enough, enough) = oneshot::channel();
+    let (observer, commands) = mpsc::channel(1);
     let observer = observed.then(|| {
-        let events = observe::kernel_events(proxy.clone(), events, enough);
-        tokio::spawn(events)
+        let events = observe::kernel_events(proxy.clone(), commands);
+        (observer, tokio::spawn(events))
     });
     tokio::spawn(bypass::watch(
         proxy.clone(),
-        state.agent_cgroup,
         config.enforce.bypass,
         watcher.clone(),
     ));
     let (wake, woken) = mpsc::channel(1);
     let (feeding, fed) = watch::channel(cluster.is_none());
     if let Some(cluster) = &cluster {
-        cluster::start(&state, cluster, wake.clone(), feeding, &watcher);
+        cluster::start(&state, cluster, wake.clone(), feeding, &following, &watcher);
     }
-    tokio::spawn(reload::watch(state.clone(), wake.clone(), watcher.clone()));
-    tokio::spawn(renew(state.clone(), wake.clone(), watcher.clone()));
-    tokio::spawn(enrol(
+    tokio::spawn(reload::watch(
         state.clone(),
+        wake.clone(),
+        following.clone(),
+    ));
+    tokio::spawn(renew(state.clone(), wake.clone(), following.clone()));
+    tokio::spawn(keys_changed(proxy.clone(), following.clone()));
+    tokio::spawn(tokens::sweep(proxy.clone(), following));
+    let (requests, mut asked) = mpsc::channel(1);
+    let (failed, mut failures) = mpsc::channel(1);
+    let doorkeeper = Arc::new(Mutex::new(None));
+    let last = handover::Last {
+        taken,
+        own: own.clone(),
+        requests,
+        doorkeeper: doorkeeper.clone(),
+        failed,
+    };
+    let (enrol, orders) = mpsc::channel(1);
+    let work = enrol::Work {
         enroller,
         fed,
-        (wake, woken),
-        watcher.clone(),
-    ));
-    tokio::spawn(keys_changed(proxy.clone(), watcher.clone()));
-    tokio::spawn(tokens::sweep(proxy.clone(), watcher.clone()));
-    drop((watcher, state, identities));
+        wake,
+        woken,
+        orders,
+        last: Some(last),
+    };
+    tokio::spawn(work.run(state.clone(), watcher.clone()));
+    let mut stage = handover::Stage {
+        state,
+        senders,
+        enrol,
+        observer: observer.as_ref().map(|(commands, _)| commands.clone()),
+        sockets,
+        over: None,
+    };
+    drop((watcher, identities));
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    let mut stop = async || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let served = tokio::select! {
+        served = stage.serve(&mut asked, stop()) => served,
+        Some(error) = failures.recv() => return Err(error),
+    };
+    // Whoever comes from now on comes to another agent, or to none.
+    let door = doorkeeper.lock().expect("no panic while it is held").take();
+    drop((door, asked));
+    let (senders, over) = (stage.senders.take(), stage.over.take());
+    drop(stage);
+    let mut farewell = None;
+    if served == handover::Served::HandedOver {
+        farewell = Some(handover::Farewell::begin(&proxy, own, &config, over)?);
     }
     tracing::info!(connections = proxy.connections.len(), "draining");
     let limit = config.drain.timeout.0;
@@ -236,23 +339,56 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         tracing::warn!(left = proxy.connections.len(), "time to drain is up");
     }
     // The sockets of the last connections are still to be told of.
-    let _no_observer = seen_enough.send(());
-    if let Some(observer) = observer {
+    if let Some(farewell) = &farewell {
+        farewell.stories().await;
+    }
+    if let Some((commands, observer)) = observer {
+        let _ended = commands.send(observe::Command::Enough).await;
         let _late = tokio::time::timeout(AUDIT_END, observer).await;
     }
     audit.record(Record::Agent {
         event: "stopped",
-        detail: String::new(),
+        detail: farewell
+            .as_ref()
+            .map_or("", |_| "after handing over")
+            .into(),
     });
     // Connections that were cut hold the log, too: it ends all the same.
     if let Some(writer) = writer {
         let _ = tokio::task::spawn_blocking(move || audit.close(&writer, AUDIT_END)).await;
+    }
+    if let Some(mut farewell) = farewell {
+        farewell.told().await;
+        tracing::info!("all is handed over; waiting to be stopped");
+        farewell.linger(stop()).await;
     }
     // Last, so that receivers get the log's last record, too.
     if let Some(senders) = senders {
         senders.finish(SEND_AT_END).await;
     }
     Ok(())
+}
+
+/// Removes all that is pinned, so that traffic is direct. An agent that runs steps back for
+/// good, and drains.
+pub fn cleanup(config: &Config) -> Result<Vec<PathBuf>> {
+    let own = Own {
+        node: config.node_name(),
+        pin: config.kernel.pin.clone(),
+        shape: String::new(),
+        process: AgentProcess {
+            tgid: std::process::id(),
+            cgroup: 0,
+        },
+    };
+    let taking = crate::handover::remove(&crate::handover::door(&config.state), &own)?;
+    let taken = taking.map(crate::handover::Taking::commit).transpose()?;
+    let lock = taken.as_ref().map(|taken| taken.lock.try_clone());
+    let removed = kernel::cleanup(&config.kernel.pin, &config.state, lock.transpose()?)?;
+    if let Some(taken) = taken {
+        taken.finish()?;
+    }
+    Ok(removed)
 }
 
 /// What the servers show of the agent.
@@ -422,177 +558,4 @@ async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
             () = stop.triggered() => return,
         }
     }
-}
-
-/// Keeps enrolment true: after every change of the table or the cgroup tree, and
-/// often while a pod is expected.
-async fn enrol(
-    state: Arc<State>,
-    enroller: Enroller,
-    mut fed: watch::Receiver<bool>,
-    (wake, mut woken): (mpsc::Sender<()>, mpsc::Receiver<()>),
-    mut stop: Watcher,
-) {
-    const SOON: Duration = Duration::from_millis(20);
-    const SOMETIME: Duration = Duration::from_secs(2);
-    // Until table and policies are there, an earlier agent's hooks stay, and refuse.
-    tokio::select! {
-        _there = fed.wait_for(|there| *there) => {}
-        () = stop.triggered() => return,
-    }
-    let mut watching: Vec<PodsRoot> = Vec::new();
-    let mut _watcher = None;
-    let mut rounds = Rounds {
-        enroller,
-        ranges: None,
-        table: None,
-        local: HashSet::new(),
-    };
-    let mut first = true;
-    let mut pause = SOON;
-    loop {
-        let pods = rounds.enroller.find_pods().roots.clone();
-        if pods != watching {
-            match watch_cgroups(&pods, wake.clone()) {
-                Ok(watcher) => _watcher = Some(watcher),
-                Err(error) => tracing::warn!(%error, "cannot watch cgroups; looking every 2 s"),
-            }
-            watching = pods;
-        }
-        // It enters namespaces and reads files: not a thing for the runtime to wait on.
-        let result = tokio::task::block_in_place(|| rounds.round(&state, &watching));
-        let waiting = match result {
-            Ok(waiting) => {
-                state.problem("kernel", None);
-                if first {
-                    first = false;
-                    started(&state, &rounds.enroller);
-                }
-                waiting
-            }
-            Err(error) => {
-                tracing::error!(%error, "cannot tell the kernel about workloads");
-                state.problem("kernel", Some(error.to_string()));
-                false
-            }
-        };
-        let wait = if waiting { pause } else { SOMETIME };
-        tokio::select! {
-            _ = woken.recv() => pause = SOON,
-            () = tokio::time::sleep(wait) => pause = (pause * 2).min(SOMETIME),
-            () = stop.triggered() => return,
-        }
-    }
-}
-
-/// The kernel knows all that it should: this agent's hooks take over.
-fn started(state: &State, enroller: &Enroller) {
-    enroller.forget_strangers();
-    if let Err(error) = state.proxy.kernel.commit() {
-        tracing::error!(%error, "an earlier agent's hooks stay beside this one's");
-    }
-    state.problem("starting", None);
-    let detail = format!("version {}", env!("CARGO_PKG_VERSION"));
-    state.proxy.audit.record(Record::Agent {
-        event: "started",
-        detail,
-    });
-    tracing::info!(node = state.proxy.audit.node(), "ready");
-}
-
-/// What enrolment remembers from one round to the next.
-struct Rounds {
-    enroller: Enroller,
-    /// The ranges that the kernel asks about.
-    ranges: Option<Arc<BTreeSet<IpNet>>>,
-    /// What the kernel's table of destinations was last made from.
-    table: Option<Arc<Table>>,
-    local: HashSet<IpAddr>,
-}
-
-impl Rounds {
-    /// One round. The kernel learns of pods before it learns that they are in the
-    /// mesh, and of both before it is put in charge. Says whether a pod is expected.
-    fn round(&mut self, state: &State, roots: &[PodsRoot]) -> Result<bool> {
-        let proxy = &state.proxy;
-        let table = proxy.table.load_full();
-        let outcome = self.enroller.reconcile(&table)?;
-        let local: HashSet<IpAddr> = proxy.pods.load().addresses().copied().collect();
-        let same = self
-            .table
-            .as_ref()
-            .is_some_and(|before| Arc::ptr_eq(before, &table));
-        let ranges = proxy.discover.as_ref().map(Discovery::ranges);
-        let ranges = ranges.unwrap_or_default();
-        if self.ranges.as_ref() != Some(&ranges) {
-            proxy.kernel.set_ranges(&ranges)?;
-            self.ranges = Some(ranges);
-        }
-        if !same || local != self.local {
-            let nodes = table.mesh_node_ports();
-            let outside = match proxy.discover {
-                Some(_) => table.outside(),
-                None => HashSet::new(),
-            };
-            (proxy.kernel).set_mesh(&table.mesh(), &local, &nodes, &outside)?;
-            let before = self.table.as_ref().map(|table| table.ignored.as_slice());
-            if before.unwrap_or_default() != table.ignored {
-                for what in &table.ignored {
-                    tracing::warn!("{what}");
-                }
-            }
-            (self.table, self.local) = (Some(table), local);
-            // Labels may have changed, and with them what selects a pod.
-            proxy.recheck();
-        }
-        *state.workloads.lock().expect("no panic while it is held") = outcome.workloads;
-        let v2: Vec<&PodsRoot> = roots.iter().filter(|root| root.v2).collect();
-        if v2.len() > PODS_ROOTS {
-            bail!(
-                "{} directories hold pods; at most {PODS_ROOTS} can be told apart",
-                v2.len()
-            );
-        }
-        let (mut pods_cgroup, mut pods_level) = ([0; PODS_ROOTS], [0; PODS_ROOTS]);
-        for (index, root) in v2.iter().enumerate() {
-            pods_cgroup[index] = cgroup_id(&root.path)?;
-            pods_level[index] = root.level;
-        }
-        let wanted = postern_ebpf::Config {
-            node_netns: self.enroller.node_netns(),
-            pods_cgroup,
-            pods_level,
-            agent_cgroup: state.agent_cgroup,
-            agent_tgid: pids::own(),
-            unknown: match state.config.enrol.unknown {
-                Unknown::Refuse => UNKNOWN_REFUSE,
-                Unknown::Allow => UNKNOWN_ALLOW,
-            },
-            // Also while the kubelet has not made its directory yet.
-            pods_by_netns_only: u32::from(v2.is_empty()),
-            outbound_port: OUTBOUND_PORT.into(),
-            hbone_port: HBONE_PORT.into(),
-            _pad: 0,
-        };
-        if proxy.kernel.configured() != wanted {
-            proxy.kernel.configure(wanted)?;
-        }
-        Ok(outcome.waiting)
-    }
-}
-
-fn watch_cgroups(
-    roots: &[PodsRoot],
-    wake: mpsc::Sender<()>,
-) -> notify::Result<notify::RecommendedWatcher> {
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Our own reading is no change. A full channel means that a round is due.
-        if !event.is_ok_and(|event| event.kind.is_access()) {
-            let _due = wake.try_send(());
-        }
-    })?;
-    for root in roots {
-        watcher.watch(&root.path, RecursiveMode::Recursive)?;
-    }
-    Ok(watcher)
 }

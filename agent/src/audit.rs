@@ -10,6 +10,7 @@
 pub mod ask;
 pub mod chain;
 pub mod command;
+mod handed;
 mod join;
 pub mod ocsf;
 mod processes;
@@ -17,18 +18,22 @@ mod record;
 pub mod replay;
 mod seen;
 pub mod send;
+mod writer;
 
 use std::{
     sync::{
-        Arc,
+        Arc, RwLock,
         atomic::{AtomicU64, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel},
+        mpsc::{SyncSender, TrySendError, sync_channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use chain::{Ledger, Log, OpenError, Settings};
+use writer::Writer;
+
+pub use handed::{Handed, HandedOver, NotHandedOver};
 pub use join::{Ends, Join, Key, Seen};
 pub use processes::{Exec, Processes, executable};
 use record::timestamp;
@@ -37,11 +42,6 @@ pub use record::{
     Reporter, RequestRecord, Requests, TokenRecord, Transport, Verdict,
 };
 pub use seen::{Direction, Flow, FlowEvent, FlowProtocol, Process, ProcessEvent, Socket};
-
-/// How often the writer looks at what is due by the clock.
-const IDLE: Duration = Duration::from_millis(200);
-/// What is written at once, bytes; more waits for the next write.
-const BATCH: usize = 1 << 20;
 
 /// Where records are handed in. Cheap to clone.
 #[derive(Clone)]
@@ -53,12 +53,19 @@ pub struct Audit {
 
 struct Open {
     queue: SyncSender<Message>,
-    ledger: Arc<Ledger>,
+    /// Another one once the log is another agent's. Held for writing, nobody hands in.
+    ledger: Arc<RwLock<Arc<Ledger>>>,
     counts: Arc<Counts>,
 }
 
 enum Message {
     Record(Record),
+    /// A record that another agent made.
+    Line(Vec<u8>),
+    /// The log becomes another agent's.
+    HandOver(handed::Order),
+    /// It does not, after all.
+    TakeBack(handed::Return),
     /// Ends the log in order, whoever still holds it.
     Close,
 }
@@ -80,21 +87,14 @@ impl Audit {
         queue: usize,
     ) -> Result<(Self, JoinHandle<()>), OpenError> {
         let directory = settings.directory.clone();
-        let (log, ledger) = Log::open(settings, node)?;
+        let (log, ledger) = Log::open(settings.clone(), node)?;
         let (sender, receiver) = sync_channel(queue);
         let counts = Arc::new(Counts::default());
-        let mut writer = Writer {
-            node: node.into(),
-            log,
-            counts: counts.clone(),
-            told: 0,
-        };
+        let ledger = Arc::new(RwLock::new(ledger));
+        let writer = Writer::new(node, settings, log, counts.clone(), ledger.clone());
         let thread = std::thread::Builder::new()
             .name("audit".into())
-            .spawn(move || {
-                writer.run(&receiver);
-                writer.log.close();
-            })
+            .spawn(move || writer.run(&receiver))
             .map_err(|source| OpenError::Path {
                 path: directory,
                 source,
@@ -118,7 +118,7 @@ impl Audit {
     fn of_queue(node: &str, queue: SyncSender<Message>) -> Self {
         let open = Open {
             queue,
-            ledger: Arc::new(Ledger::detached()),
+            ledger: Arc::new(RwLock::new(Arc::new(Ledger::detached()))),
             counts: Arc::default(),
         };
         Self {
@@ -144,23 +144,27 @@ impl Audit {
         let Some(open) = &self.open else {
             return true;
         };
-        open.ledger.accept();
-        open.hand_in(record)
+        open.counted(|ledger| {
+            ledger.accept();
+            open.hand_in(Message::Record(record))
+        })
     }
 
     /// A connection has begun, whose record is to come: if the agent is killed before,
     /// the next one says how many such there were.
     pub fn opened(&self) {
         if let Some(open) = &self.open {
-            open.ledger.opened();
+            open.counted(Ledger::opened);
         }
     }
 
     /// The record of one that began with [`Self::opened`].
     pub fn ended(&self, record: Record) {
         if let Some(open) = &self.open {
-            open.ledger.accept_closed();
-            let _counted_if_not = open.hand_in(record);
+            open.counted(|ledger| {
+                ledger.accept_closed();
+                let _counted_if_not = open.hand_in(Message::Record(record));
+            });
         }
     }
 
@@ -187,12 +191,12 @@ impl Audit {
     /// kernel's own count does. `kind`: below [`chain::KINDS`].
     pub fn reported(&self, kind: usize) -> u64 {
         let open = self.open.as_ref();
-        open.map_or(0, |open| open.ledger.reported(kind))
+        open.map_or(0, |open| open.counted(|ledger| ledger.reported(kind)))
     }
 
     pub fn set_reported(&self, kind: usize, count: u64) {
         if let Some(open) = &self.open {
-            open.ledger.set_reported(kind, count);
+            open.counted(|ledger| ledger.set_reported(kind, count));
         }
     }
 
@@ -212,64 +216,18 @@ impl Audit {
 }
 
 impl Open {
-    fn hand_in(&self, record: Record) -> bool {
+    /// What is counted and what is handed in belong together: in between, the log does
+    /// not become another agent's.
+    fn counted<T>(&self, count: impl FnOnce(&Ledger) -> T) -> T {
+        count(&self.ledger.read().expect("no panic while it is held"))
+    }
+
+    fn hand_in(&self, message: Message) -> bool {
         // Full, or closed.
-        let taken = self.queue.try_send(Message::Record(record)).is_ok();
+        let taken = self.queue.try_send(message).is_ok();
         if !taken {
             self.counts.queue.fetch_add(1, Ordering::Relaxed);
         }
         taken
-    }
-}
-
-struct Writer {
-    node: Box<str>,
-    log: Log,
-    counts: Arc<Counts>,
-    /// Losses of the queue that the log was told of.
-    told: u64,
-}
-
-impl Writer {
-    fn run(&mut self, queue: &Receiver<Message>) {
-        loop {
-            let mut open = true;
-            match queue.recv_timeout(IDLE) {
-                Ok(message) => {
-                    open &= self.take(message);
-                    // One write for all that is waiting.
-                    while open
-                        && self.log.waiting() < BATCH
-                        && let Ok(message) = queue.try_recv()
-                    {
-                        open &= self.take(message);
-                    }
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => open = false,
-            }
-            let lost = self.counts.queue.load(Ordering::Relaxed);
-            self.log.lost_in_queue(lost - self.told);
-            self.told = lost;
-            let committed = self.log.commit();
-            let Counts { disk, written, .. } = &*self.counts;
-            written.fetch_add(committed.written, Ordering::Relaxed);
-            disk.fetch_add(committed.lost, Ordering::Relaxed);
-            if !open {
-                return;
-            }
-            self.log.tick();
-        }
-    }
-
-    fn take(&mut self, message: Message) -> bool {
-        match message {
-            Message::Record(record) => {
-                let node = &self.node;
-                self.log.append(|text| record.write(node, text));
-                true
-            }
-            Message::Close => false,
-        }
     }
 }

@@ -5,8 +5,10 @@
 //! `inherit` takes over the sockets that an earlier agent followed, `diag` lists sockets
 //! and destroys them. `cgroup` and `netns` are the two kernel objects that a pod is known
 //! by, `pids` says whose process ids are seen, `btf` finds fields in the kernel's structures.
-//! `guard` keeps pods from connecting while no agent is there yet.
+//! `guard` keeps pods from connecting while no agent is there yet. `link` replaces hooks in
+//! place, `agents` are those that have handed over.
 
+mod agents;
 mod btf;
 mod cgroup;
 mod container;
@@ -14,6 +16,7 @@ pub mod diag;
 mod events;
 mod guard;
 mod inherit;
+mod link;
 mod load;
 mod maps;
 mod netns;
@@ -21,6 +24,7 @@ mod observers;
 pub mod pids;
 mod ranges;
 
+pub use agents::AgentProcess;
 pub use cgroup::{
     CgroupMount, PodDirs, Pods, PodsRoot, cgroup_mounts, find_pods_roots, id as cgroup_id,
     processes, started,
@@ -28,7 +32,7 @@ pub use cgroup::{
 pub use container::read_in_pod;
 pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};
 pub use guard::guard;
-pub use load::{Kernel, KernelError, cleanup, own_cgroup};
+pub use load::{Kernel, KernelError, Start, cleanup, own_cgroup, shape};
 pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
 pub use observers::{Attached, Blind};

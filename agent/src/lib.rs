@@ -14,6 +14,7 @@ pub mod config;
 pub mod crds;
 pub mod doctor;
 pub mod fetch;
+pub mod handover;
 pub mod identity;
 pub mod inspect;
 pub mod introspect;

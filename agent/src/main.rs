@@ -320,7 +320,7 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Cleanup { file, stay } => {
             let config = load_or_default(&file)?;
-            for path in kernel::cleanup(&config.kernel.pin, &config.state)? {
+            for path in app::cleanup(&config)? {
                 println!("removed {}", path.display());
             }
             if stay {

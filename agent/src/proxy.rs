@@ -43,6 +43,7 @@ use tokio::{
 use crate::{
     audit::{Audit, Ends, Join, Key, Processes},
     config::Transport,
+    handover::Elders,
     identity::TrustDomain,
     judge::Judge,
     kernel::{ClientEntry, Kernel, Netns},
@@ -58,6 +59,7 @@ pub use connections::Connections;
 pub use enrol::Enroller;
 pub use hbone::Tunnels;
 pub use identities::Identities;
+pub use listen::Inherited;
 pub use pods::{LocalPod, LocalPods};
 
 /// Ports of the agent in each pod's network namespace.
@@ -93,11 +95,18 @@ pub struct Proxy {
     pub connections: Connections,
     pub tunnels: Tunnels,
     pub tokens: Arc<TokenClient>,
+    /// Whether this agent accepts connections: not before it is in charge, and no longer
+    /// when another one is.
+    pub accepting: watch::Sender<bool>,
+    /// Listening sockets of the agent before, until they are used.
+    pub inherited: Inherited,
+    /// Agents that have handed over to this one, or to one before it, and drain.
+    pub elders: Arc<Elders>,
     /// TLS handshakes that peers may have under way.
     pub handshakes: Semaphore,
     pub audit: Audit,
     /// Where stories of connections meet their applications' sockets.
-    pub join: Join,
+    pub join: Arc<Join>,
     pub processes: Processes,
     pub metrics: Metrics,
 }

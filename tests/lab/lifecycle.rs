@@ -47,14 +47,14 @@ fn when_the_agent_is_killed_nothing_leaves_in_plaintext() -> Result<()> {
 }
 
 #[test]
-fn a_second_agent_is_refused() -> Result<()> {
+fn an_agent_of_another_node_is_refused() -> Result<()> {
     let lab = Lab::started()?;
     let node = &lab.nodes[0];
     let config = std::fs::read_to_string(node.config_path())?;
     let other = lab.path().join("second.yaml");
     std::fs::write(
         &other,
-        config
+        config.replace("node: node1", "node: another")
             + "listen: {admin: '127.0.0.1:16000', metrics: '127.0.0.1:16020', ready: '127.0.0.1:16021'}\n",
     )?;
     let mut second = node.command(binary("postern")?)?;

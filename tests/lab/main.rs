@@ -32,3 +32,4 @@ mod services;
 mod smoke;
 mod storm;
 mod streams;
+mod upgrade;

@@ -247,7 +247,7 @@ fn the_page_shows_what_happens_and_runs_nothing_of_it() -> Result<()> {
         assert_eq!(fingerprint.map(str::len), Some(64), "{row}");
     }
     assert_eq!(seen["workloads"].as_array().map(Vec::len), Some(2));
-    assert_eq!(seen["maps"].as_array().map(Vec::len), Some(7));
+    assert_eq!(seen["maps"].as_array().map(Vec::len), Some(9));
 
     clean(&seen["axe"]);
     clean(&seen["axe record"]);

@@ -153,9 +153,13 @@ impl Running {
 
     /// Waits until its output contains something.
     pub fn says(&self, what: &str) -> Result<()> {
+        self.says_within(what, Duration::from_secs(20))
+    }
+
+    pub fn says_within(&self, what: &str, limit: Duration) -> Result<()> {
         crate::eventually(
             &format!("{} says {what:?}: {}", self.log.display(), self.output()),
-            Duration::from_secs(20),
+            limit,
             || self.output().contains(what),
         )
         .with_context(|| self.output())

@@ -304,6 +304,36 @@ impl Node {
         self.agent.as_ref().map(Running::pid)
     }
 
+    /// Starts another agent beside the one that runs, waits until it has taken over, and
+    /// returns the other, which drains.
+    pub fn start_beside(&mut self) -> Result<Running> {
+        let old = self.agent.take().context("an agent runs")?;
+        match self.start() {
+            Ok(()) => Ok(old),
+            Err(error) => {
+                self.agent = Some(old);
+                Err(error)
+            }
+        }
+    }
+
+    /// As [`Self::start_beside`], without waiting for it.
+    pub fn launch(&self) -> Result<Running> {
+        let mut command = self.command(binary("postern")?)?;
+        command.arg("run").arg("--config").arg(self.config_path());
+        Running::start(&mut command, self.dir.join("agent.log"))
+    }
+
+    /// The agent from now on; returns the one before.
+    pub fn set_agent(&mut self, agent: Running) -> Option<Running> {
+        self.agent.replace(agent)
+    }
+
+    /// The socket that other agents come to.
+    pub fn door(&self) -> PathBuf {
+        self.dir.join("state/handover.sock")
+    }
+
     /// Kills the agent as `kill -9` does.
     pub fn kill(&mut self) {
         self.agent = None;

@@ -12,13 +12,13 @@ use aya_ebpf::{
 use postern_ebpf::{Address, Config, EVENT_DATAGRAM, EVENT_PACKET, EVENT_RAW, Flow, SocketEvent};
 
 use super::{
-    AF_INET, AF_INET6, At, Kind, Subject, calling, ends, field, header, now, offset, room,
+    AF_INET, AF_INET6, At, Kind, Subject, calling, config, ends, field, header, now, offset, room,
     sockaddr, socket_netns, task,
 };
 use crate::{
     context::{is_mapped, mapped, read_address},
     lookup::is_loopback,
-    maps::{DATAGRAMS, RAWS, config},
+    maps::{DATAGRAMS, RAWS},
 };
 
 /// After so long without a packet a flow is a new one, nanoseconds.

@@ -8,8 +8,10 @@ use aya_ebpf::{
 };
 use postern_ebpf::{ARGV_LEN, Config, EVENT_EXEC, EVENT_EXIT, ExecEvent, ExitEvent, PATH_LEN};
 
-use super::{Kind, Subject, allowed, calling, current_netns, field, header, offset, room, task};
-use crate::maps::{EVENTS, EXEC, config, count};
+use super::{
+    Kind, Subject, allowed, calling, config, current_netns, field, header, offset, room, task,
+};
+use crate::maps::{EVENTS, EXEC, count};
 
 /// An event while it is put together: path and arguments have no fixed place in it, and
 /// the verifier wants room for the most that either could be.

@@ -13,10 +13,13 @@ use postern_ebpf::{
 };
 
 use super::{
-    Agents, At, Kind, Subject, calling, cookie, ends, field, header, is_agent, now, offset, owner,
+    Agents, At, Kind, Subject, calling, config, cookie, ends, field, header, now, offset, owner,
     room, sockaddr, socket_netns, task,
 };
-use crate::maps::{DIALS, SOCKETS, TOLD, config, count};
+use crate::{
+    context::is_agent,
+    maps::{DIALS, SOCKETS, TOLD, count},
+};
 
 /// `include/net/tcp_states.h`.
 mod tcp {

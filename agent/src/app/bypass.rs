@@ -34,7 +34,7 @@ const ANSWERED: Duration = Duration::from_secs(60);
 /// `include/net/tcp_states.h`.
 const ESTABLISHED: u8 = 1;
 
-pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut stop: Watcher) {
+pub async fn watch(proxy: Arc<Proxy>, enforce: Bypass, mut stop: Watcher) {
     let mut known: HashMap<u64, Known> = HashMap::new();
     let mut asked: HashMap<IpAddr, Instant> = HashMap::new();
     let mut tick = tokio::time::interval(INTERVAL);
@@ -48,6 +48,8 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
         if configured.agent_tgid == 0 || configured.pods_by_netns_only == 1 {
             continue;
         }
+        // One that hands over has its sockets in a cgroup of its own.
+        let agents = proxy.kernel.agent_cgroups();
         let pods = proxy.pods.load_full();
         known.retain(|serial, _| pods.all.iter().any(|pod| pod.serial == *serial));
         // It enters namespaces: not a thing for the runtime to wait on.
@@ -56,7 +58,7 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
             for pod in &pods.all {
                 if !pod.workload.load().host_network {
                     let seen = known.entry(pod.serial).or_default();
-                    strangers.extend(look(&proxy, pod, agent_cgroup, enforce, seen));
+                    strangers.extend(look(&proxy, pod, &agents, enforce, seen));
                 }
             }
         });
@@ -79,7 +81,7 @@ pub async fn watch(proxy: Arc<Proxy>, agent_cgroup: u64, enforce: Bypass, mut st
 fn look(
     proxy: &Proxy,
     pod: &LocalPod,
-    agent_cgroup: u64,
+    agents: &HashSet<u64>,
     enforce: Bypass,
     seen: &mut Known,
 ) -> HashSet<IpAddr> {
@@ -95,7 +97,7 @@ fn look(
     };
     let table = proxy.table.load();
     let mut open = Known::new();
-    for socket in sockets.iter().filter(|s| s.cgroup != agent_cgroup) {
+    for socket in sockets.iter().filter(|s| !agents.contains(&s.cgroup)) {
         let found = uncarried(&table, &listeners, socket);
         if is_foreign(socket)
             && !matches!(found, Some((Direction::Inbound, _)))

@@ -13,8 +13,10 @@ use tokio::{
 use super::{State, reload};
 use crate::{
     audit::Record,
+    config::Config,
     kubernetes::{Cluster, PodState, Standing, Verdict, seconds_since, tell_pods, tell_policies},
     lifecycle::Watcher,
+    workload::Table,
 };
 
 /// How long the API server is waited for at the start, where the disk has something.
@@ -27,13 +29,14 @@ const AT_MOST: Duration = Duration::from_millis(200);
 const LOOK: Duration = Duration::from_secs(2);
 
 /// Begins to watch, and keeps table and policies as the cluster is. `fed` is told when
-/// they are for the first time.
+/// they are for the first time. An agent that drains still follows, and tells no more.
 pub fn start(
     state: &Arc<State>,
     cluster: &Arc<Cluster>,
     wake: mpsc::Sender<()>,
     fed: watch::Sender<bool>,
     stop: &Watcher,
+    drain: &Watcher,
 ) {
     cluster.start();
     tokio::spawn(cluster.clone().keep(stop.clone()));
@@ -48,13 +51,27 @@ pub fn start(
     };
     tokio::spawn(follower.run(stop.clone()));
     if cluster.has_policies() {
-        tokio::spawn(tell_policies(cluster.clone(), stop.clone()));
+        tokio::spawn(tell_policies(cluster.clone(), drain.clone()));
     }
     if cluster.has_workloads() {
         let state = state.clone();
         let pods = move || pods(&state);
-        tokio::spawn(tell_pods(cluster.clone(), pods, stop.clone()));
+        tokio::spawn(tell_pods(cluster.clone(), pods, drain.clone()));
     }
+}
+
+/// What the cluster has, before this agent is in charge: while it is read, another one is.
+pub async fn ahead(cluster: &Arc<Cluster>, config: &Config) -> Option<Table> {
+    const OFTEN: Duration = Duration::from_millis(20);
+    cluster.start();
+    let end = Instant::now() + PATIENCE;
+    while !cluster.standing().synced {
+        if Instant::now() > end {
+            return None;
+        }
+        sleep(OFTEN).await;
+    }
+    Some(cluster.view(config.enrol.default).table)
 }
 
 struct Follower {

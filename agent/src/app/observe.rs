@@ -12,7 +12,7 @@ use aya::maps::{MapData, RingBuf};
 use postern_ebpf::Counter;
 use tokio::{
     io::{Interest, unix::AsyncFd},
-    sync::oneshot,
+    sync::{mpsc, oneshot},
 };
 
 use crate::{
@@ -43,52 +43,87 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// How often stories that wait for their sockets are looked at.
 const SWEEP: Duration = Duration::from_millis(250);
 
+/// What is asked of the task that reads the kernel's events.
+pub enum Command {
+    /// Another agent reads them from now on. Answered when all that was there is told.
+    Pause(oneshot::Sender<()>),
+    /// This one does again.
+    Resume,
+    /// The last connection has ended, and with it this.
+    Enough,
+}
+
 /// Runs until the last connection has ended: their sockets are to be told of.
-pub async fn kernel_events(
-    proxy: Arc<Proxy>,
-    ring: RingBuf<MapData>,
-    mut enough: oneshot::Receiver<()>,
-) {
-    // SAFETY: the ring owns its map's descriptor, one and the same until dropped.
-    let ring = unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) };
-    let mut ring = match ring {
-        Ok(ring) => ring,
-        Err(error) => {
-            proxy.join.sees_no_more();
-            return tracing::error!(%error, "cannot wait for kernel events");
-        }
-    };
-    let mut teller = Teller::new(proxy.clone());
+pub async fn kernel_events(proxy: Arc<Proxy>, mut commands: mpsc::Receiver<Command>) {
     let _when_it_ends = Blinded(proxy.clone());
-    for (kind, (counter, ..)) in LOSSES.into_iter().enumerate() {
-        // The kernel counts anew where its maps are new.
-        let now = proxy.kernel.counter(counter);
-        let reported = proxy.audit.reported(kind).min(now);
-        proxy.audit.set_reported(kind, reported);
-    }
+    let mut teller = Teller::new(proxy.clone());
+    let mut ring = match open(&proxy) {
+        Ok(ring) => Some(ring),
+        Err(error) => return tracing::error!(%error, "cannot wait for kernel events"),
+    };
     let mut tick = tokio::time::interval(INTERVAL);
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
+        let events = async {
+            match &mut ring {
+                Some(ring) => ring.readable_mut().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
-            ready = ring.readable_mut() => {
+            ready = events => {
                 let Ok(mut ready) = ready else { return };
                 // Not for ever: the clock has its turn, too.
                 if !take(ready.get_inner_mut(), &mut teller) {
                     ready.clear_ready();
                 }
             }
-            _ = tick.tick() => losses(&proxy),
+            _ = tick.tick() => if ring.is_some() {
+                losses(&proxy);
+                proxy.elders.forget_dead();
+            },
             _ = sweep.tick() => {
                 teller.retry(Instant::now());
                 proxy.join.sweep(Instant::now(), false);
             }
-            _ = &mut enough => {
-                let _more = take(ring.get_mut(), &mut teller);
-                teller.retry(Instant::now() + EARLY);
-                return losses(&proxy);
-            }
+            command = commands.recv() => match command {
+                Some(Command::Pause(done)) => {
+                    if let Some(mut ring) = ring.take() {
+                        while take(ring.get_mut(), &mut teller) {}
+                        losses(&proxy);
+                    }
+                    let _gone = done.send(());
+                }
+                Some(Command::Resume) => match open(&proxy) {
+                    Ok(again) => ring = Some(again),
+                    Err(error) => {
+                        return tracing::error!(%error, "cannot wait for kernel events again");
+                    }
+                },
+                Some(Command::Enough) | None => {
+                    if let Some(mut ring) = ring {
+                        let _more = take(ring.get_mut(), &mut teller);
+                        teller.retry(Instant::now() + EARLY);
+                        losses(&proxy);
+                    }
+                    return;
+                }
+            },
         }
     }
+}
+
+/// Begins to read where the last reader has stopped.
+fn open(proxy: &Proxy) -> anyhow::Result<AsyncFd<RingBuf<MapData>>> {
+    for (kind, (counter, ..)) in LOSSES.into_iter().enumerate() {
+        // The kernel counts anew where its maps are new.
+        let now = proxy.kernel.counter(counter);
+        let reported = proxy.audit.reported(kind).min(now);
+        proxy.audit.set_reported(kind, reported);
+    }
+    let ring = proxy.kernel.events()?;
+    // SAFETY: the ring owns its map's descriptor, one and the same until dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }?)
 }
 
 /// Takes so many events at most; whether there may be more.

@@ -16,8 +16,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
 use super::{
-    Audit, Connection, Record,
+    Audit, Connection, Handed, Record,
     seen::{Process, Socket},
 };
 
@@ -29,7 +32,8 @@ const LATE: Duration = Duration::from_secs(60);
 const MOST: usize = 65_536;
 
 /// By what a socket and a connection know each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub enum Key {
     /// The socket that dialled, by its cookie.
     Dialled(u64),
@@ -75,6 +79,8 @@ struct State {
     late: VecDeque<(Instant, Key)>,
     /// Stories that were told without a socket that they should have.
     incomplete: u64,
+    /// Who sees sockets now, if it is another agent.
+    other: Option<mpsc::Sender<Handed>>,
 }
 
 impl Join {
@@ -92,6 +98,10 @@ impl Join {
             return;
         }
         let mut state = self.lock();
+        if let Some(other) = &state.other {
+            // Without room for it, the story is told without its socket.
+            let _full = other.try_send(Handed::Socket(key));
+        }
         // The last hop's address may have been an earlier connection's.
         if let Some(before) = state.keys.insert(key, ends.clone()) {
             before.lock().expected.retain(|other| *other != key);
@@ -159,6 +169,24 @@ impl Join {
         for record in due {
             self.tell(Some(record));
         }
+    }
+
+    /// Another agent sees sockets from now on: it is told of those that are expected. `None`:
+    /// this one does again, or nobody is to be told any more.
+    pub fn set_other(&self, other: Option<mpsc::Sender<Handed>>) -> Vec<Key> {
+        let mut state = self.lock();
+        state.other = other;
+        state.keys.keys().copied().collect()
+    }
+
+    /// Sockets that are expected.
+    pub fn keys(&self) -> Vec<Key> {
+        self.lock().keys.keys().copied().collect()
+    }
+
+    /// Stories that have ended and wait for their sockets.
+    pub fn waits(&self) -> usize {
+        self.lock().waiting.len()
     }
 
     /// Nobody tells of sockets any more: stories that wait are told without, and no other

@@ -53,6 +53,8 @@ pub enum Lost {
     KernelExit,
     KernelUdp,
     KernelRaw,
+    /// Connections of an agent that had handed over and was killed while it drained.
+    Connections,
 }
 
 /// One connection, as the agent at one of its ends saw it.

@@ -3,13 +3,13 @@
 
 use std::{net::SocketAddr, time::SystemTime};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::record::{is_zero, rfc3339};
 use crate::{identity::SpiffeId, workload::Workload};
 
 /// A process, as far as it is known.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     pub pid: u32,
     pub uid: u32,
@@ -30,7 +30,7 @@ pub struct Process {
     pub parent: Option<Parent>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Parent {
     pub pid: u32,
     pub comm: String,

@@ -1,13 +1,14 @@
 //! Loads, attaches and pins. Everything is pinned, so that capture stays when the
 //! agent dies: connects are refused then, and never leave in plaintext. The next
-//! agent attaches its own programs beside the old ones (a connect that is steered
-//! twice stays steered once: the second sees loopback), takes over the maps, and
-//! only when it has told them all that it knows ([`Kernel::commit`]) replaces the old
-//! links. At no time is a hook missing.
+//! agent takes over the maps, and only when it has told them all that it knows
+//! ([`Kernel::commit`]) its programs take the place of the old ones, link by link. Where
+//! the old links hang on another cgroup, its own stand beside them until then (a connect
+//! that is steered twice stays steered once: the second sees loopback). At no time is a
+//! hook missing.
 
 use std::{
     collections::HashMap,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io,
     os::fd::AsFd,
     path::{Path, PathBuf},
@@ -28,7 +29,8 @@ use postern_ebpf::{ABI, Config, RANGES};
 use super::{
     btf::{self, Btf},
     guard,
-    maps::{Maps, named},
+    link::{self, Place},
+    maps::Maps,
     netns::Netns,
     observers::{self, Attached, Blind},
 };
@@ -86,12 +88,25 @@ pub struct Kernel {
     /// Sockets that an earlier agent followed, by namespace, until it is known which of
     /// them are still open.
     pub(super) inherited: Mutex<HashMap<u64, Vec<u64>>>,
-    /// Released when the agent ends, however it ends.
-    _lock: nix::fcntl::Flock<File>,
+    /// Where the hooks hang.
+    root: Place,
+    /// Released when the agent ends, however it ends. `None`: an agent that is still in
+    /// charge has it, or the next one.
+    lock: Mutex<Option<File>>,
 }
 
-const MAPS: [&str; 15] = [
+/// How an agent comes to a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// No other is in charge: whatever an earlier one left ended with it.
+    Alone,
+    /// Beside one that is: nothing that it works by is changed yet.
+    Beside,
+}
+
+const MAPS: [&str; 16] = [
     "CONFIG",
+    "AGENTS",
     "WORKLOADS",
     "CGROUPS",
     "MESH",
@@ -124,18 +139,14 @@ impl Kernel {
         cgroup: &Path,
         state: &Path,
         observe: bool,
-    ) -> Result<(Arc<Self>, RingBuf<MapData>), KernelError> {
-        let lock = lock(state)?;
+        start: Start,
+    ) -> Result<Arc<Self>, KernelError> {
+        let lock = match start {
+            Start::Alone => Some(lock(state)?),
+            Start::Beside => None,
+        };
         mount_bpffs(&config.pin)?;
-        // Maps of another ABI or size cannot be adopted.
-        let shape = format!(
-            "maps-{ABI}-{}-{}-{}-{}",
-            config.max_destinations,
-            config.max_workloads,
-            config.max_connections,
-            config.ring_bytes.0
-        );
-        let pins = config.pin.join(shape);
+        let pins = config.pin.join(shape(config));
         let links = config.pin.join("links");
         for dir in [&pins, &links] {
             fs::create_dir_all(dir).map_err(|source| KernelError::Path {
@@ -148,10 +159,12 @@ impl Kernel {
             .and_then(|b| btf::offsets(&b));
         let known = offsets.as_ref().copied().unwrap_or_default();
         let limits = observers::limits(config, observe);
+        let observer = super::pids::own();
         let mut loader = EbpfLoader::new();
         loader
             .override_global("OFFSETS", &known, true)
             .override_global("LIMITS", &limits, true)
+            .override_global("OBSERVER", &observer, true)
             .map_max_entries("MESH", config.max_destinations)
             .map_max_entries("WORKLOADS", config.max_workloads)
             .map_max_entries("CGROUPS", config.max_workloads)
@@ -167,7 +180,6 @@ impl Kernel {
         }
         let mut ebpf = loader.load(PROGRAMS)?;
         let maps = Maps::take(&mut ebpf)?;
-        let events = named(&mut ebpf, "EVENTS")?;
         let root = File::open(cgroup).map_err(|source| KernelError::Path {
             path: cgroup.to_owned(),
             source,
@@ -179,22 +191,36 @@ impl Kernel {
             maps_dir: pins,
             blind: Vec::new(),
             inherited: Mutex::default(),
-            _lock: lock,
+            root: Place::Cgroup(
+                super::cgroup::id(cgroup).map_err(|source| KernelError::Path {
+                    path: cgroup.to_owned(),
+                    source,
+                })?,
+            ),
+            lock: Mutex::new(lock),
         };
-        kernel.forget_connections()?;
         let before = kernel.configured();
-        if before.agent_tgid != 0 {
-            // Before anything listens: what this agent dials must not be steered to it.
-            let (agent_tgid, agent_cgroup) = (super::pids::own(), own_cgroup(cgroup));
-            kernel.configure(Config {
-                agent_tgid,
-                agent_cgroup,
-                ..before
-            })?;
+        if start == Start::Alone {
+            // Those of an earlier one, still draining, may have some.
+            let draining = kernel.draining();
+            kernel.forget_connections(draining == 0)?;
+            if before.agent_tgid != 0 {
+                // Before anything listens: what this agent dials must not be steered to it.
+                let (agent_tgid, agent_cgroup) = (super::pids::own(), own_cgroup(cgroup));
+                kernel.configure(Config {
+                    agent_tgid,
+                    agent_cgroup,
+                    ..before
+                })?;
+            }
         }
-        kernel.attach_hooks(&root)?;
+        // Hooks of other maps know nothing of these: own ones stand beside them, so that
+        // what is dialled meanwhile is found in one or the other.
+        kernel.attach_hooks(&root, before.agent_tgid != 0)?;
         if observe {
-            kernel.inherit_sockets();
+            if start == Start::Alone {
+                kernel.inherit_sockets();
+            }
             let ebpf = kernel.ebpf.get_mut();
             let ebpf = ebpf.expect("no panic while programs are held");
             let attached = match offsets {
@@ -203,7 +229,17 @@ impl Kernel {
             };
             kernel.blind = attached.into_iter().filter_map(|a| a.blind).collect();
         }
-        Ok((Arc::new(kernel), events))
+        Ok(Arc::new(kernel))
+    }
+
+    /// The kernel's events, from where the last reader stopped: there may be one at a time.
+    pub fn events(&self) -> Result<RingBuf<MapData>, KernelError> {
+        let fail = |source| KernelError::Map {
+            name: "EVENTS",
+            source,
+        };
+        let map = MapData::from_pin(self.maps_dir.join("EVENTS")).map_err(fail)?;
+        RingBuf::try_from(aya::maps::Map::RingBuf(map)).map_err(fail)
     }
 
     /// Whether the ends of sockets are told of.
@@ -237,18 +273,63 @@ impl Kernel {
     /// Puts this agent's hooks in the place of an earlier one's, once the maps say all
     /// that they should.
     pub fn commit(&self) -> Result<(), KernelError> {
+        let ebpf = self.ebpf.lock().expect("no panic while programs are held");
+        // Where old ones stand beside, what they steer is still found when they are gone.
         for name in SOCK_ADDR.iter().chain([&SOCK_OPS, &RELEASE]) {
-            replace_pin(name, &self.links)?;
+            if fresh(name, &self.links).exists() {
+                replace_pin(name, &self.links)?;
+                continue;
+            }
+            let program = ebpf.program(name).ok_or(KernelError::NoProgram(name))?;
+            let program = program
+                .fd()
+                .map_err(|source| KernelError::Program { name, source })?;
+            let path = self.links.join(name);
+            match link::update(&path, self.root, program.as_fd()) {
+                Ok(true) => {}
+                Ok(false) => {
+                    let source = io::Error::other("was taken away while this agent ran");
+                    return Err(KernelError::Path { path, source });
+                }
+                Err(source) => return Err(KernelError::Path { path, source }),
+            }
         }
         guard::lift(&self.links);
-        remove_other_maps(&self.maps_dir);
         Ok(())
     }
 
-    fn attach_hooks(&mut self, root: &File) -> Result<(), KernelError> {
+    /// Removes maps of other shapes, which no hook uses any more.
+    pub fn remove_other_maps(&self) {
+        remove_other_maps(&self.maps_dir);
+    }
+
+    /// Where this agent's links are pinned, for what must be the same in the next one.
+    pub fn maps_dir(&self) -> &Path {
+        &self.maps_dir
+    }
+
+    /// The lock of the agent in charge, for the next one: it is never free in between.
+    pub fn lend_lock(&self) -> io::Result<File> {
+        match &*super::maps::hold(&self.lock) {
+            Some(lock) => lock.try_clone(),
+            None => Err(io::Error::other("another agent is in charge")),
+        }
+    }
+
+    /// Takes the lock over, or lets go of it.
+    pub fn set_lock(&self, lock: Option<File>) {
+        *super::maps::hold(&self.lock) = lock;
+    }
+
+    fn attach_hooks(&mut self, root: &File, same_maps: bool) -> Result<(), KernelError> {
         // Links always stand beside others; they take no flags (bpf_link_create).
         let multi = CgroupAttachMode::Single;
-        let links = self.links.clone();
+        let (links, place) = (self.links.clone(), self.root);
+        // One that stands there gets this agent's program when all is ready.
+        let stands = |name: &str| {
+            let _stale = fs::remove_file(fresh(name, &links));
+            same_maps && link::stands(&links.join(name), place)
+        };
         let ebpf = self
             .ebpf
             .get_mut()
@@ -260,16 +341,18 @@ impl Kernel {
             source,
         };
         program.load().map_err(fail)?;
-        let id = program.attach(root, multi).map_err(fail)?;
-        let link = program.take_link(id).map_err(fail)?;
-        pin(
-            SOCK_OPS,
-            &links,
-            FdLink::try_from(link).map_err(|source| KernelError::Link {
-                name: SOCK_OPS,
-                source,
-            })?,
-        )?;
+        if !stands(SOCK_OPS) {
+            let id = program.attach(root, multi).map_err(fail)?;
+            let link = program.take_link(id).map_err(fail)?;
+            pin(
+                SOCK_OPS,
+                &links,
+                FdLink::try_from(link).map_err(|source| KernelError::Link {
+                    name: SOCK_OPS,
+                    source,
+                })?,
+            )?;
+        }
 
         let program: &mut CgroupSock = self::program(ebpf, RELEASE)?;
         let fail = |source| KernelError::Program {
@@ -277,21 +360,26 @@ impl Kernel {
             source,
         };
         program.load().map_err(fail)?;
-        let id = program.attach(root, multi).map_err(fail)?;
-        let link = program.take_link(id).map_err(fail)?;
-        pin(
-            RELEASE,
-            &links,
-            FdLink::try_from(link).map_err(|source| KernelError::Link {
-                name: RELEASE,
-                source,
-            })?,
-        )?;
+        if !stands(RELEASE) {
+            let id = program.attach(root, multi).map_err(fail)?;
+            let link = program.take_link(id).map_err(fail)?;
+            pin(
+                RELEASE,
+                &links,
+                FdLink::try_from(link).map_err(|source| KernelError::Link {
+                    name: RELEASE,
+                    source,
+                })?,
+            )?;
+        }
 
         for name in SOCK_ADDR.iter().rev() {
             let program: &mut CgroupSockAddr = self::program(ebpf, name)?;
             let fail = |source| KernelError::Program { name, source };
             program.load().map_err(fail)?;
+            if stands(name) {
+                continue;
+            }
             let id = program.attach(root, multi).map_err(fail)?;
             let link = program.take_link(id).map_err(fail)?;
             pin(
@@ -315,11 +403,19 @@ impl Kernel {
             name: LOOKUP,
             source,
         };
-        let id = program.attach(netns.fd().as_fd()).map_err(fail)?;
-        let link = program.take_link(id).map_err(fail)?;
         let name = lookup_name(netns.cookie);
-        pin(&name, &self.links, FdLink::from(link))?;
-        replace_pin(&name, &self.links)?;
+        let path = self.links.join(&name);
+        // An inode of a namespace has 32 bits.
+        let place = Place::Netns(netns.inode as u32);
+        let own = program.fd().map_err(fail)?;
+        let updated = link::update(&path, place, own.as_fd());
+        if !updated.map_err(|source| KernelError::Path { path, source })? {
+            let id = program.attach(netns.fd().as_fd()).map_err(fail)?;
+            let link = program.take_link(id).map_err(fail)?;
+            pin(&name, &self.links, FdLink::from(link))?;
+            replace_pin(&name, &self.links)?;
+        }
+        drop(ebpf);
         self.forget_closed(netns);
         Ok(())
     }
@@ -380,8 +476,13 @@ pub(super) fn pin(name: &str, dir: &Path, link: FdLink) -> Result<(), KernelErro
 /// Puts the new link in the old one's place: whoever dies in between, one remains.
 pub(super) fn replace_pin(name: &str, dir: &Path) -> Result<(), KernelError> {
     let path = dir.join(name);
+    let old = link::Link::at(&path);
     let _absent = fs::remove_file(&path);
-    fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })
+    fs::rename(fresh(name, dir), &path).map_err(|source| KernelError::Path { path, source })?;
+    if let Some(old) = old {
+        old.detach();
+    }
+    Ok(())
 }
 
 /// The agent's cgroup as the hooks see it: `bpf_get_current_cgroup_id`. 0: it
@@ -430,21 +531,37 @@ pub fn mount_bpffs(pin: &Path) -> Result<(), KernelError> {
     Ok(())
 }
 
-/// One agent a node: the lock goes with the process, even when it is killed.
-fn lock(state: &Path) -> Result<nix::fcntl::Flock<File>, KernelError> {
+/// One agent in charge of a node: the lock goes with the process, even when it is killed.
+/// It is of the open file, so that it can be handed on.
+fn lock(state: &Path) -> Result<File, KernelError> {
     let path = state.join("agent.lock");
-    let file = File::create(&path).map_err(|source| KernelError::Path {
+    let fail = |source| KernelError::Path {
         path: path.clone(),
         source,
-    })?;
-    nix::fcntl::Flock::lock(file, nix::fcntl::FlockArg::LockExclusiveNonblock)
-        .map_err(|_held| KernelError::Busy(path))
+    };
+    let file = File::create(&path).map_err(fail)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(KernelError::Busy(path)),
+        Err(TryLockError::Error(source)) => Err(fail(source)),
+    }
+}
+
+/// Maps of another ABI or size cannot be adopted: they lie in another directory.
+pub fn shape(config: &config::Kernel) -> String {
+    format!(
+        "maps-{ABI}-{}-{}-{}-{}",
+        config.max_destinations, config.max_workloads, config.max_connections, config.ring_bytes.0
+    )
 }
 
 /// Removes all that is pinned: programs are detached, traffic is direct again.
-/// Refused while an agent runs. Says what it removed.
-pub fn cleanup(pin: &Path, state: &Path) -> Result<Vec<PathBuf>, KernelError> {
-    let _lock = state.exists().then(|| lock(state)).transpose()?;
+/// Refused while an agent is in charge, but by who has its lock. Says what it removed.
+pub fn cleanup(pin: &Path, state: &Path, lent: Option<File>) -> Result<Vec<PathBuf>, KernelError> {
+    let _lock = match lent {
+        None if state.exists() => Some(lock(state)?),
+        lent => lent,
+    };
     let fail = |path: &Path| {
         let path = path.to_owned();
         move |source| KernelError::Path { path, source }
@@ -460,6 +577,11 @@ pub fn cleanup(pin: &Path, state: &Path) -> Result<Vec<PathBuf>, KernelError> {
     dirs.sort();
     for dir in dirs {
         for entry in fs::read_dir(&dir).map_err(fail(&dir))?.flatten() {
+            if dir.file_name().is_some_and(|name| name == "links")
+                && let Some(link) = link::Link::at(&entry.path())
+            {
+                link.detach();
+            }
             fs::remove_file(entry.path()).map_err(fail(&entry.path()))?;
             removed.push(entry.path());
         }

@@ -12,9 +12,9 @@ use aya::{
     maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, SockHash},
 };
 use postern_ebpf::{
-    Address, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE, LISTENER_PLAINTEXT,
-    Listener, MESH_LOCAL, MESH_NODE, MESH_OUTSIDE, MESH_REMOTE, MeshKey, NODES, Probe, Tracked,
-    Workload,
+    Address, Agent, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE,
+    LISTENER_PLAINTEXT, Listener, MESH_LOCAL, MESH_NODE, MESH_OUTSIDE, MESH_REMOTE, MeshKey, NODES,
+    Probe, Tracked, Workload,
 };
 
 use socket2::Socket;
@@ -50,6 +50,7 @@ pub(super) type Guarded<K, V> = Mutex<HashMap<MapData, K, V>>;
 
 pub struct Maps {
     config: Mutex<Array<MapData, Config>>,
+    pub(super) agents: Guarded<Agent, u32>,
     workloads: Guarded<u64, Workload>,
     cgroups: Guarded<u64, Workload>,
     mesh: Guarded<MeshKey, u32>,
@@ -68,6 +69,7 @@ impl Maps {
     pub fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
         Ok(Self {
             config: Mutex::new(named(ebpf, "CONFIG")?),
+            agents: Mutex::new(named(ebpf, "AGENTS")?),
             workloads: Mutex::new(named(ebpf, "WORKLOADS")?),
             cgroups: Mutex::new(named(ebpf, "CGROUPS")?),
             mesh: Mutex::new(named(ebpf, "MESH")?),
@@ -204,12 +206,29 @@ impl Kernel {
         Some(dial)
     }
 
-    /// Forgets what an earlier agent knew of connections that ended with it.
-    pub(super) fn forget_connections(&self) -> Result<(), KernelError> {
+    /// Forgets what an earlier agent knew of connections that ended with it: what nobody
+    /// had accepted, and with `all` what was carried, too.
+    pub(super) fn forget_connections(&self, all: bool) -> Result<(), KernelError> {
         replace(&self.maps.flows, &StdMap::new()).map_err(failed("FLOWS"))?;
-        replace(&self.maps.clients, &StdMap::new()).map_err(failed("CLIENTS"))?;
+        if all {
+            replace(&self.maps.clients, &StdMap::new()).map_err(failed("CLIENTS"))?;
+        }
         replace(&self.maps.probes, &StdMap::new()).map_err(failed("PROBES"))?;
         Ok(())
+    }
+
+    /// What was dialled and not accepted yet.
+    pub fn waiting_dials(&self) -> Vec<(Endpoint, Dial)> {
+        hold(&self.maps.flows).iter().flatten().collect()
+    }
+
+    /// Dials of another agent's map: the first word of who dialled is the newer one's.
+    pub fn add_dials(&self, dials: &[(Endpoint, Dial)]) {
+        let mut flows = hold(&self.maps.flows);
+        for (flow, dial) in dials {
+            // One that is there already is the same, or newer. A full map refuses.
+            let _known = flows.insert(flow, dial, NO_EXIST);
+        }
     }
 
     /// Stops handing over connections to an address.
@@ -290,6 +309,9 @@ impl Kernel {
         std::array::from_fn(|i| (FILLED[i], counts[i]))
     }
 }
+
+/// `BPF_NOEXIST`.
+const NO_EXIST: u64 = 1;
 
 /// How long after its `connect` a probe's proof is good, nanoseconds.
 const PROBE_LIFETIME: u64 = 5_000_000_000;

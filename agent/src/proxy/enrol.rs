@@ -9,6 +9,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -18,6 +19,7 @@ use super::{
     listen::{Serving, Tasks, outbound_listeners},
 };
 use crate::{
+    handover::Bound,
     identity::IdentityError,
     kernel::{
         CgroupMount, KernelError, Netns, PodDirs, Pods, cgroup_id, find_pods_roots,
@@ -216,6 +218,27 @@ impl Enroller {
         }
         self.publish();
         Ok(outcome)
+    }
+
+    /// Descriptors of all listeners, for the next agent.
+    pub fn sockets(&self) -> io::Result<Vec<(Bound, OwnedFd)>> {
+        let mut all = Vec::new();
+        for serving in self.enrolled.values().flat_map(|e| &e.serving) {
+            all.extend(serving.sockets()?);
+        }
+        if let Some(host) = &self.host {
+            all.extend(host.sockets()?);
+        }
+        Ok(all)
+    }
+
+    /// Puts this agent's look-ups where another one may have put its own.
+    pub fn attach_again(&self) -> Result<(), KernelError> {
+        let all = self.enrolled.values().filter(|e| e.serving.is_some());
+        for enrolled in all {
+            self.proxy.kernel.attach_lookup(&enrolled.pod.netns)?;
+        }
+        Ok(())
     }
 
     fn publish(&self) {

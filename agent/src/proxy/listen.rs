@@ -4,8 +4,8 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsFd as _,
-    sync::Arc,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -17,6 +17,7 @@ use super::{
     HBONE_PORT, INBOUND_PORT, LocalPod, OUTBOUND_PORT, Proxy, enrol::EnrolError, inbound, outbound,
 };
 use crate::{
+    handover::{Bound, Sockets},
     kernel::{Kernel, Netns, netns_addresses},
     lifecycle::Watcher,
     workload::{Table, Workload},
@@ -26,34 +27,61 @@ const BACKLOG: i32 = 4_096;
 /// How long accepting rests when it fails for want of something.
 const PAUSE: Duration = Duration::from_millis(50);
 
+/// Listening sockets that an earlier agent has handed over, until somebody wants them.
+/// What is dialled waits in them.
+#[derive(Default)]
+pub struct Inherited(Mutex<Sockets>);
+
+impl Inherited {
+    pub fn fill(&self, sockets: Sockets) {
+        *self.lock() = sockets;
+    }
+
+    pub fn take(&self, bound: &Bound) -> Option<OwnedFd> {
+        self.lock().remove(bound)
+    }
+
+    /// Closes what nobody wants. Says how many.
+    pub fn clear(&self) -> usize {
+        std::mem::take(&mut *self.lock()).len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sockets> {
+        self.0.lock().expect("no panic while it is held")
+    }
+}
+
 /// The listeners in a pod's network namespace.
 pub struct Serving {
-    _tasks: Tasks,
-    plain: Socket,
-    hbone: Socket,
+    tasks: Tasks,
     /// Addresses that `LISTENERS` has entries for.
     pub addresses: HashSet<IpAddr>,
 }
 
-/// Accept loops, ended when dropped.
+/// Listening sockets and their accept loops, which end when dropped.
 #[derive(Default)]
-pub struct Tasks(Vec<tokio::task::AbortHandle>);
+pub struct Tasks(Vec<Listening>);
 
-impl Drop for Tasks {
+struct Listening {
+    bound: Bound,
+    socket: Socket,
+    task: tokio::task::AbortHandle,
+}
+
+impl Drop for Listening {
     fn drop(&mut self) {
-        for task in &self.0 {
-            task.abort();
-        }
+        self.task.abort();
     }
 }
 
 impl Tasks {
-    /// Accepts on a socket until drained. The kernel's map and the runtime each keep
-    /// a descriptor of it. A connection that cannot be accepted for want of file
-    /// descriptors waits in the backlog; the loop goes on.
+    /// Accepts on a socket until drained, while this agent is in charge. The kernel's map,
+    /// this and the runtime each keep a descriptor of it. A connection that cannot be
+    /// accepted for want of file descriptors waits in the backlog; the loop goes on.
     fn serve<F: Future<Output = ()> + Send + 'static>(
         &mut self,
-        socket: &Socket,
+        proxy: &Proxy,
+        (bound, socket): (Bound, Socket),
         drain: &Watcher,
         serve: impl Fn(TcpStream, SocketAddr, Watcher) -> F + Send + 'static,
     ) -> Result<(), EnrolError> {
@@ -63,11 +91,18 @@ impl Tasks {
             .map_err(EnrolError::Netns)?;
         let listener = TcpListener::from_std(copy.into()).map_err(EnrolError::Netns)?;
         let mut drain = drain.clone();
+        let mut in_charge = proxy.accepting.subscribe();
         let task = tokio::spawn(async move {
             let watcher = drain.clone();
             loop {
+                tokio::select! {
+                    yes = in_charge.wait_for(|yes| *yes) => if yes.is_err() { return },
+                    () = drain.triggered() => return,
+                }
                 let accepted = tokio::select! {
                     accepted = listener.accept() => accepted,
+                    // What comes from now on waits for the agent that is.
+                    _ = in_charge.wait_for(|yes| !*yes) => continue,
                     () = drain.triggered() => return,
                 };
                 match accepted {
@@ -82,8 +117,27 @@ impl Tasks {
                 }
             }
         });
-        self.0.push(task.abort_handle());
+        self.0.push(Listening {
+            bound,
+            socket,
+            task: task.abort_handle(),
+        });
         Ok(())
+    }
+
+    fn socket(&self, port: u16) -> Option<&Socket> {
+        let of_port = |l: &&Listening| l.bound.address.port() == port;
+        self.0
+            .iter()
+            .find(of_port)
+            .map(|listening| &listening.socket)
+    }
+
+    /// Descriptors of all of them, for the next agent.
+    pub fn sockets(&self) -> io::Result<Vec<(Bound, OwnedFd)>> {
+        let all = self.0.iter();
+        all.map(|l| Ok((l.bound, l.socket.as_fd().try_clone_to_owned()?)))
+            .collect()
     }
 }
 
@@ -102,15 +156,15 @@ pub fn outbound_listeners(
         IpAddr::V6(Ipv6Addr::LOCALHOST),
     ] {
         let address = SocketAddr::new(ip, OUTBOUND_PORT);
-        let socket = match bind(netns, address) {
+        let socket = match bind(proxy, netns, address) {
             Ok(socket) => socket,
             // No IPv6 in this namespace: nothing can be dialled by it either.
             Err(error) if ip.is_ipv6() && no_ipv6(&error) => continue,
             Err(source) => return Err(EnrolError::Listen { address, source }),
         };
-        let (proxy, pod) = (proxy.clone(), pod.cloned());
-        tasks.serve(&socket, drain, move |stream, client, drain| {
-            outbound::carry(proxy.clone(), cookie, pod.clone(), stream, client, drain)
+        let (to, pod) = (proxy.clone(), pod.cloned());
+        tasks.serve(proxy, socket, drain, move |stream, client, drain| {
+            outbound::carry(to.clone(), cookie, pod.clone(), stream, client, drain)
         })?;
     }
     Ok(tasks)
@@ -124,22 +178,24 @@ impl Serving {
     ) -> Result<Self, EnrolError> {
         let netns = &pod.netns;
         let mut tasks = outbound_listeners(proxy, netns, Some(pod), drain)?;
-        let plain = listen(netns, INBOUND_PORT)?;
-        let hbone = listen(netns, HBONE_PORT)?;
+        let plain = listen(proxy, netns, INBOUND_PORT)?;
+        let hbone = listen(proxy, netns, HBONE_PORT)?;
         let (to, at) = (pod.clone(), proxy.clone());
-        tasks.serve(&plain, drain, move |stream, client, drain| {
+        tasks.serve(proxy, plain, drain, move |stream, client, drain| {
             inbound::plaintext(at.clone(), to.clone(), stream, client, drain)
         })?;
         let (to, at) = (pod.clone(), proxy.clone());
-        tasks.serve(&hbone, drain, move |stream, client, drain| {
+        tasks.serve(proxy, hbone, drain, move |stream, client, drain| {
             inbound::tunnel(at.clone(), to.clone(), stream, client, drain)
         })?;
         Ok(Self {
-            _tasks: tasks,
-            plain,
-            hbone,
+            tasks,
             addresses: HashSet::new(),
         })
+    }
+
+    pub fn sockets(&self) -> io::Result<Vec<(Bound, OwnedFd)>> {
+        self.tasks.sockets()
     }
 
     /// Enters the pod's addresses: those of its object and all that its interfaces
@@ -164,6 +220,10 @@ impl Serving {
             let owner = owners.get(address);
             not_anothers(address) && owner.is_none_or(|owner| *owner == workload.uid)
         };
+        let [plain, hbone] = [INBOUND_PORT, HBONE_PORT].map(|port| self.tasks.socket(port));
+        let (Some(plain), Some(hbone)) = (plain, hbone) else {
+            return Ok(());
+        };
         let found: Vec<IpAddr> = found.into_iter().filter(free).collect();
         // A pod that is on its way out may still say that it has what the next one has.
         let own = workload.addresses.iter().copied().filter(not_anothers);
@@ -172,8 +232,8 @@ impl Serving {
                 .get(&address)
                 .is_some_and(|owner| *owner == workload.uid);
             if !owned || !self.addresses.contains(&address) {
-                kernel.set_listener(address, LISTENER_PLAINTEXT, &self.plain)?;
-                kernel.set_listener(address, LISTENER_HBONE, &self.hbone)?;
+                kernel.set_listener(address, LISTENER_PLAINTEXT, plain)?;
+                kernel.set_listener(address, LISTENER_HBONE, hbone)?;
                 owners.insert(address, workload.uid.clone());
                 self.addresses.insert(address);
             }
@@ -183,18 +243,20 @@ impl Serving {
 }
 
 /// A listener for all addresses of the namespace, of both families where it has both.
-fn listen(netns: &Netns, port: u16) -> Result<Socket, EnrolError> {
+fn listen(proxy: &Proxy, netns: &Netns, port: u16) -> Result<(Bound, Socket), EnrolError> {
     let any = [
         IpAddr::V6(Ipv6Addr::UNSPECIFIED),
         IpAddr::V4(Ipv4Addr::UNSPECIFIED),
     ];
     let [dual, v4] = any.map(|ip| SocketAddr::new(ip, port));
-    match bind(netns, dual) {
+    match bind(proxy, netns, dual) {
         Ok(socket) => Ok(socket),
-        Err(error) if no_ipv6(&error) => bind(netns, v4).map_err(|source| EnrolError::Listen {
-            address: v4,
-            source,
-        }),
+        Err(error) if no_ipv6(&error) => {
+            bind(proxy, netns, v4).map_err(|source| EnrolError::Listen {
+                address: v4,
+                source,
+            })
+        }
         Err(source) => Err(EnrolError::Listen {
             address: dual,
             source,
@@ -202,7 +264,15 @@ fn listen(netns: &Netns, port: u16) -> Result<Socket, EnrolError> {
     }
 }
 
-fn bind(netns: &Netns, address: SocketAddr) -> io::Result<Socket> {
+/// The socket of the agent before, or a new one.
+fn bind(proxy: &Proxy, netns: &Netns, address: SocketAddr) -> io::Result<(Bound, Socket)> {
+    let bound = Bound {
+        netns: netns.cookie,
+        address,
+    };
+    if let Some(inherited) = proxy.inherited.take(&bound) {
+        return Ok((bound, inherited.into()));
+    }
     let domain = Domain::for_address(address);
     let socket = netns.run(|| Socket::new(domain, Type::STREAM, Some(Protocol::TCP)))??;
     if address.is_ipv6() {
@@ -212,7 +282,7 @@ fn bind(netns: &Netns, address: SocketAddr) -> io::Result<Socket> {
     socket.set_nonblocking(true)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
-    Ok(socket)
+    Ok((bound, socket))
 }
 
 fn no_ipv6(error: &io::Error) -> bool {

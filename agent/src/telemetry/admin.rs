@@ -1,6 +1,11 @@
 //! Three small HTTP servers: administration, metrics, readiness.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::Arc,
+};
 
 use axum::{
     Json, Router,
@@ -71,12 +76,19 @@ pub struct Endpoints {
 }
 
 impl Endpoints {
-    pub async fn bind(config: &crate::config::Listen) -> Result<Self, String> {
-        async fn one(key: &str, address: SocketAddr) -> Result<TcpListener, String> {
-            TcpListener::bind(address)
-                .await
-                .map_err(|e| format!("listen.{key} {address}: {e}"))
-        }
+    /// Takes the sockets that an earlier agent has left, of those that it names, and binds
+    /// the others.
+    pub async fn bind(
+        config: &crate::config::Listen,
+        inherited: impl Fn(SocketAddr) -> Option<OwnedFd>,
+    ) -> Result<Self, String> {
+        let one = async |key: &str, address: SocketAddr| {
+            match inherited(address) {
+                Some(fd) => TcpListener::from_std(fd.into()),
+                None => TcpListener::bind(address).await,
+            }
+            .map_err(|e| format!("listen.{key} {address}: {e}"))
+        };
         let admin = &config.admin;
         let tls = match &admin.guard {
             Some(guard) => Some((door::tls(guard)?, guard.clone())),
@@ -89,6 +101,14 @@ impl Endpoints {
             metrics: one("metrics", config.metrics).await?,
             ready: one("ready", config.ready).await?,
         })
+    }
+
+    /// Descriptors of all listeners, for the next agent.
+    pub fn sockets(&self) -> io::Result<Vec<(SocketAddr, OwnedFd)>> {
+        let all = [&self.admin, &self.metrics, &self.ready];
+        all.map(|l| Ok((l.local_addr()?, l.as_fd().try_clone_to_owned()?)))
+            .into_iter()
+            .collect()
     }
 }
 

@@ -2,10 +2,12 @@
 
 `serve PORT`; `call ADDRESS METHOD [TOKEN]` prints the status code and the answer;
 `calls ADDRESS METHOD..` prints their codes; `each ADDRESS METHOD COUNT` makes so many
-calls, each on a connection of its own; `many ADDRESS METHOD` streams 1000 messages there and back.
+calls, each on a connection of its own; `many ADDRESS METHOD` streams 1000 messages there and back; `slow ADDRESS METHOD COUNT`
+streams so many, one each 50 ms.
 """
 
 import sys
+import time
 from concurrent import futures
 
 import grpc
@@ -48,6 +50,25 @@ if command == "each":
         with grpc.insecure_channel(at, options=options) as channel:
             channel.unary_unary(method)(b"hello", timeout=20)
     print("OK", count)
+    sys.exit()
+
+if command == "slow":
+    method, count = rest
+
+    def slowly():
+        for number in range(int(count)):
+            yield b"word %d" % number
+            time.sleep(0.05)
+
+    with grpc.insecure_channel(at, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        heard = 0
+        try:
+            for message in channel.stream_stream(method)(slowly()):
+                heard += 1
+                print("heard", heard, flush=True)
+            print("OK", heard, flush=True)
+        except grpc.RpcError as error:
+            print("cut", error.code().name, error.details(), flush=True)
     sys.exit()
 
 metadata = (("authorization", f"Bearer {rest[1]}"),) if len(rest) > 1 else ()

@@ -3,6 +3,8 @@
 
 #[path = "probe/hbone.rs"]
 mod hbone;
+#[path = "probe/load.rs"]
+mod load;
 #[path = "probe/storm.rs"]
 mod storm;
 
@@ -51,6 +53,8 @@ enum Cli {
     },
     /// Many connections of one kind; prints what it counted, as JSON.
     Storm(storm::Storm),
+    /// Requests at a pace until a file appears; prints what it counted, as JSON.
+    Load(load::Load),
     /// Count UDP datagrams.
     Datagrams {
         #[arg(long)]
@@ -138,6 +142,10 @@ fn main() -> io::Result<()> {
         }
         Cli::Storm(wanted) => {
             println!("{}", storm::run(&wanted));
+            Ok(())
+        }
+        Cli::Load(wanted) => {
+            println!("{}", load::run(&wanted));
             Ok(())
         }
         Cli::Datagrams { listen } => storm::datagrams(listen),

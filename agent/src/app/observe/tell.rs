@@ -159,7 +159,7 @@ impl Teller {
     /// Looks again for the connections of sockets that ended early.
     pub fn retry(&mut self, now: Instant) {
         for (until, pod, at, life) in std::mem::take(&mut self.early) {
-            if self.joined(0, &life) {
+            if self.joined(pod.netns.cookie, &life) {
                 continue;
             }
             match until <= now {
@@ -173,7 +173,9 @@ impl Teller {
         if self.joined(netns, &life) {
             return;
         }
-        if life.dialled.is_some() && self.early.len() < MOST {
+        // An agent that drains may say a moment later that its last hop is one.
+        let elders = life.remote.ip().is_loopback() && self.proxy.elders.any();
+        if (life.dialled.is_some() || elders) && self.early.len() < MOST {
             let until = Instant::now() + EARLY;
             self.early.push_back((until, pod.clone(), at, life));
         } else {
@@ -190,10 +192,11 @@ impl Teller {
                 source: life.remote,
             },
         };
-        self.proxy.join.socket(key, || Seen {
+        let seen = || Seen {
             socket: of_life(life),
             process: life.task.as_ref().map(|task| self.process(task)),
-        })
+        };
+        self.proxy.join.socket(key, seen) || self.proxy.elders.socket(key, seen)
     }
 
     /// A connection that the agent did not carry.

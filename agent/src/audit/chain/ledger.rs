@@ -124,8 +124,7 @@ impl Ledger {
         (Self { page }, losses, error)
     }
 
-    /// In memory alone.
-    #[cfg(test)]
+    /// In memory alone: of a test, or of an agent whose records another one writes.
     pub fn detached() -> Self {
         Self {
             page: Page([0; PAGE / 8]).in_memory(),
@@ -153,6 +152,19 @@ impl Ledger {
     pub fn accept_closed(&self) {
         let now = self.word(at::NOW);
         now.fetch_add(ACCEPTED - 1, Ordering::Relaxed);
+    }
+
+    /// Connections that are open, and accepted records (modulo 2^40).
+    pub fn counts(&self) -> (u64, u64) {
+        let now = self.word(at::NOW).load(Ordering::Relaxed);
+        (now % ACCEPTED, now / ACCEPTED)
+    }
+
+    /// Hands what is open over to another ledger. To be called when nobody else counts.
+    pub fn move_open(&self, to: &Self) {
+        let (open, _) = self.counts();
+        to.word(at::NOW).fetch_add(open, Ordering::Relaxed);
+        self.word(at::NOW).fetch_sub(open, Ordering::Relaxed);
     }
 
     pub fn set_last(&self, seq: u64) {

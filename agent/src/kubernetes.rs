@@ -209,6 +209,11 @@ impl Cluster {
         if pod_cidrs.len() > RANGES {
             return Err(ConnectError::Ranges(pod_cidrs.len()));
         }
+        // Loopback is where the agent itself is dialled, and so is what it steers.
+        let wide = |net: &&IpNet| net.prefix_len() == 0 || net.addr().is_loopback();
+        if let Some(net) = pod_cidrs.iter().find(wide) {
+            return Err(ConnectError::Wide(*net));
+        }
         let (client, namespace) = client::connect(&config.kubernetes).await?;
         Ok(Some(Arc::new(Self {
             client,

@@ -196,13 +196,15 @@ pub fn ensure(tiers: &[Tier]) -> Result<()> {
         install_packages(&node, "tests/lab/provider", "oidc-provider")?;
         install_packages(&node, "tests/lab/page", "axe")?;
     }
+    if tiers.contains(&Tier::Lab) || tiers.contains(&Tier::Lint) {
+        let node = install_node()?;
+        install_packages(&node, "tests/manifests", "kubernetes")?;
+        unpack_kubernetes()?;
+    }
     if tiers.contains(&Tier::Lint) {
         linters(&apt)?;
         let sign = tools().join("manifests/jsonschema_rs/__init__.py");
         install_wheels("tests/manifests/requirements.txt", "manifests", &sign)?;
-        let node = install_node()?;
-        install_packages(&node, "tests/manifests", "kubernetes")?;
-        unpack_kubernetes()?;
     }
     Ok(())
 }

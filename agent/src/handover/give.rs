@@ -272,9 +272,10 @@ impl Keeper {
         links.retain(|other| !Arc::ptr_eq(other, channel));
     }
 
-    /// Elders go to the next agent with what they have to say.
+    /// Elders go to the next agent with what they have to say: what they have said is taken,
+    /// and confirmed.
     fn dismiss(&self) {
         let links = self.links.lock().expect("no panic while it is held");
-        links.iter().for_each(|channel| channel.end());
+        links.iter().for_each(|channel| channel.hear_no_more());
     }
 }

@@ -30,6 +30,8 @@ const BEAT: Duration = Duration::from_millis(100);
 /// How long nobody may be in charge before an agent that has no connection left ends: who
 /// starts it again gets one that is.
 const ORPHANED: Duration = Duration::from_secs(3);
+/// How long an agent that leaves may take to confirm what it had.
+const CONFIRM: Duration = Duration::from_secs(2);
 /// Text of one message, as JSON may write it.
 const ROOM: usize = LARGEST / 4;
 
@@ -181,7 +183,13 @@ impl Sender {
             std::thread::Builder::new()
                 .name("handover-ear".into())
                 .spawn(move || {
-                    while let Ok((message, _)) = channel.receive::<ToElder>() {
+                    loop {
+                        let message = match channel.receive::<ToElder>() {
+                            Ok((message, _)) => message,
+                            // It left with something unread; what it said before is here.
+                            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => continue,
+                            Err(_ended) => break,
+                        };
                         match message {
                             ToElder::Had(count) => had.store(count, Ordering::SeqCst),
                             ToElder::Sockets(told) => {
@@ -200,6 +208,11 @@ impl Sender {
         let known = self.join.keys();
         self.unsent.extend(known.into_iter().map(Handed::Socket));
         let result = self.speak(channel, &had, &gone, &mut sent);
+        // One that hands over itself confirms what it had until then.
+        let until = Instant::now() + CONFIRM;
+        while !gone.load(Ordering::SeqCst) && Instant::now() < until {
+            std::thread::sleep(BEAT / 20);
+        }
         channel.end();
         let _ended = listener.join();
         // What it did not confirm may be in its log, or not: it is told as lost.
@@ -235,12 +248,24 @@ impl Sender {
             beat = Some(Instant::now());
             bye = closed && self.unsent.is_empty();
             let message = self.message(bye);
-            let lost = message.lost;
+            if let Err(error) = channel.send(&message, &NO_FDS) {
+                self.take_back(message);
+                return Err(error);
+            }
             *sent += message.records.len() as u64;
-            channel.send(&message, &NO_FDS)?;
-            self.lost -= lost;
+            self.lost -= message.lost;
         }
         Ok(())
+    }
+
+    /// What was not sent is said to the next one.
+    fn take_back(&mut self, message: FromElder) {
+        self.passed -= message.records.len() as u64;
+        for Line { text, story } in message.records.into_iter().rev() {
+            self.unsent.push_front(Handed::Record { text, story });
+        }
+        let keys = message.keys.into_iter().map(Handed::Socket);
+        self.unsent.extend(keys);
     }
 
     /// Waits a moment for something to say; whether nothing will come any more.

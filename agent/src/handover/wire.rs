@@ -108,6 +108,11 @@ impl Channel {
         Ok((serde_json::from_slice(&buffer[..length])?, fds))
     }
 
+    /// Takes nothing that is not here yet; that, and the answers to it, may go on.
+    pub fn hear_no_more(&self) {
+        let _ended_already = shutdown(self.0.as_raw_fd(), Shutdown::Read);
+    }
+
     /// Ends the conversation for both, whoever waits.
     pub fn end(&self) {
         let _ended_already = shutdown(self.0.as_raw_fd(), Shutdown::Both);

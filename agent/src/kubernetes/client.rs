@@ -3,6 +3,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use ipnet::IpNet;
 use k8s_openapi::api::core::v1::Namespace;
 use kube::{
     Api, Client, Config,
@@ -31,6 +32,8 @@ pub enum ConnectError {
         "kubernetes.podCidrs: {0} ranges are more than the 4096 that are kept; name wider ones"
     )]
     Ranges(usize),
+    #[error("kubernetes.podCidrs: {0} is not where pods are; name their ranges alone")]
+    Wide(IpNet),
 }
 
 /// A client, and the namespace that it lives in.

@@ -79,6 +79,8 @@ pub fn hold(scope: &Scope, resource: &ApiResource, object: DynamicObject) -> Res
             key == "istio.io/dry-run"
                 || key.starts_with("postern.dev/")
                 || key.starts_with("service.kubernetes.io/")
+                // Of static pods: their cgroups have another uid.
+                || key.starts_with("kubernetes.io/config.")
         });
     }
     let mut map = match data {

@@ -177,7 +177,7 @@ fn state(config: &Config, report: &mut Report) {
         );
         return;
     };
-    let free = space.blocks_available() as u64 * space.fragment_size() as u64;
+    let free = space.blocks_available() * space.fragment_size();
     if config.audit.enabled && free < kept {
         report.warn(
             format!("{} MiB are free at {}", free >> 20, place.display()),

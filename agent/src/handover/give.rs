@@ -10,6 +10,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{mpsc, oneshot};
@@ -123,7 +124,7 @@ impl Keeper {
                 Err(_) if self.closed.load(Ordering::SeqCst) => return,
                 Err(error) => {
                     tracing::warn!(%error, "nobody can take over from this agent");
-                    std::thread::sleep(std::time::Duration::from_millis(200));
+                    std::thread::sleep(Duration::from_millis(200));
                     continue;
                 }
             };
@@ -273,9 +274,14 @@ impl Keeper {
     }
 
     /// Elders go to the next agent with what they have to say: what they have said is taken,
-    /// and confirmed.
+    /// and confirmed, before this agent's own last word.
     fn dismiss(&self) {
-        let links = self.links.lock().expect("no panic while it is held");
-        links.iter().for_each(|channel| channel.hear_no_more());
+        const LONGEST: Duration = Duration::from_secs(1);
+        let links = || self.links.lock().expect("no panic while it is held");
+        links().iter().for_each(|channel| channel.hear_no_more());
+        let until = Instant::now() + LONGEST;
+        while !links().is_empty() && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }

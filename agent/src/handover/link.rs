@@ -153,14 +153,11 @@ impl Sender {
     fn run(&mut self) -> LinkEnd {
         let mut alone = Instant::now();
         loop {
-            match Channel::connect(&self.path, PATIENCE) {
-                Ok(Some(channel)) => {
-                    if let Err(error) = self.talk(&Arc::new(channel)) {
-                        tracing::debug!(%error, "the agent in charge left");
-                    }
-                    alone = Instant::now();
+            if let Ok(Some(channel)) = Channel::connect(&self.path, PATIENCE) {
+                if let Err(error) = self.talk(&Arc::new(channel)) {
+                    tracing::debug!(%error, "the agent in charge left");
                 }
-                Ok(None) | Err(_) => {}
+                alone = Instant::now();
             }
             let orphaned = alone.elapsed() > ORPHANED;
             if orphaned && self.drained.load(Ordering::SeqCst) {
@@ -297,11 +294,7 @@ impl Sender {
             ..FromElder::default()
         };
         let mut room = ROOM;
-        loop {
-            let Some(item) = (self.unsent.pop_front()).or_else(|| self.handed.try_recv().ok())
-            else {
-                break;
-            };
+        while let Some(item) = (self.unsent.pop_front()).or_else(|| self.handed.try_recv().ok()) {
             let size = match &item {
                 Handed::Record { text, .. } => text.len() + 64,
                 Handed::Lost(_) => 16,

@@ -190,11 +190,12 @@ async fn a_workload_gets_a_certificate_for_a_key_that_is_made_here() {
     let before = credentials.fingerprint();
     identities.renew(half + Duration::from_secs(1)).await;
     assert_ne!(credentials.fingerprint(), before);
-    let seen = double.seen.lock().expect("no panic");
-    assert_eq!(seen[1].0, "Bearer second");
-    assert_ne!(seen[1].2.csr, seen[0].2.csr);
-    drop(seen);
-    let refused = identities.jwt_svid(&id, "shop").await.err().expect("none");
+    {
+        let seen = double.seen.lock().expect("no panic");
+        assert_eq!(seen[1].0, "Bearer second");
+        assert_ne!(seen[1].2.csr, seen[0].2.csr);
+    }
+    let refused = identities.jwt_svid(&id, "shop").await.expect_err("none");
     assert!(refused.to_string().contains("no JWT-SVIDs"));
     assert!(identities.jwks().is_none());
 }
@@ -336,7 +337,10 @@ fn what_is_configured_wrongly_is_named() {
             "clusterId",
         ),
     ] {
-        let error = open(&ca).err().expect("refused").to_string();
+        let error = open(&ca)
+            .map(|_opened| ())
+            .expect_err("refused")
+            .to_string();
         assert!(
             error.contains("identity.istio") && error.contains(expected),
             "{error}"

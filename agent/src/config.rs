@@ -255,6 +255,9 @@ pub struct Transport {
     pub keepalive_interval: Span,
     /// A tunnel whose ping is not answered in this time is closed.
     pub keepalive_timeout: Span,
+    /// Whether agents of this kind carry each stream on a connection of its own, instead of
+    /// in HTTP/2.
+    pub fast_path: bool,
     /// Streams on one tunnel: more open another, and a peer may open no more.
     pub streams_per_tunnel: Count,
     /// HTTP/2 window of a stream, bytes. A tunnel's is as large as all its streams'
@@ -512,6 +515,7 @@ impl Default for Transport {
             idle_timeout: Span::seconds(90),
             keepalive_interval: Span::seconds(10),
             keepalive_timeout: Span::seconds(20),
+            fast_path: true,
             streams_per_tunnel: Count(64),
             stream_window: Window(512 << 10),
         }

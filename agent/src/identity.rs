@@ -39,4 +39,4 @@ pub use jwt::{JwtIssuer, JwtSvid};
 pub use remote::Remote;
 pub(crate) use remote::pem;
 pub use spiffe::{SpiffeError, SpiffeId, TrustDomain};
-pub use tls::{Credentials, Session, fingerprint, hex, peer_identity, valid_for};
+pub use tls::{Credentials, FAST, Session, fingerprint, hex, peer_identity, valid_for};

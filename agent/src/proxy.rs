@@ -11,6 +11,7 @@ mod choice;
 mod connections;
 mod deliver;
 mod enrol;
+mod fast;
 mod gate;
 mod hbone;
 pub mod http;
@@ -23,6 +24,8 @@ mod pods;
 mod source;
 mod splice;
 mod story;
+mod tls;
+mod workers;
 
 use std::{
     io,
@@ -57,10 +60,12 @@ pub use attach::describe;
 pub use choice::Choices;
 pub use connections::Connections;
 pub use enrol::Enroller;
-pub use hbone::Tunnels;
+pub use fast::Pool;
+pub use hbone::{Tunnels, sweep};
 pub use identities::Identities;
 pub use listen::Inherited;
 pub use pods::{LocalPod, LocalPods};
+pub use workers::Workers;
 
 /// Ports of the agent in each pod's network namespace.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -94,6 +99,10 @@ pub struct Proxy {
     pub choices: Choices,
     pub connections: Connections,
     pub tunnels: Tunnels,
+    /// Connections to other nodes' agents that carry one stream at a time.
+    pub fast: Arc<Pool>,
+    /// Where connections are carried.
+    pub workers: Workers,
     pub tokens: Arc<TokenClient>,
     /// Whether this agent accepts connections: not before it is in charge, and no longer
     /// when another one is.

@@ -156,8 +156,9 @@ fn two_thousand_connections_at_once() -> Result<()> {
     let seen = text(&output(&mut many)?.stdout);
     assert!(
         seen.contains("\"good\":2000"),
-        "{seen}\n{}",
-        lab.nodes[0].log()
+        "{seen}\n{}\n{}",
+        lab.nodes[0].log(),
+        lab.nodes[1].log()
     );
     eventually("all have ended", Duration::from_secs(10), || {
         lab.nodes

@@ -27,6 +27,9 @@ use crate::jwt::SigningKey;
 /// ALPN of HTTP/2, which HBONE is.
 pub(super) const H2: &[u8] = b"h2";
 
+/// And of the transport between two Postern agents.
+pub const FAST: &[u8] = b"postern/1";
+
 pub(super) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     let mut provider = aws_lc_rs::default_provider();
     provider.kx_groups = vec![
@@ -43,8 +46,12 @@ pub(super) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 pub struct Credentials {
     pub id: SpiffeId,
     current: Arc<Current>,
+    /// For HBONE alone.
     pub client: Arc<ClientConfig>,
     pub server: Arc<ServerConfig>,
+    /// For Postern's own transport, or HBONE.
+    pub fast_client: Arc<ClientConfig>,
+    pub fast_server: Arc<ServerConfig>,
 }
 
 #[derive(Debug)]
@@ -76,6 +83,7 @@ impl Credentials {
             .with_client_cert_resolver(current.clone());
         client.alpn_protocols = vec![H2.to_vec()];
         client.resumption = Resumption::disabled();
+        client.enable_secret_extraction = true;
         client.enable_sni = false;
         let mut server = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(versions)?
@@ -84,9 +92,15 @@ impl Credentials {
         server.alpn_protocols = vec![H2.to_vec()];
         server.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
+        server.enable_secret_extraction = true;
+        let (mut fast_client, mut fast_server) = (client.clone(), server.clone());
+        fast_client.alpn_protocols.insert(0, FAST.to_vec());
+        fast_server.alpn_protocols.insert(0, FAST.to_vec());
         Ok(Self {
             id,
             current,
+            fast_client: Arc::new(fast_client),
+            fast_server: Arc::new(fast_server),
             client: Arc::new(client),
             server: Arc::new(server),
         })

@@ -12,11 +12,12 @@ use super::{
     LocalPod, Proxy,
     attach::Attacher,
     connections::Registered,
+    fast::FastStream,
     gate::RequestGate,
     http::{Io, Limits, Protocol, h1, h2 as http2, server_name, sniff},
     last_hop,
     source::{Guard, Opened, Sending, Upstream},
-    splice::{End, splice},
+    splice::{End, from_h2, splice},
     story::{Ending, Story},
 };
 use crate::{
@@ -35,6 +36,8 @@ pub enum Arrived {
         body: RecvStream,
         respond: SendResponse<Bytes>,
     },
+    /// The same, on a connection of its own.
+    Offered(FastStream),
 }
 
 /// How long a client may keep a connection that nothing but a request can allow,
@@ -43,25 +46,32 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Arrived {
     /// Lets the other side begin.
-    fn open(self) -> Result<End, h2::Error> {
+    fn open(self) -> io::Result<End> {
         match self {
             Self::Open(end) => Ok(end),
             Self::Asked { body, mut respond } => Ok(End::Stream {
-                send: respond.send_response(Response::new(()), false)?,
+                send: respond
+                    .send_response(Response::new(()), false)
+                    .map_err(from_h2)?,
                 recv: body,
             }),
+            Self::Offered(mut stream) => {
+                stream.accept()?;
+                Ok(End::Fast(stream))
+            }
         }
     }
 
-    fn refuse(self, status: StatusCode) {
+    pub fn refuse(self, status: StatusCode) {
         match self {
             Self::Open(end) => end.reset(),
             Self::Asked { mut respond, .. } => answer(&mut respond, status),
+            Self::Offered(stream) => stream.refuse(status),
         }
     }
 }
 
-pub fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
+fn answer(respond: &mut SendResponse<Bytes>, status: StatusCode) {
     let mut response = Response::new(());
     *response.status_mut() = status;
     // The peer may have gone; then nobody needs the answer.

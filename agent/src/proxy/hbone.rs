@@ -1,12 +1,16 @@
-//! HBONE, client side: HTTP/2 CONNECT over mutual TLS 1.3 to port 15008 of the
-//! destination pod, from within the source pod's network namespace, so that network
-//! policy and the destination see the pod's own address. Tunnels are pooled by
-//! source pod and destination address.
+//! To another node: mutual TLS 1.3 to port 15008 of the destination pod, from within the
+//! source pod's network namespace, so that network policy and the destination see the
+//! pod's own address. Another Postern gets a connection for each stream (`fast`), everybody
+//! else HBONE: HTTP/2 CONNECT, on tunnels that are pooled by source pod and destination
+//! address.
 
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -15,17 +19,20 @@ use h2::{PingPong, client::SendRequest};
 use http::{Method, Request, StatusCode, header::FORWARDED};
 use rustls::pki_types::ServerName;
 use tokio::{
-    net::TcpStream,
-    sync::Mutex as AsyncMutex,
+    sync::{Mutex as AsyncMutex, Semaphore},
     time::{sleep, timeout},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{HBONE_PORT, LocalPod, Proxy, dial, splice::End};
+use super::{
+    HBONE_PORT, LocalPod, Proxy, dial,
+    fast::{self, Fresh, NotOpened, Open, Proven},
+    splice::End,
+    tls::{self, Records},
+};
 use crate::{
     audit::Fault,
     config::Transport,
-    identity::{Session, SpiffeId, peer_identity},
+    identity::{FAST, Session, SpiffeId, peer_identity},
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +50,8 @@ pub enum HboneError {
     },
     #[error("the tunnel broke before the destination answered: {0}")]
     Broke(#[from] h2::Error),
+    #[error("the connection broke before the destination answered: {0}")]
+    Ended(std::io::Error),
     #[error("the destination's agent did not answer in time")]
     Silent,
     #[error("refused by the destination's agent ({0})")]
@@ -55,7 +64,7 @@ impl HboneError {
     /// Whose doing it was.
     pub fn fault(&self) -> Fault {
         match self {
-            Self::Tunnel { .. } | Self::Broke(_) => Fault::Network,
+            Self::Tunnel { .. } | Self::Broke(_) | Self::Ended(_) => Fault::Network,
             Self::WrongIdentity { .. } | Self::Status(_) => Fault::Destination,
             Self::Silent => Fault::Agent,
             Self::Denied(_) => Fault::Policy,
@@ -78,7 +87,26 @@ struct Key {
 }
 
 #[derive(Default)]
-pub struct Tunnels(Mutex<HashMap<Key, Arc<AsyncMutex<Slot>>>>);
+pub struct Tunnels(Mutex<HashMap<Key, Arc<Destination>>>);
+
+struct Destination {
+    slot: AsyncMutex<Slot>,
+    /// The agent there speaks as `fast` does; as far as is known.
+    fast: AtomicBool,
+    /// Handshakes with it at once, for streams that have found no free connection.
+    shaking: Semaphore,
+}
+
+impl Default for Destination {
+    fn default() -> Self {
+        const AT_ONCE: usize = 8;
+        Self {
+            slot: AsyncMutex::default(),
+            fast: AtomicBool::new(false),
+            shaking: Semaphore::new(AT_ONCE),
+        }
+    }
+}
 
 #[derive(Default)]
 struct Slot {
@@ -109,7 +137,7 @@ pub struct Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let mut use_ = self.tunnel.use_.lock().expect("no panic while it is held");
+        let mut use_ = self.tunnel.use_();
         use_.streams -= 1;
         use_.idle_since = Instant::now();
         self.proxy.metrics.streams.dec();
@@ -120,35 +148,86 @@ impl Drop for Lease {
 pub struct Stream {
     pub end: End,
     pub session: Session,
-    pub lease: Lease,
+    /// Of a tunnel that it shares.
+    pub lease: Option<Lease>,
 }
 
-/// Opens a stream to an address of a workload of this identity.
+/// What a stream is carried by.
+enum Carrier {
+    Own(Fresh),
+    Tunnel(Lease),
+}
+
+/// Opens a stream to an address of a workload of this identity. `first`: what is sent on it
+/// at once.
 pub async fn open(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     destination: SocketAddr,
     expected: &SpiffeId,
     client: SocketAddr,
+    first: &[u8],
 ) -> Result<Stream, HboneError> {
-    // A tunnel may end between being picked and being used; the peer has not seen
-    // the request then, so that a second try on a new tunnel is safe.
+    // What carries it may end between being picked and being used; the peer has not acted
+    // on it then, so that a second try on a new one is safe.
     let mut again = true;
     loop {
-        let lease = lease(proxy, pod, destination, expected).await?;
-        let tunnel = lease.tunnel.clone();
-        match request(proxy, lease, destination, client).await {
-            Err(HboneError::Broke(error)) if again && unprocessed(&error) => {
-                // Old streams may go on for long on a tunnel that takes no new ones.
-                tunnel
-                    .use_
-                    .lock()
-                    .expect("no panic while it is held")
-                    .closed = true;
-                again = false;
+        match carrier(proxy, pod, destination, expected, again).await? {
+            Carrier::Own(fresh) => {
+                match own(proxy, pod, fresh, destination, client, first).await {
+                    Err((_, true)) if again => again = false,
+                    Err((error, _)) => return Err(error),
+                    Ok(stream) => return Ok(stream),
+                }
             }
-            result => return result,
+            Carrier::Tunnel(lease) => {
+                let tunnel = lease.tunnel.clone();
+                match request(proxy, lease, destination, client, first).await {
+                    Err(HboneError::Broke(error)) if again && unprocessed(&error) => {
+                        // Old streams may go on for long on a tunnel that takes no new ones.
+                        tunnel.use_().closed = true;
+                        again = false;
+                    }
+                    result => return result,
+                }
+            }
         }
+    }
+}
+
+/// Opens a stream that has a connection to itself. An error says whether the connection may
+/// have been stale, so that nobody has seen the stream.
+async fn own(
+    proxy: &Arc<Proxy>,
+    pod: &LocalPod,
+    fresh: Fresh,
+    destination: SocketAddr,
+    client: SocketAddr,
+    first: &[u8],
+) -> Result<Stream, (HboneError, bool)> {
+    let limit = proxy.transport.connect_timeout.0;
+    let key = fast::PoolKey::new(pod.serial, destination.ip());
+    let open = Open {
+        destination,
+        client,
+    };
+    let answered = timeout(limit, proxy.fast.open(key, fresh, open, first));
+    match answered.await {
+        Ok(Ok(opened)) => Ok(Stream {
+            end: End::Fast(opened.stream),
+            session: (*opened.proven.session).clone(),
+            lease: None,
+        }),
+        Ok(Err(NotOpened::Refused(status))) => Err((refusal(status), false)),
+        Ok(Err(NotOpened::Broke { error, reused })) => Err((HboneError::Ended(error), reused)),
+        Err(_elapsed) => Err((HboneError::Silent, false)),
+    }
+}
+
+fn refusal(status: StatusCode) -> HboneError {
+    match status {
+        StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => HboneError::Denied(status),
+        status => HboneError::Status(status),
     }
 }
 
@@ -161,6 +240,7 @@ async fn request(
     lease: Lease,
     destination: SocketAddr,
     client: SocketAddr,
+    first: &[u8],
 ) -> Result<Stream, HboneError> {
     let limit = proxy.transport.connect_timeout.0;
     let request = Request::builder()
@@ -174,9 +254,12 @@ async fn request(
         let (response, send) = requests.send_request(request, false)?;
         Ok::<_, h2::Error>((response.await?, send))
     });
-    let (response, send) = answered.await.map_err(|_elapsed| HboneError::Silent)??;
+    let (response, mut send) = answered.await.map_err(|_elapsed| HboneError::Silent)??;
     match response.status() {
         StatusCode::OK => {
+            if !first.is_empty() {
+                send.send_data(Bytes::copy_from_slice(first), false)?;
+            }
             let end = End::Stream {
                 send,
                 recv: response.into_body(),
@@ -184,39 +267,21 @@ async fn request(
             Ok(Stream {
                 end,
                 session: lease.tunnel.session.clone(),
-                lease,
+                lease: Some(lease),
             })
         }
-        status @ (StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) => {
-            Err(HboneError::Denied(status))
-        }
-        status => Err(HboneError::Status(status)),
+        status => Err(refusal(status)),
     }
 }
 
-/// A place on a tunnel that stands, or on a new one. One at a time per destination.
-async fn lease(
+/// A connection of its own, or a place on a tunnel; one that stands, or a new one.
+async fn carrier(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     destination: SocketAddr,
     expected: &SpiffeId,
-) -> Result<Lease, HboneError> {
-    let key = Key {
-        pod: pod.serial,
-        destination: destination.ip(),
-    };
-    let slot = {
-        let mut slots = proxy.tunnels.0.lock().expect("no panic while it is held");
-        slots.entry(key).or_default().clone()
-    };
-    let mut slot = slot.lock().await;
-    slot.tunnels.retain(|tunnel| {
-        !tunnel
-            .use_
-            .lock()
-            .expect("no panic while it is held")
-            .closed
-    });
+    reuse: bool,
+) -> Result<Carrier, HboneError> {
     let svid_until = pod.credentials.not_after();
     if svid_until <= SystemTime::now() {
         let reason = "the workload's certificate has expired and could not be renewed".into();
@@ -225,16 +290,84 @@ async fn lease(
             reason,
         });
     }
+    let free = || {
+        let key = fast::PoolKey::new(pod.serial, destination.ip());
+        (proxy.fast.take(key, expected, svid_until)).map(Carrier::Own)
+    };
+    if reuse && let Some(free) = free() {
+        return Ok(free);
+    }
+    let key = Key {
+        pod: pod.serial,
+        destination: destination.ip(),
+    };
+    let to = {
+        let mut all = proxy.tunnels.0.lock().expect("no panic while it is held");
+        all.entry(key).or_default().clone()
+    };
+    if to.fast.load(Ordering::Relaxed)
+        && let Some(room) = proxy.fast.join()
+    {
+        let _turn = to.shaking.acquire().await.expect("never closed");
+        if reuse && let Some(free) = free() {
+            return Ok(free);
+        }
+        return match establish(proxy, pod, destination, expected, Some(room)).await {
+            Ok(Established::Own(fresh)) => Ok(Carrier::Own(fresh)),
+            // Another agent is there now.
+            Ok(Established::Tunnel(tunnel, driver)) => {
+                to.fast.store(false, Ordering::Relaxed);
+                let mut slot = to.slot.lock().await;
+                Ok(Carrier::Tunnel(slot.add(proxy, key, *tunnel, *driver)))
+            }
+            Err(error) => {
+                // The next ones learn together what is there.
+                to.fast.store(false, Ordering::Relaxed);
+                Err(error)
+            }
+        };
+    }
+    lease(proxy, pod, destination, expected, (key, &to)).await
+}
+
+/// A place on a tunnel that stands, or on a new one; or, of an agent that was not known
+/// before, a connection. One at a time per destination.
+async fn lease(
+    proxy: &Arc<Proxy>,
+    pod: &Arc<LocalPod>,
+    destination: SocketAddr,
+    expected: &SpiffeId,
+    (key, to): (Key, &Arc<Destination>),
+) -> Result<Carrier, HboneError> {
+    let mut slot = to.slot.lock().await;
+    let room = match to.fast.load(Ordering::Relaxed) {
+        // It has turned out meanwhile.
+        true => proxy.fast.join(),
+        false => None,
+    };
+    if let Some(room) = room {
+        drop(slot);
+        let _turn = to.shaking.acquire().await.expect("never closed");
+        return match establish(proxy, pod, destination, expected, Some(room)).await? {
+            Established::Own(fresh) => Ok(Carrier::Own(fresh)),
+            Established::Tunnel(tunnel, driver) => {
+                let mut slot = to.slot.lock().await;
+                Ok(Carrier::Tunnel(slot.add(proxy, key, *tunnel, *driver)))
+            }
+        };
+    }
+    slot.tunnels.retain(|tunnel| !tunnel.use_().closed);
+    let svid_until = pod.credentials.not_after();
     for tunnel in &slot.tunnels {
         if tunnel.peer == *expected
             && tunnel.svid_until == svid_until
             && tunnel.join(proxy.transport.streams_per_tunnel.0)
         {
             proxy.metrics.streams.inc();
-            return Ok(Lease {
+            return Ok(Carrier::Tunnel(Lease {
                 tunnel: tunnel.clone(),
                 proxy: proxy.clone(),
-            });
+            }));
         }
     }
     let refused = |reason| HboneError::Tunnel {
@@ -246,17 +379,14 @@ async fn lease(
     {
         return Err(refused(reason.clone()));
     }
-    match establish(proxy, pod, destination, expected).await {
-        Ok((tunnel, connection)) => {
+    match establish(proxy, pod, destination, expected, proxy.fast.join()).await {
+        Ok(Established::Own(fresh)) => {
             slot.failed = None;
-            let tunnel = Arc::new(tunnel);
-            tokio::spawn(drive(proxy.clone(), key, tunnel.clone(), connection));
-            slot.tunnels.push(tunnel.clone());
-            proxy.metrics.streams.inc();
-            Ok(Lease {
-                tunnel,
-                proxy: proxy.clone(),
-            })
+            to.fast.store(true, Ordering::Relaxed);
+            Ok(Carrier::Own(fresh))
+        }
+        Ok(Established::Tunnel(tunnel, driver)) => {
+            Ok(Carrier::Tunnel(slot.add(proxy, key, *tunnel, *driver)))
         }
         Err(error) => {
             if let HboneError::Tunnel { reason, .. } = &error {
@@ -269,10 +399,29 @@ async fn lease(
     }
 }
 
+impl Slot {
+    /// A tunnel whose first stream is its caller's.
+    fn add(&mut self, proxy: &Arc<Proxy>, key: Key, tunnel: Tunnel, driver: Driver) -> Lease {
+        self.failed = None;
+        let tunnel = Arc::new(tunnel);
+        tokio::spawn(drive(proxy.clone(), key, tunnel.clone(), driver));
+        self.tunnels.push(tunnel.clone());
+        proxy.metrics.streams.inc();
+        Lease {
+            tunnel,
+            proxy: proxy.clone(),
+        }
+    }
+}
+
 impl Tunnel {
+    fn use_(&self) -> MutexGuard<'_, Use> {
+        self.use_.lock().expect("no panic while it is held")
+    }
+
     /// Takes a place, unless the tunnel is full or closed.
     fn join(&self, most: u32) -> bool {
-        let mut use_ = self.use_.lock().expect("no panic while it is held");
+        let mut use_ = self.use_();
         // The peer may allow fewer than we would open.
         let allowed = self.requests.current_max_send_streams();
         let most = most.min(u32::try_from(allowed).unwrap_or(u32::MAX));
@@ -288,7 +437,7 @@ impl Tunnel {
         let mut wait = limit;
         loop {
             sleep(wait).await;
-            let mut use_ = self.use_.lock().expect("no panic while it is held");
+            let mut use_ = self.use_();
             let idle = use_.idle_since.elapsed();
             if use_.streams == 0 && idle >= limit {
                 use_.closed = true;
@@ -303,13 +452,21 @@ impl Tunnel {
     }
 }
 
-/// Connects, shakes hands and makes sure who answered. Joined by its caller.
+/// What a new connection is, as both sides agreed.
+enum Established {
+    Own(Fresh),
+    Tunnel(Box<Tunnel>, Box<Driver>),
+}
+
+/// Connects, shakes hands and makes sure who answered. Joined by its caller. `room`: it may
+/// be a connection for one stream at a time.
 async fn establish(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     destination: SocketAddr,
     expected: &SpiffeId,
-) -> Result<(Tunnel, Driver), HboneError> {
+    room: Option<fast::Room>,
+) -> Result<Established, HboneError> {
     let refused = |reason: String| HboneError::Tunnel {
         destination,
         reason,
@@ -320,17 +477,18 @@ async fn establish(
         .await
         .map_err(|e| refused(e.to_string()))?;
     let svid_until = pod.credentials.not_after();
-    let connector = TlsConnector::from(pod.credentials.client.clone());
+    let config = match room {
+        Some(_) => &pod.credentials.fast_client,
+        None => &pod.credentials.client,
+    };
     let began = Instant::now();
     // The name is not sent and not checked: the SPIFFE ID is, below.
-    let tls = timeout(
-        limit,
-        connector.connect(ServerName::IpAddress(destination.ip().into()), tcp),
-    );
-    let tls = tls
+    let name = ServerName::IpAddress(destination.ip().into());
+    let shaken = timeout(limit, tls::connect(tcp, config.clone(), name));
+    let shaken = shaken
         .await
         .unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()));
-    let tls = tls.map_err(|error| {
+    let shaken = shaken.map_err(|error| {
         proxy.metrics.handshake("client_failed");
         refused(format!("TLS: {error}"))
     })?;
@@ -339,10 +497,7 @@ async fn establish(
         .metrics
         .handshake_seconds
         .observe(began.elapsed().as_secs_f64());
-    let (_, connection) = tls.get_ref();
-    let peer = connection
-        .peer_certificates()
-        .and_then(|chain| peer_identity(chain.first()?));
+    let peer = peer_identity(&shaken.leaf);
     if peer.as_ref() != Some(expected) {
         return Err(HboneError::WrongIdentity {
             destination,
@@ -350,14 +505,25 @@ async fn establish(
             found: peer.map_or_else(|| "unknown".into(), |id| id.to_string()),
         });
     }
-    let session = Session::of(connection);
+    let session = shaken.session;
+    if let Some(room) = room
+        && shaken.protocol.as_deref() == Some(FAST)
+    {
+        fast::keep_alive(&shaken.records, &proxy.transport);
+        let proven = Proven {
+            peer: expected.clone(),
+            session: Arc::new(session),
+            svid_until,
+        };
+        return Ok(Established::Own(Fresh::new(shaken.records, proven, room)));
+    }
     let (requests, connection) = h2::client::Builder::new()
         .initial_window_size(proxy.transport.stream_window.0)
         .initial_connection_window_size(proxy.transport.tunnel_window())
         .max_frame_size(64 << 10)
         .max_send_buffer_size(SEND_BUFFER)
         .enable_push(false)
-        .handshake(tls)
+        .handshake(shaken.records)
         .await
         .map_err(|e| refused(e.to_string()))?;
     let use_ = Mutex::new(Use {
@@ -372,10 +538,10 @@ async fn establish(
         svid_until,
         use_,
     };
-    Ok((tunnel, connection))
+    Ok(Established::Tunnel(Box::new(tunnel), Box::new(connection)))
 }
 
-type Driver = h2::client::Connection<TlsStream<TcpStream>, Bytes>;
+type Driver = h2::client::Connection<Records, Bytes>;
 
 /// Runs a tunnel until it breaks, its peer falls silent, or nobody uses it.
 async fn drive(proxy: Arc<Proxy>, key: Key, tunnel: Arc<Tunnel>, mut connection: Driver) {
@@ -388,27 +554,46 @@ async fn drive(proxy: Arc<Proxy>, key: Key, tunnel: Arc<Tunnel>, mut connection:
     };
     tracing::debug!(peer = %tunnel.peer, destination = %key.destination, reason, "tunnel ended");
     proxy.metrics.tunnels.dec();
-    tunnel
-        .use_
-        .lock()
-        .expect("no panic while it is held")
-        .closed = true;
+    tunnel.use_().closed = true;
     proxy.tunnels.forget(key);
 }
 
 impl Tunnels {
     /// Lets go of a destination without tunnels. One that is being dialled stays.
     fn forget(&self, key: Key) {
-        let mut slots = self.0.lock().expect("no panic while it is held");
-        let empty = slots.get(&key).is_some_and(|slot| {
-            slot.try_lock().is_ok_and(|mut slot| {
-                slot.tunnels
-                    .retain(|t| !t.use_.lock().expect("no panic while it is held").closed);
+        let mut all = self.0.lock().expect("no panic while it is held");
+        if all.get(&key).is_some_and(|to| to.is_unused()) {
+            all.remove(&key);
+        }
+    }
+
+    /// The same, of all.
+    fn forget_unused(&self) {
+        let mut all = self.0.lock().expect("no panic while it is held");
+        all.retain(|_, to| !to.is_unused());
+    }
+}
+
+impl Destination {
+    fn is_unused(self: &Arc<Self>) -> bool {
+        // One that is in use is learnt anew, if it must be.
+        Arc::strong_count(self) == 1
+            && self.slot.try_lock().is_ok_and(|mut slot| {
+                slot.tunnels.retain(|tunnel| !tunnel.use_().closed);
                 slot.tunnels.is_empty()
             })
-        });
-        if empty {
-            slots.remove(&key);
+    }
+}
+
+/// Closes connections that nobody has used for long. Ends with the agent.
+pub async fn sweep(proxy: Arc<Proxy>) {
+    const EVERY: Duration = Duration::from_secs(1);
+    const FORGET_EVERY: u32 = 60;
+    for round in 1_u32.. {
+        sleep(EVERY).await;
+        proxy.fast.sweep(proxy.transport.idle_timeout.0);
+        if round % FORGET_EVERY == 0 {
+            proxy.tunnels.forget_unused();
         }
     }
 }

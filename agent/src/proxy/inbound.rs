@@ -1,28 +1,30 @@
 //! What comes to a pod from outside its node's mesh: HBONE on 15008 and plaintext
 //! on every other port, handed here by `sk_lookup`.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{Method, Request, StatusCode, header::FORWARDED};
 use tokio::{
     net::TcpStream,
-    time::{sleep, timeout},
+    sync::oneshot,
+    time::{Sleep, sleep, timeout},
 };
-use tokio_rustls::TlsAcceptor;
 
 use super::{
     LocalPod, Proxy,
-    deliver::{Arrived, Delivery, answer},
+    deliver::{Arrived, Delivery},
+    fast::{self, FastStream, Home, Kind, Open},
     hbone::{SEND_BUFFER, keepalive},
     is_agent_port, look, reset,
     splice::End,
     story::{Ending, Story},
+    tls::{self, Records},
 };
 use crate::{
     audit::{Fault, Reporter, Transport},
-    identity::{Session, SpiffeId, fingerprint, peer_identity, valid_for},
+    identity::{FAST, Session, SpiffeId, fingerprint, peer_identity, valid_for},
     lifecycle::Watcher,
     policy::Facts,
 };
@@ -95,7 +97,7 @@ pub async fn tunnel(
     pod: Arc<LocalPod>,
     stream: TcpStream,
     client: SocketAddr,
-    mut drain: Watcher,
+    drain: Watcher,
 ) {
     let client = canonical(client);
     let limit = proxy.transport.connect_timeout.0;
@@ -105,9 +107,12 @@ pub async fn tunnel(
         proxy.metrics.handshake("server_turned_away");
         return reset(stream);
     };
-    let acceptor = TlsAcceptor::from(pod.credentials.server.clone());
-    let tls = match timeout(limit, acceptor.accept(stream)).await {
-        Ok(Ok(tls)) => tls,
+    let config = match proxy.transport.fast_path {
+        true => &pod.credentials.fast_server,
+        false => &pod.credentials.server,
+    };
+    let shaken = match timeout(limit, tls::accept(stream, config.clone())).await {
+        Ok(Ok(shaken)) => shaken,
         failed => {
             proxy.metrics.handshake("server_failed");
             let why = match failed {
@@ -133,17 +138,97 @@ pub async fn tunnel(
     };
     drop(handshake);
     proxy.metrics.handshake("server");
-    let connection = tls.get_ref().1;
-    let session = Session::of(connection);
-    let chain = connection.peer_certificates();
-    // The verifier has made sure that there is one.
-    let Some(leaf) = chain.and_then(|chain| chain.first()) else {
+    let Some(peer) = peer_identity(&shaken.leaf) else {
         return;
     };
-    let Some(peer) = peer_identity(leaf) else {
-        return;
+    let expired = sleep(valid_for(&shaken.leaf));
+    let caller = Caller {
+        peer,
+        certificate: fingerprint(&shaken.leaf),
+        session: shaken.session,
+        address: client,
     };
-    let (expired, certificate) = (sleep(valid_for(leaf)), fingerprint(leaf));
+    match shaken.protocol.as_deref() == Some(FAST) {
+        true => streams(proxy, pod, caller, shaken.records, expired, drain).await,
+        false => hbone(proxy, pod, caller, shaken.records, expired, drain).await,
+    }
+}
+
+/// Serves a connection that carries one stream at a time.
+async fn streams(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    caller: Caller,
+    mut records: Records,
+    expired: Sleep,
+    drain: Watcher,
+) {
+    /// How long a stream may still come that was on its way when this side left.
+    const CROSSING: Duration = Duration::from_millis(100);
+    fast::keep_alive(&records, &proxy.transport);
+    // The source closes what it does not use; one that never does is not waited for.
+    let unused = proxy.transport.idle_timeout.0 * 2;
+    tokio::pin!(expired);
+    let mut leaving = drain.clone();
+    let mut left = false;
+    loop {
+        let limit = if left { CROSSING } else { unused };
+        let frame = tokio::select! {
+            frame = fast::frame(&mut records) => frame,
+            () = sleep(limit) => return,
+            () = async { tokio::select! {
+                () = &mut expired => {}
+                () = leaving.triggered() => {}
+            }}, if !left => {
+                left = true;
+                if fast::leave(&mut records).await.is_err() {
+                    return;
+                }
+                continue;
+            }
+        };
+        let open = match frame {
+            Ok(Some((Kind::Open, payload))) => Open::decode(&payload),
+            // Sent on a stream that was refused: nobody's.
+            Ok(Some((Kind::Data | Kind::End, _))) => continue,
+            Ok(Some((kind, _))) => {
+                tracing::debug!(client = %caller.address, ?kind, "a frame that is not for now");
+                return;
+            }
+            Ok(None) => return,
+            Err(error) => {
+                tracing::debug!(client = %caller.address, %error, "connection ended");
+                return;
+            }
+        };
+        let Some(open) = open else { return };
+        let (home, back) = oneshot::channel();
+        let stream = FastStream::new(records, Home::Serving(home));
+        let offer = Offer {
+            destination: Some(canonical(open.destination)),
+            asked: open.destination.to_string(),
+            client: Some(canonical(open.client)),
+            arrived: Arrived::Offered(stream),
+        };
+        // A task of its own would be one more to wake.
+        Box::pin(stream_of(&proxy, &pod, &caller, offer, drain.clone())).await;
+        // Not if it was broken.
+        let Ok(next) = back.await else { return };
+        records = next;
+    }
+}
+
+/// Serves one tunnel.
+async fn hbone(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    caller: Caller,
+    records: Records,
+    expired: Sleep,
+    mut drain: Watcher,
+) {
+    let (client, limit) = (caller.address, proxy.transport.connect_timeout.0);
+    let caller = Arc::new(caller);
     let handshake = h2::server::Builder::new()
         .initial_window_size(proxy.transport.stream_window.0)
         .initial_connection_window_size(proxy.transport.tunnel_window())
@@ -151,7 +236,7 @@ pub async fn tunnel(
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_streams(proxy.transport.streams_per_tunnel.0)
         .max_header_list_size(MAX_HEADERS)
-        .handshake(tls);
+        .handshake(records);
     let Ok(Ok(mut connection)) = timeout(limit, handshake).await else {
         return;
     };
@@ -177,14 +262,11 @@ pub async fn tunnel(
         };
         match accepted {
             Some(Ok((request, respond))) => {
-                let caller = Caller {
-                    peer: peer.clone(),
-                    certificate,
-                    session: session.clone(),
-                    address: client,
-                };
-                let (proxy, pod, drain) = (proxy.clone(), pod.clone(), drain.clone());
-                tokio::spawn(stream_of(proxy, pod, caller, request, respond, drain));
+                let (proxy, pod, caller) = (proxy.clone(), pod.clone(), caller.clone());
+                let (offer, drain) = (Offer::of(request, respond), drain.clone());
+                tokio::spawn(async move {
+                    stream_of(&proxy, &pod, &caller, offer, drain).await;
+                });
             }
             Some(Err(error)) => {
                 tracing::debug!(%client, %error, "tunnel ended");
@@ -204,80 +286,104 @@ struct Caller {
     address: SocketAddr,
 }
 
-/// Carries one stream of a tunnel, if everything about it is right.
+/// A stream that a peer wants to open.
+struct Offer {
+    /// `None`: it asks for something else than a CONNECT to an address.
+    destination: Option<SocketAddr>,
+    /// In its own words.
+    asked: String,
+    /// Who the source's agent says is the client.
+    client: Option<SocketAddr>,
+    arrived: Arrived,
+}
+
+impl Offer {
+    fn of(request: Request<RecvStream>, respond: SendResponse<Bytes>) -> Self {
+        let authority = request.uri().authority();
+        let authority = authority.and_then(|a| a.as_str().parse::<SocketAddr>().ok());
+        let is_connect = request.method() == Method::CONNECT;
+        Self {
+            destination: authority.map(canonical).filter(|_| is_connect),
+            asked: format!("{} {}", request.method(), request.uri()),
+            client: forwarded(&request),
+            arrived: Arrived::Asked {
+                body: request.into_body(),
+                respond,
+            },
+        }
+    }
+}
+
+/// Carries one stream, if everything about it is right.
 async fn stream_of(
-    proxy: Arc<Proxy>,
-    pod: Arc<LocalPod>,
-    caller: Caller,
-    request: Request<RecvStream>,
-    mut respond: SendResponse<Bytes>,
+    proxy: &Arc<Proxy>,
+    pod: &Arc<LocalPod>,
+    caller: &Caller,
+    offer: Offer,
     drain: Watcher,
 ) {
-    let authority = request
-        .uri()
-        .authority()
-        .and_then(|a| a.as_str().parse::<SocketAddr>().ok());
-    let Some(destination) = authority.map(canonical).filter(|a| {
-        request.method() == Method::CONNECT && pod.has_address(a.ip()) && !is_agent_port(a.port())
-    }) else {
-        answer(&mut respond, StatusCode::BAD_REQUEST);
+    let Offer {
+        destination,
+        asked,
+        client,
+        arrived,
+    } = offer;
+    let meant = |a: &SocketAddr| pod.has_address(a.ip()) && !is_agent_port(a.port());
+    let Some(destination) = destination.filter(meant) else {
+        arrived.refuse(StatusCode::BAD_REQUEST);
         let Some(own) = pod.address_like(caller.address.ip()) else {
             return;
         };
         let gate = SocketAddr::new(own, super::HBONE_PORT);
         let mut story = Story::new(
-            &proxy,
+            proxy,
             Reporter::Destination,
             Transport::Hbone,
             caller.address,
             gate,
         );
-        story.tls = Some(caller.session);
-        story.source.identity = Some(caller.peer);
+        story.tls = Some(caller.session.clone());
+        story.source.identity = Some(caller.peer.clone());
         story.destination.workload = Some(pod.workload.load_full());
-        // The authority is the peer's word: shortened, and escaped where it is written.
-        let asked: String = request.uri().to_string().chars().take(100).collect();
-        let why = format!(
-            "{} {asked:?} is not a CONNECT to this workload",
-            request.method()
-        );
+        // It is the peer's word: shortened, and escaped where it is written.
+        let asked: String = asked.chars().take(100).collect();
+        let why = format!("{asked:?} is not a CONNECT to this workload");
         return story.finish(Ending::Refused(Fault::Source, why));
     };
     // Believed only as far as the packets' own source confirms it.
-    let client = forwarded(&request)
+    let client = client
         .filter(|claimed| claimed.ip() == caller.address.ip())
         .unwrap_or(caller.address);
     let mut story = Story::new(
-        &proxy,
+        proxy,
         Reporter::Destination,
         Transport::Hbone,
         client,
         destination,
     );
-    story.tls = Some(caller.session);
+    story.tls = Some(caller.session.clone());
     story.source.identity = Some(caller.peer.clone());
-    story.source.workload = look::client(&proxy, client.ip()).await;
+    story.source.workload = look::client(proxy, client.ip()).await;
     story.destination.identity = Some(pod.identity().clone());
     story.destination.workload = Some(pod.workload.load_full());
     if !proxy.trust_domains.contains(&caller.peer.trust_domain) {
-        answer(&mut respond, StatusCode::UNAUTHORIZED);
+        arrived.refuse(StatusCode::UNAUTHORIZED);
         let domain = &caller.peer.trust_domain;
         let why = format!("trust domain {domain} is not known");
         return story.finish(Ending::Refused(Fault::Policy, why));
     }
-    let mut facts = Facts::new(Some(caller.peer), client.ip(), destination);
+    let mut facts = Facts::new(Some(caller.peer.clone()), client.ip(), destination);
     facts.certificate = Some(caller.certificate);
     let delivery = Delivery {
-        proxy: &proxy,
-        pod: &pod,
+        proxy,
+        pod,
         facts,
         client,
         story: &mut story,
         attacher: None,
         drain,
     };
-    let body = request.into_body();
-    let ending = delivery.run(Arrived::Asked { body, respond }).await;
+    let ending = delivery.run(arrived).await;
     story.finish(ending);
 }
 

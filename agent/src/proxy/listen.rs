@@ -80,19 +80,25 @@ impl Tasks {
     /// accepted for want of file descriptors waits in the backlog; the loop goes on.
     fn serve<F: Future<Output = ()> + Send + 'static>(
         &mut self,
-        proxy: &Proxy,
+        proxy: &Arc<Proxy>,
         (bound, socket): (Bound, Socket),
         drain: &Watcher,
-        serve: impl Fn(TcpStream, SocketAddr, Watcher) -> F + Send + 'static,
+        serve: impl Fn(TcpStream, SocketAddr, Watcher) -> F + Send + Sync + 'static,
     ) -> Result<(), EnrolError> {
         let copy = socket
             .as_fd()
             .try_clone_to_owned()
             .map_err(EnrolError::Netns)?;
-        let listener = TcpListener::from_std(copy.into()).map_err(EnrolError::Netns)?;
         let mut drain = drain.clone();
         let mut in_charge = proxy.accepting.subscribe();
-        let task = tokio::spawn(async move {
+        let serve = Arc::new(serve);
+        let at = proxy.clone();
+        let worker = proxy.workers.next();
+        let listener = {
+            let _its_runtime = worker.enter();
+            TcpListener::from_std(copy.into()).map_err(EnrolError::Netns)?
+        };
+        let task = worker.spawn(async move {
             let watcher = drain.clone();
             loop {
                 tokio::select! {
@@ -107,7 +113,7 @@ impl Tasks {
                 };
                 match accepted {
                     Ok((stream, client)) => {
-                        tokio::spawn(serve(stream, client, watcher.clone()));
+                        carry(&at, stream, client, watcher.clone(), &serve);
                     }
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {
@@ -138,6 +144,40 @@ impl Tasks {
         let all = self.0.iter();
         all.map(|l| Ok((l.bound, l.socket.as_fd().try_clone_to_owned()?)))
             .collect()
+    }
+}
+
+/// Has a connection carried by this worker or another one.
+fn carry<F: Future<Output = ()> + Send + 'static>(
+    proxy: &Proxy,
+    stream: TcpStream,
+    client: SocketAddr,
+    drain: Watcher,
+    serve: &Arc<impl Fn(TcpStream, SocketAddr, Watcher) -> F + Send + Sync + 'static>,
+) {
+    let (worker, load) = proxy.workers.choose();
+    let Some(worker) = worker else {
+        let serving = serve(stream, client, drain);
+        tokio::spawn(async move {
+            serving.await;
+            drop(load);
+        });
+        return;
+    };
+    // It leaves this thread's runtime for the other one's.
+    let moved = stream.into_std().and_then(|stream| {
+        let _its_runtime = worker.enter();
+        TcpStream::from_std(stream)
+    });
+    match moved {
+        Ok(stream) => {
+            let serving = serve(stream, client, drain);
+            worker.spawn(async move {
+                serving.await;
+                drop(load);
+            });
+        }
+        Err(error) => tracing::error!(%error, "cannot carry a connection"),
     }
 }
 

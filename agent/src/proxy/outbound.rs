@@ -4,13 +4,15 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use bytes::BytesMut;
+use socket2::SockRef;
 use tokio::{net::TcpStream, sync::watch};
 
 use super::{
     LocalPod, Proxy,
     attach::Attacher,
     deliver::{Arrived, Delivery, carry_bytes, finish},
-    is_agent_port,
+    fast, is_agent_port,
     look::{Place, look},
     reset,
     source::{Opened, Sending, Upstream},
@@ -198,6 +200,17 @@ async fn route(
     }
 }
 
+/// What has come already. Does not wait.
+fn waiting(stream: &TcpStream) -> BytesMut {
+    let mut first = BytesMut::with_capacity(fast::MOST);
+    // The runtime does not know yet whether there is something: it is not asked.
+    let spare = &mut first.spare_capacity_mut()[..fast::MOST];
+    let read = SockRef::from(stream).recv(spare).unwrap_or(0);
+    // Safety: so many bytes were written.
+    unsafe { first.set_len(read) };
+    first
+}
+
 #[expect(clippy::too_many_arguments, reason = "it is the rest of `carry`")]
 async fn run(
     proxy: &Arc<Proxy>,
@@ -242,8 +255,16 @@ async fn run(
             limit: proxy.transport.connect_timeout.0,
         },
     };
-    let opened = match upstream.open().await {
-        Ok(opened) => opened,
+    // Applications that speak first have done so by now.
+    let mut first = BytesMut::new();
+    if let (Upstream::Tunnel { .. }, None, End::Tcp(stream)) = (&upstream, &attacher, &source) {
+        first = waiting(stream);
+    }
+    let opened = match upstream.open(&first).await {
+        Ok(opened) => {
+            story.counters.add_sent(first.len());
+            opened
+        }
         Err(ending) => {
             source.reset();
             return ending;

@@ -69,13 +69,14 @@ pub struct Opened {
 
 /// Held, not looked at.
 pub enum Guard {
-    Lease(#[expect(dead_code, reason = "it is what its drop does")] hbone::Lease),
+    Lease(#[expect(dead_code, reason = "it is what its drop does")] Option<hbone::Lease>),
     Client(#[expect(dead_code, reason = "it is what its drop does")] ClientEntry),
     None,
 }
 
 impl Upstream {
-    pub async fn open(&self) -> Result<Opened, Ending> {
+    /// `first`: bytes of the source that are sent on at once, to another node.
+    pub async fn open(&self, first: &[u8]) -> Result<Opened, Ending> {
         match self {
             Self::Tunnel {
                 proxy,
@@ -83,7 +84,7 @@ impl Upstream {
                 address,
                 expected,
                 client,
-            } => match hbone::open(proxy, pod, *address, expected, *client).await {
+            } => match hbone::open(proxy, pod, *address, expected, *client, first).await {
                 Ok(hbone::Stream {
                     end,
                     session,
@@ -318,7 +319,7 @@ impl Gate for SourceGate {
     }
 
     async fn dial(&self, (): &()) -> io::Result<Io> {
-        let opened = self.upstream.open().await;
+        let opened = self.upstream.open(&[]).await;
         let Opened { end, guard, .. } = opened.map_err(|ending| match ending {
             Ending::Refused(_, why) | Ending::Failed(_, why) => io::Error::other(why),
             _ => io::ErrorKind::ConnectionRefused.into(),

@@ -10,10 +10,11 @@ use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::{io::Interest, net::TcpStream};
 
+use super::fast::{FastReader, FastStream, FastWriter};
 use crate::audit::Bytes as Count;
 
 /// Read from a TCP connection at once, bytes.
@@ -25,6 +26,7 @@ pub enum End {
         send: SendStream<Bytes>,
         recv: RecvStream,
     },
+    Fast(FastStream),
 }
 
 /// Payload bytes that have been written on.
@@ -126,6 +128,10 @@ impl End {
                 (Reader::Tcp(stream, BytesMut::new()), Writer::Tcp(stream))
             }
             Self::Stream { send, recv } => (Reader::Stream(recv), Writer::Stream(send)),
+            Self::Fast(stream) => {
+                let (reader, writer) = stream.split();
+                (Reader::Fast(reader), Writer::Fast(writer))
+            }
         }
     }
 
@@ -143,6 +149,7 @@ impl End {
         match self {
             Self::Tcp(stream) => super::reset(stream),
             Self::Stream { mut send, .. } => send.send_reset(Reason::CANCEL),
+            Self::Fast(stream) => stream.reset(),
         }
     }
 }
@@ -179,6 +186,7 @@ async fn pump(
 enum Reader<'a> {
     Tcp(&'a TcpStream, BytesMut),
     Stream(&'a mut RecvStream),
+    Fast(FastReader<'a>),
 }
 
 impl Reader<'_> {
@@ -208,13 +216,14 @@ impl Reader<'_> {
                 None => Ok(None),
                 Some(chunk) => chunk.map(Some).map_err(from_h2),
             },
+            Self::Fast(reader) => poll_fn(|cx| reader.poll_read(cx)).await,
         }
     }
 
     /// Gives the peer room for as much again: the window is the backpressure.
     fn release(&mut self, length: usize) -> io::Result<()> {
         match self {
-            Self::Tcp(..) => Ok(()),
+            Self::Tcp(..) | Self::Fast(_) => Ok(()),
             Self::Stream(recv) => recv
                 .flow_control()
                 .release_capacity(length)
@@ -226,6 +235,7 @@ impl Reader<'_> {
 enum Writer<'a> {
     Tcp(&'a TcpStream),
     Stream(&'a mut SendStream<Bytes>),
+    Fast(FastWriter<'a>),
 }
 
 impl Writer<'_> {
@@ -258,6 +268,13 @@ impl Writer<'_> {
                     send.send_data(part, false).map_err(from_h2)?;
                 }
             }
+            Self::Fast(writer) => {
+                while !chunk.is_empty() {
+                    let sealed = poll_fn(|cx| writer.poll_seal(cx, &chunk)).await?;
+                    chunk.advance(sealed);
+                }
+                poll_fn(|cx| writer.poll_flush(cx)).await?;
+            }
         }
         Ok(())
     }
@@ -273,25 +290,35 @@ impl Writer<'_> {
                 }
             }
             Self::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
+            Self::Fast(writer) => {
+                writer.end()?;
+                poll_fn(|cx| writer.poll_flush(cx)).await
+            }
         }
     }
 
     /// Returns when the peer has broken the connection, or no longer takes bytes.
     async fn broken(&mut self) -> io::Error {
         match self {
-            Self::Tcp(stream) => match stream.ready(Interest::ERROR).await {
-                Err(error) => error,
-                Ok(_) => stream
-                    .take_error()
-                    .ok()
-                    .flatten()
-                    .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-            },
+            Self::Tcp(stream) => broken(stream).await,
+            Self::Fast(writer) => broken(writer.tcp()).await,
             Self::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
                 Ok(reason) => from_h2(reason.into()),
                 Err(error) => from_h2(error),
             },
         }
+    }
+}
+
+/// Returns when a connection is broken.
+pub(super) async fn broken(stream: &TcpStream) -> io::Error {
+    match stream.ready(Interest::ERROR).await {
+        Err(error) => error,
+        Ok(_) => stream
+            .take_error()
+            .ok()
+            .flatten()
+            .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
     }
 }
 

@@ -13,11 +13,14 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use h2::{RecvStream, SendStream};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, Interest, ReadBuf},
+    io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
 
-use super::super::splice::{Counters, End, from_h2};
+use super::super::{
+    fast::{FastReader, FastWriter},
+    splice::{Counters, End, broken, from_h2},
+};
 
 /// Read at once while a head is awaited, bytes.
 pub(super) const HEAD_CHUNK: usize = 8 << 10;
@@ -95,6 +98,10 @@ impl Io {
                 (Source::Tcp(stream), Sink::Tcp(stream))
             }
             End::Stream { send, recv } => (Source::Stream(recv), Sink::Stream(send)),
+            End::Fast(stream) => {
+                let (reader, writer) = stream.split();
+                (Source::Fast(reader), Sink::Fast(writer))
+            }
         };
         let reader = Reader {
             source,
@@ -120,7 +127,9 @@ impl Io {
 
     /// Ends our direction; the other goes on.
     pub(super) async fn finish(&mut self) -> io::Result<()> {
-        self.split().1.finish()
+        let (_, mut writer) = self.split();
+        writer.finish()?;
+        poll_fn(|cx| writer.poll_flush(cx)).await
     }
 
     /// After the end of our direction: waits for the other's, where dropping the
@@ -130,14 +139,20 @@ impl Io {
     }
 
     fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let End::Stream { recv, .. } = &mut self.end else {
-            return Poll::Ready(Ok(()));
-        };
-        while let Some(data) = ready!(recv.poll_data(cx)) {
-            let data = data.map_err(from_h2)?;
-            recv.flow_control()
-                .release_capacity(data.len())
-                .map_err(from_h2)?;
+        match &mut self.end {
+            End::Tcp(_) => {}
+            End::Stream { recv, .. } => {
+                while let Some(data) = ready!(recv.poll_data(cx)) {
+                    let data = data.map_err(from_h2)?;
+                    recv.flow_control()
+                        .release_capacity(data.len())
+                        .map_err(from_h2)?;
+                }
+            }
+            End::Fast(stream) => {
+                let (mut reader, _) = stream.split();
+                while ready!(reader.poll_read(cx))?.is_some() {}
+            }
         }
         Poll::Ready(Ok(()))
     }
@@ -146,6 +161,7 @@ impl Io {
 enum Source<'a> {
     Tcp(&'a TcpStream),
     Stream(&'a mut RecvStream),
+    Fast(FastReader<'a>),
 }
 
 pub(super) struct Reader<'a> {
@@ -187,6 +203,13 @@ impl Reader<'_> {
                     break data.len();
                 }
             },
+            Source::Fast(reader) => match poll_fn(|cx| reader.poll_read(cx)).await? {
+                None => 0,
+                Some(data) => {
+                    self.buffer.extend_from_slice(&data);
+                    data.len()
+                }
+            },
         };
         if let Some(counters) = self.counters {
             counters.add_sent(read);
@@ -198,6 +221,7 @@ impl Reader<'_> {
 enum Sink<'a> {
     Tcp(&'a TcpStream),
     Stream(&'a mut SendStream<Bytes>),
+    Fast(FastWriter<'a>),
 }
 
 pub(super) struct Writer<'a> {
@@ -219,13 +243,22 @@ impl Writer<'_> {
                     Err(error) => return Err(error),
                 },
                 Sink::Stream(send) => poll_fn(|cx| poll_send(send, cx, bytes)).await?,
+                Sink::Fast(writer) => poll_fn(|cx| writer.poll_seal(cx, bytes)).await?,
             };
             if let Some(counters) = self.counters {
                 counters.add_received(written);
             }
             bytes = &bytes[written..];
         }
-        Ok(())
+        poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    /// What is written is on its way.
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.sink {
+            Sink::Fast(writer) => writer.poll_flush(cx),
+            Sink::Tcp(_) | Sink::Stream(_) => Poll::Ready(Ok(())),
+        }
     }
 
     fn finish(&mut self) -> io::Result<()> {
@@ -241,20 +274,15 @@ impl Writer<'_> {
                 }
             }
             Sink::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
+            Sink::Fast(writer) => writer.end(),
         }
     }
 
     /// Returns when the peer has broken the connection, or no longer takes bytes.
     pub(super) async fn broken(&mut self) -> io::Error {
         match &mut self.sink {
-            Sink::Tcp(stream) => match stream.ready(Interest::ERROR).await {
-                Err(error) => error,
-                Ok(_) => stream
-                    .take_error()
-                    .ok()
-                    .flatten()
-                    .unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
-            },
+            Sink::Tcp(stream) => broken(stream).await,
+            Sink::Fast(writer) => broken(writer.tcp()).await,
             Sink::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
                 Ok(reason) => from_h2(reason.into()),
                 Err(error) => from_h2(error),
@@ -315,6 +343,15 @@ impl AsyncRead for Io {
                         }
                     }
                 }
+                End::Fast(stream) => {
+                    let Some(data) = ready!(stream.split().0.poll_read(cx))? else {
+                        return Poll::Ready(Ok(()));
+                    };
+                    this.buffer.extend_from_slice(&data);
+                    if let Some(counters) = &this.counters {
+                        counters.add_sent(data.len());
+                    }
+                }
             }
         }
         let part = this.buffer.len().min(into.remaining());
@@ -335,6 +372,7 @@ impl AsyncWrite for Io {
             End::Tcp(stream) => ready!(Pin::new(stream).poll_write(cx, bytes))?,
             End::Stream { .. } if bytes.is_empty() => 0,
             End::Stream { send, .. } => ready!(poll_send(send, cx, bytes))?,
+            End::Fast(stream) => ready!(stream.split().1.poll_seal(cx, bytes))?,
         };
         if let Some(counters) = &this.counters {
             counters.add_received(written);
@@ -362,13 +400,14 @@ impl AsyncWrite for Io {
         matches!(self.end, End::Tcp(_))
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.split().1.poll_flush(cx)
     }
 
     /// The orderly end: from here on, dropping it breaks nothing.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.split().1.finish()?;
+        ready!(self.split().1.poll_flush(cx))?;
         self.break_on_drop(false);
         match self.upstream {
             true => self.poll_ended(cx),

@@ -60,7 +60,9 @@ pub const AUDIT_END: Duration = Duration::from_secs(5);
 /// Files that this process may have open.
 fn open_files() -> usize {
     let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
-    limit.map_or(1_024, |(soft, _)| usize::try_from(soft).unwrap_or(usize::MAX))
+    limit.map_or(1_024, |(soft, _)| {
+        usize::try_from(soft).unwrap_or(usize::MAX)
+    })
 }
 
 /// The agent is wrongly configured: exit code 2, and nothing was changed.

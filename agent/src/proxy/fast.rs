@@ -40,6 +40,8 @@ pub use pool::{Fresh, NotOpened, Place, Pool, PoolKey, Proven, Room};
 
 /// Largest payload of a frame, bytes.
 pub const MOST: usize = MOST_PLAIN - 1;
+/// What is best written at once, bytes.
+pub const AT_ONCE: usize = 4 * MOST;
 /// Content type of application data, which every frame is.
 const DATA_RECORD: u8 = 23;
 
@@ -112,13 +114,17 @@ fn poll_frame(
     incoming: &mut Incoming<'_>,
     cx: &mut Context<'_>,
 ) -> Poll<io::Result<Option<(Kind, Bytes)>>> {
-    let Some(mut payload) = ready!(incoming.poll_next(cx))? else {
-        return Poll::Ready(Ok(None));
-    };
-    let kind = payload.last().copied().and_then(Kind::of);
+    match ready!(incoming.poll_next(cx))? {
+        Some(plain) => Poll::Ready(kind_of(plain).map(Some)),
+        None => Poll::Ready(Ok(None)),
+    }
+}
+
+fn kind_of(mut plain: Bytes) -> io::Result<(Kind, Bytes)> {
+    let kind = plain.last().copied().and_then(Kind::of);
     let kind = kind.ok_or_else(|| invalid("a frame of no known kind"))?;
-    payload.truncate(payload.len() - 1);
-    Poll::Ready(Ok(Some((kind, payload))))
+    plain.truncate(plain.len() - 1);
+    Ok((kind, plain))
 }
 
 /// The next frame of a connection without a stream. Safe to cancel.
@@ -158,8 +164,8 @@ fn invalid(why: &'static str) -> io::Error {
 }
 
 /// A stream, and the connection that is its own as long as it lasts. Dropped after both
-/// directions have ended, the connection goes back to where it came from; before that, it
-/// is broken.
+/// directions have ended, the connection goes back to where it came from. Dropped after
+/// ours alone has, it is closed; before that, it is broken.
 pub struct FastStream {
     /// There until it is dropped.
     records: Option<Records>,
@@ -216,7 +222,10 @@ impl FastStream {
     }
 
     pub fn tcp(&self) -> &TcpStream {
-        self.records.as_ref().expect("there until it is dropped").tcp()
+        self.records
+            .as_ref()
+            .expect("there until it is dropped")
+            .tcp()
     }
 
     /// Lets the other side go on.
@@ -229,8 +238,12 @@ impl FastStream {
     /// Ends the stream with a reason.
     pub fn refuse(mut self, status: StatusCode) {
         let (_, mut writer) = self.split();
-        let said = seal(&mut writer.outgoing, Kind::Refused, &status.as_u16().to_be_bytes())
-            .and_then(|()| writer.outgoing.try_flush());
+        let said = seal(
+            &mut writer.outgoing,
+            Kind::Refused,
+            &status.as_u16().to_be_bytes(),
+        )
+        .and_then(|()| writer.outgoing.try_flush());
         if said.is_ok() {
             self.is_over();
         }
@@ -259,10 +272,11 @@ impl Drop for FastStream {
             leaves,
             payload,
         } = &self.state;
-        let whole = *sent_end && *received_end && payload.is_empty();
-        if !whole {
+        let ordered = *sent_end && !records.is_sending();
+        if !ordered {
             let _best_effort = records.tcp().set_zero_linger();
         }
+        let whole = ordered && *received_end && payload.is_empty();
         match self.home.take() {
             Some(Home::Pool(place)) if whole && !leaves => place.put(records),
             Some(Home::Serving(back)) if whole => {
@@ -292,16 +306,36 @@ impl FastReader<'_> {
                 return Poll::Ready(Ok(None));
             }
             match ready!(poll_frame(&mut self.incoming, cx))? {
-                Some((Kind::Data, payload)) => *self.payload = payload,
-                Some((Kind::End, payload)) => {
-                    *self.payload = payload;
-                    *self.ended = true;
-                }
-                Some((Kind::Leave, _)) => *self.leaves = true,
-                Some(_) => return Poll::Ready(Err(invalid("a frame that is not for now"))),
+                Some(frame) => *self.payload = self.take(frame)?,
                 None => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
             }
         }
+    }
+
+    /// More of them, if they have come already.
+    pub fn received(&mut self) -> io::Result<Option<Bytes>> {
+        if *self.ended {
+            return Ok(None);
+        }
+        let Some(payload) = self.incoming.received()? else {
+            return Ok(None);
+        };
+        match self.take(kind_of(payload)?)? {
+            // What is not bytes is told by the next read.
+            bytes if bytes.is_empty() => Ok(None),
+            bytes => Ok(Some(bytes)),
+        }
+    }
+
+    /// The payload of a frame of the stream.
+    fn take(&mut self, (kind, payload): (Kind, Bytes)) -> io::Result<Bytes> {
+        match kind {
+            Kind::Data => {}
+            Kind::End => *self.ended = true,
+            Kind::Leave => *self.leaves = true,
+            _ => return Err(invalid("a frame that is not for now")),
+        }
+        Ok(payload)
     }
 
     /// Of a stream that was opened: the answer.
@@ -330,7 +364,6 @@ impl FastWriter<'_> {
     /// Seals some of the bytes, when what was sealed before is sent. They are sent by
     /// `poll_flush`.
     pub fn poll_seal(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        const AT_ONCE: usize = 4 * MOST;
         ready!(self.outgoing.poll_flush(cx))?;
         let part = &bytes[..bytes.len().min(AT_ONCE)];
         for frame in part.chunks(MOST) {
@@ -356,3 +389,5 @@ impl FastWriter<'_> {
     }
 }
 
+#[cfg(test)]
+mod tests;

@@ -173,13 +173,11 @@ pub async fn open(
     let mut again = true;
     loop {
         match carrier(proxy, pod, destination, expected, again).await? {
-            Carrier::Own(fresh) => {
-                match own(proxy, pod, fresh, destination, client, first).await {
-                    Err((_, true)) if again => again = false,
-                    Err((error, _)) => return Err(error),
-                    Ok(stream) => return Ok(stream),
-                }
-            }
+            Carrier::Own(fresh) => match own(proxy, pod, fresh, destination, client, first).await {
+                Err((_, true)) if again => again = false,
+                Err((error, _)) => return Err(error),
+                Ok(stream) => return Ok(stream),
+            },
             Carrier::Tunnel(lease) => {
                 let tunnel = lease.tunnel.clone();
                 match request(proxy, lease, destination, client, first).await {

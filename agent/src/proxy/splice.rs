@@ -4,6 +4,7 @@
 //! that cannot be written.
 
 use std::{
+    collections::VecDeque,
     fmt,
     future::poll_fn,
     io,
@@ -14,11 +15,13 @@ use bytes::{Buf as _, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::{io::Interest, net::TcpStream};
 
-use super::fast::{FastReader, FastStream, FastWriter};
+use super::fast::{AT_ONCE, FastReader, FastStream, FastWriter};
 use crate::audit::Bytes as Count;
 
 /// Read from a TCP connection at once, bytes.
-const CHUNK: usize = 64 << 10;
+const CHUNK: usize = AT_ONCE;
+/// Records that are written on at once.
+const TOGETHER: usize = 4;
 
 pub enum End {
     Tcp(TcpStream),
@@ -164,6 +167,7 @@ async fn pump(
     writer: &mut Writer<'_>,
     counter: &AtomicU64,
 ) -> Result<(), Failed> {
+    let mut chunks = VecDeque::new();
     loop {
         // A fast peer must not keep the connection's end from its turn.
         tokio::task::consume_budget().await;
@@ -176,8 +180,15 @@ async fn pump(
         let Some(chunk) = chunk else {
             return writer.finish().await.map_err(Failed::Write);
         };
-        let length = chunk.len();
-        writer.write(chunk).await.map_err(Failed::Write)?;
+        let mut length = chunk.len();
+        chunks.push_back(chunk);
+        while chunks.len() < TOGETHER
+            && let Some(more) = reader.received().map_err(Failed::Read)?
+        {
+            length += more.len();
+            chunks.push_back(more);
+        }
+        writer.write(&mut chunks).await.map_err(Failed::Write)?;
         reader.release(length).map_err(Failed::Read)?;
         counter.fetch_add(length as u64, Ordering::Relaxed);
     }
@@ -220,6 +231,14 @@ impl Reader<'_> {
         }
     }
 
+    /// More bytes, if they have come already.
+    fn received(&mut self) -> io::Result<Option<Bytes>> {
+        match self {
+            Self::Tcp(..) | Self::Stream(_) => Ok(None),
+            Self::Fast(reader) => reader.received(),
+        }
+    }
+
     /// Gives the peer room for as much again: the window is the backpressure.
     fn release(&mut self, length: usize) -> io::Result<()> {
         match self {
@@ -239,14 +258,17 @@ enum Writer<'a> {
 }
 
 impl Writer<'_> {
-    async fn write(&mut self, mut chunk: Bytes) -> io::Result<()> {
+    /// Writes all of them.
+    async fn write(&mut self, chunks: &mut VecDeque<Bytes>) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => {
-                while !chunk.is_empty() {
-                    match stream.try_write(&chunk) {
-                        Ok(written) => {
-                            let _done = chunk.split_to(written);
-                        }
+                while !chunks.is_empty() {
+                    let mut slices = [io::IoSlice::new(&[]); TOGETHER];
+                    for (slice, chunk) in slices.iter_mut().zip(chunks.iter()) {
+                        *slice = io::IoSlice::new(chunk);
+                    }
+                    match stream.try_write_vectored(&slices) {
+                        Ok(written) => advance(chunks, written),
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                             stream.writable().await?;
                         }
@@ -255,23 +277,27 @@ impl Writer<'_> {
                 }
             }
             Self::Stream(send) => {
-                while !chunk.is_empty() {
-                    send.reserve_capacity(chunk.len());
-                    let room = match send.capacity() {
-                        0 => poll_fn(|cx| send.poll_capacity(cx))
-                            .await
-                            .ok_or(io::ErrorKind::BrokenPipe)?
-                            .map_err(from_h2)?,
-                        room => room,
-                    };
-                    let part = chunk.split_to(room.min(chunk.len()));
-                    send.send_data(part, false).map_err(from_h2)?;
+                for mut chunk in chunks.drain(..) {
+                    while !chunk.is_empty() {
+                        send.reserve_capacity(chunk.len());
+                        let room = match send.capacity() {
+                            0 => poll_fn(|cx| send.poll_capacity(cx))
+                                .await
+                                .ok_or(io::ErrorKind::BrokenPipe)?
+                                .map_err(from_h2)?,
+                            room => room,
+                        };
+                        let part = chunk.split_to(room.min(chunk.len()));
+                        send.send_data(part, false).map_err(from_h2)?;
+                    }
                 }
             }
             Self::Fast(writer) => {
-                while !chunk.is_empty() {
-                    let sealed = poll_fn(|cx| writer.poll_seal(cx, &chunk)).await?;
-                    chunk.advance(sealed);
+                for mut chunk in chunks.drain(..) {
+                    while !chunk.is_empty() {
+                        let sealed = poll_fn(|cx| writer.poll_seal(cx, &chunk)).await?;
+                        chunk.advance(sealed);
+                    }
                 }
                 poll_fn(|cx| writer.poll_flush(cx)).await?;
             }
@@ -307,6 +333,19 @@ impl Writer<'_> {
                 Err(error) => from_h2(error),
             },
         }
+    }
+}
+
+/// Takes away what was written.
+fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
+    while let Some(first) = chunks.front_mut() {
+        let part = first.len().min(written);
+        first.advance(part);
+        written -= part;
+        if !first.is_empty() {
+            return;
+        }
+        chunks.pop_front();
     }
 }
 

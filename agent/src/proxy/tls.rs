@@ -153,7 +153,7 @@ async fn shake(mut tcp: TcpStream, mut side: impl Handshake) -> io::Result<Shake
             Ok(Step::Done) => break,
             Err(error) => {
                 // The peer is told why.
-                while let (_, Ok(Step::Send(alert))) = side.step(&mut []) {
+                if let (_, Ok(Step::Send(alert))) = side.step(&mut incoming[..shown]) {
                     let _gone = tcp.write_all(&alert).await;
                 }
                 return Err(io::Error::new(io::ErrorKind::InvalidData, error));
@@ -164,7 +164,10 @@ async fn shake(mut tcp: TcpStream, mut side: impl Handshake) -> io::Result<Shake
     let chain = common.peer_certificates();
     let leaf = chain.and_then(|chain| chain.first()).cloned();
     let leaf = leaf.ok_or_else(|| io::Error::other("the peer showed no certificate"))?;
-    let (session, protocol) = (Session::of(common), common.alpn_protocol().map(<[u8]>::to_vec));
+    let (session, protocol) = (
+        Session::of(common),
+        common.alpn_protocol().map(<[u8]>::to_vec),
+    );
     let (secrets, keys) = side.into_keys().map_err(io::Error::other)?;
     let records = Records::new(tcp, secrets, keys, incoming).map_err(io::Error::other)?;
     Ok(Shaken {
@@ -174,3 +177,6 @@ async fn shake(mut tcp: TcpStream, mut side: impl Handshake) -> io::Result<Shake
         protocol,
     })
 }
+
+#[cfg(test)]
+pub(in crate::proxy) mod tests;

@@ -13,12 +13,12 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use http::StatusCode;
 use super::{FastStream, Home, Kind, Open, seal};
 use crate::{
     identity::{Session, SpiffeId},
     proxy::{tls::Records, workers},
 };
+use http::StatusCode;
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PoolKey {
@@ -214,5 +214,8 @@ pub struct Opened {
 pub enum NotOpened {
     Refused(StatusCode),
     /// Without an answer.
-    Broke { error: io::Error, reused: bool },
+    Broke {
+        error: io::Error,
+        reused: bool,
+    },
 }

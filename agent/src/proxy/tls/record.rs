@@ -4,6 +4,7 @@
 use std::{
     future::poll_fn,
     io,
+    ops::Range,
     pin::Pin,
     sync::{
         Mutex,
@@ -12,8 +13,10 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
+use aws_lc_rs::aead::{
+    AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey,
+};
+use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
@@ -22,7 +25,7 @@ use tokio::{
         tcp::{ReadHalf, WriteHalf},
     },
 };
-use tokio_util::io::{poll_read_buf, poll_write_buf};
+use tokio_util::io::poll_read_buf;
 
 use super::Keys;
 
@@ -81,21 +84,19 @@ impl Key {
         Nonce::assume_unique_for_key(nonce)
     }
 
-    /// Appends a record. `last`: the end of the plaintext that lies elsewhere, with the
-    /// content type at its end.
-    fn seal(&mut self, plain: &[u8], last: &[u8], into: &mut BytesMut) -> io::Result<()> {
+    /// A record. `last`: the end of the plaintext that lies elsewhere, with the content
+    /// type at its end. Returns its length.
+    fn seal(&mut self, plain: &[u8], last: &[u8], into: &mut [u8]) -> io::Result<usize> {
         let length = plain.len() + last.len() + TAG;
         let header = header(length);
-        into.reserve(HEADER + length);
-        into.put_slice(&header);
-        let body = into.len();
-        // Written over at once, by the cipher.
-        into.put_bytes(0, length);
-        let (sealed, tail) = into[body..].split_at_mut(plain.len());
+        into[..HEADER].copy_from_slice(&header);
+        let body = &mut into[HEADER..HEADER + length];
+        let (sealed, tail) = body.split_at_mut(plain.len());
         let nonce = self.nonce();
         self.aead
             .seal_out_of_place_scatter(nonce, Aad::from(header), plain, sealed, last, tail)
-            .map_err(io::Error::other)
+            .map_err(io::Error::other)?;
+        Ok(HEADER + length)
     }
 
     /// Opens a record in place: its plaintext, and its content type.
@@ -151,8 +152,9 @@ struct Receive {
 
 struct Send {
     key: Key,
-    /// Sealed and not sent yet.
-    buffer: BytesMut,
+    buffer: Vec<u8>,
+    /// Of it, what is sealed and not sent yet.
+    sealed: Range<usize>,
     /// Our direction has been ended.
     ended: bool,
 }
@@ -207,7 +209,8 @@ impl Records {
             },
             send: Send {
                 key: Key::new(secrets.tx)?,
-                buffer: BytesMut::new(),
+                buffer: Vec::new(),
+                sealed: 0..0,
                 ended: false,
             },
             shared: Shared {
@@ -237,11 +240,34 @@ impl Records {
         &self.tcp
     }
 
+    /// Whether something is sealed that is not sent.
+    pub fn is_sending(&self) -> bool {
+        !self.send.sealed.is_empty()
+    }
+
     /// Whether nothing has come, and the connection still stands. Does not wait.
     pub fn is_quiet(&self) -> bool {
         let nothing = self.receive.buffer.is_empty() && !self.receive.ended;
         let blocked = |e: io::Error| e.kind() == io::ErrorKind::WouldBlock;
         nothing && self.tcp.try_read(&mut [0]).is_err_and(blocked)
+    }
+}
+
+#[cfg(test)]
+impl Records {
+    /// The next record has the next key.
+    pub fn renew_soon(&mut self) {
+        self.shared.update.store(true, Ordering::Relaxed);
+    }
+
+    /// Changes a byte of what is to be sent.
+    pub fn spoil(&mut self) {
+        self.send.buffer[HEADER] ^= 1;
+    }
+
+    /// Buffers that it keeps, bytes.
+    pub fn held(&self) -> usize {
+        self.receive.buffer.capacity() + self.send.buffer.capacity()
     }
 }
 
@@ -393,9 +419,9 @@ impl Outgoing<'_> {
 
     /// Sends what can be sent without waiting.
     pub fn try_flush(&mut self) -> io::Result<()> {
-        while !self.send.buffer.is_empty() {
-            match self.tcp.try_write(&self.send.buffer) {
-                Ok(written) => self.send.buffer.advance(written),
+        while !self.send.sealed.is_empty() {
+            match self.tcp.try_write(self.send.unsent()) {
+                Ok(written) => self.send.sent(written),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) => return Err(error),
             }
@@ -405,30 +431,55 @@ impl Outgoing<'_> {
 
     /// What is sealed and not sent, bytes.
     pub fn waiting(&self) -> usize {
-        self.send.buffer.len()
+        self.send.sealed.len()
     }
 }
 
 impl Send {
     fn seal(&mut self, shared: &Shared, plain: &[u8], last: &[u8]) -> io::Result<()> {
         if shared.update.swap(false, Ordering::Relaxed) || self.key.next >= RENEW {
-            self.key
-                .seal(&[KEY_UPDATE, 0, 0, 1, 0], &[HANDSHAKE], &mut self.buffer)?;
+            self.append(&[KEY_UPDATE, 0, 0, 1, 0], &[HANDSHAKE])?;
             self.key = shared.renew(true)?;
         }
-        self.key.seal(plain, last, &mut self.buffer)
+        self.append(plain, last)
     }
 
-    fn poll_flush(&mut self, tcp: &mut WriteHalf<'_>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.buffer.is_empty() {
-            return Poll::Ready(Ok(()));
+    fn append(&mut self, plain: &[u8], last: &[u8]) -> io::Result<()> {
+        let end = self.sealed.end + HEADER + plain.len() + last.len() + TAG;
+        if end > self.buffer.len() {
+            self.buffer.resize(end, 0);
         }
-        while !self.buffer.is_empty() {
-            if ready!(poll_write_buf(Pin::new(tcp), cx, &mut self.buffer))? == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+        let free = &mut self.buffer[self.sealed.end..];
+        self.sealed.end += self.key.seal(plain, last, free)?;
+        Ok(())
+    }
+
+    fn unsent(&self) -> &[u8] {
+        &self.buffer[self.sealed.clone()]
+    }
+
+    fn sent(&mut self, bytes: usize) {
+        self.sealed.start += bytes;
+        if self.sealed.is_empty() {
+            // An idle connection keeps no buffer, and a busy one need not make it anew.
+            if self.sealed.end <= MOST_WIRE {
+                self.buffer = Vec::new();
+            }
+            self.sealed = 0..0;
+        }
+    }
+
+    fn poll_flush(
+        &mut self,
+        tcp: &mut WriteHalf<'_>,
+        cx: &mut Context<'_>,
+    ) -> Poll<io::Result<()>> {
+        while !self.sealed.is_empty() {
+            match ready!(Pin::new(&mut *tcp).poll_write(cx, self.unsent()))? {
+                0 => return Poll::Ready(Err(io::ErrorKind::WriteZero.into())),
+                written => self.sent(written),
             }
         }
-        self.buffer = BytesMut::new();
         Poll::Ready(Ok(()))
     }
 }

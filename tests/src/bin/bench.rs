@@ -5,12 +5,16 @@
 mod agents;
 #[path = "bench/audit.rs"]
 mod audit;
+#[path = "bench/churn.rs"]
+mod churn;
 #[path = "bench/drive.rs"]
 mod drive;
 #[path = "bench/envoy.rs"]
 mod envoy;
 #[path = "bench/field.rs"]
 mod field;
+#[path = "bench/flame.rs"]
+mod flame;
 #[path = "demo/guard.rs"]
 mod guard;
 #[path = "bench/hold.rs"]
@@ -29,6 +33,8 @@ mod report;
 mod rows;
 #[path = "bench/scale.rs"]
 mod scale;
+#[path = "bench/soak.rs"]
+mod soak;
 #[path = "bench/targets.rs"]
 mod targets;
 #[path = "bench/tokens.rs"]
@@ -45,7 +51,7 @@ use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
 
 use field::Field;
-use load::{LOADS, Load, System};
+use load::{LOADS, Load, Scene, System};
 use report::{Machine, Report};
 
 const HTTP: u16 = 8080;
@@ -76,6 +82,9 @@ struct Cli {
     /// Write all values to this file; else to `target/bench/report.json`
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Once more and uncounted, with `perf`: where the agents' time goes, to files in there
+    #[arg(long, value_name = "DIRECTORY")]
+    flamegraph: Option<PathBuf>,
     /// What `cargo xtask bench policy` said; its targets are judged, too
     #[arg(long, value_name = "FILE", hide = true)]
     policy_output: Option<PathBuf>,
@@ -94,6 +103,14 @@ enum Part {
         #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         rate: u32,
     },
+    /// Whether anything is left of connections that come and go
+    Soak {
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        minutes: u32,
+    },
+    /// Connections that come and go until killed
+    #[command(hide = true)]
+    Churn { address: SocketAddr, clients: usize },
     /// Hold connections to an echo server open until killed
     #[command(hide = true)]
     Hold { address: SocketAddr, count: usize },
@@ -114,6 +131,13 @@ fn main() -> ExitCode {
         Some(Part::Hold { address, count }) => hold::echoing(*address, *count),
         Some(Part::Stall { address, count }) => hold::stalled(*address, *count),
         Some(Part::Pace(pace)) => pace::run(pace),
+        Some(Part::Churn { address, clients }) => churn::run(*address, *clients),
+        Some(Part::Soak { minutes }) => {
+            let limit = Duration::from_secs(60) * (minutes + 10);
+            guard::run(limit, || {
+                soak::run(*minutes, |report| cli.write("soak", report))
+            })
+        }
         Some(Part::Audit) => guard::run(cli.limit(), || {
             let report = audit::bench(cli.rounds, cli.seconds)?;
             println!("{report}");
@@ -190,6 +214,16 @@ fn bench(cli: &Cli) -> Result<()> {
         let sample = field.measure(load, system).context(system.name())?;
         Ok(Some((system.name(), sample)))
     })?;
+    if let Some(directory) = &cli.flamegraph {
+        let carried = loads.iter().filter(|load| load.scene != Scene::Proxies);
+        for load in carried.filter(|load| load.runs_in(System::Postern)) {
+            let agents = field.agents();
+            flame::watch(directory, load.key, &agents, || {
+                field.measure(load, System::Postern).map(drop)
+            })
+            .context(load.key)?;
+        }
+    }
     drop(field);
     let report = Report {
         targets: targets::judge(&rows, policy.as_deref()),

@@ -1,7 +1,7 @@
 //! Puts a load on one way from a client to its server, and reads what the load's program
 //! says at its end.
 
-use std::path::Path;
+use std::{path::Path, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use postern_tests::{Pod, Running, output, text};
@@ -51,7 +51,7 @@ const BESIDE: u32 = 16;
 /// Each load runs unmeasured for so long before.
 const WARM: u32 = 1;
 /// How long the receivers' connections take to fill up.
-const FILL: std::time::Duration = std::time::Duration::from_secs(1);
+const FILL: Duration = Duration::from_secs(1);
 
 /// One run of a load that needs nothing but a way.
 pub fn run(way: &Way, kind: Kind, tokens: &Tokens, seconds: u32) -> Result<Sample> {
@@ -97,7 +97,8 @@ fn cost(way: &Way, before: f64, unit: &'static str, share: f64) -> Result<Sample
     })
 }
 
-struct Wrk<'a> {
+/// Requests by wrk.
+pub struct Wrk<'a> {
     connections: u32,
     keep_alive: bool,
     tokens: Option<&'a Path>,
@@ -128,7 +129,7 @@ end
 "#;
 
 impl<'a> Wrk<'a> {
-    fn new(connections: u32, keep_alive: bool, tokens: Option<&'a Path>) -> Self {
+    pub fn new(connections: u32, keep_alive: bool, tokens: Option<&'a Path>) -> Self {
         Self {
             connections,
             keep_alive,
@@ -156,6 +157,10 @@ impl<'a> Wrk<'a> {
     }
 
     fn run(&self, way: &Way, seconds: u32) -> Result<Value> {
+        last_json(&output(&mut self.command(way, seconds)?)?.stdout)
+    }
+
+    pub fn command(&self, way: &Way, seconds: u32) -> Result<Command> {
         let mut text = WRK_REPORT.to_owned();
         if let Some(tokens) = self.tokens {
             text += &WRK_TOKENS.replace("TOKENS", &tokens.display().to_string());
@@ -169,12 +174,12 @@ impl<'a> Wrk<'a> {
             wrk.args(["-H", "Connection: close"]);
         }
         wrk.arg(format!("http://{}/", way.address(HTTP)));
-        last_json(&output(&mut wrk)?.stdout)
+        Ok(wrk)
     }
 }
 
 /// Every program of a load reports with one line of JSON.
-fn last_json(said: &[u8]) -> Result<Value> {
+pub fn last_json(said: &[u8]) -> Result<Value> {
     let said = text(said);
     let report = said.lines().rev().find(|line| line.starts_with('{'));
     Ok(serde_json::from_str(report.with_context(|| said.clone())?)?)
@@ -253,7 +258,7 @@ fn hold(way: &Way, how: &str, port: u16, count: usize) -> Result<Running> {
 }
 
 /// How long so many connections may take to open.
-const HOLD: std::time::Duration = std::time::Duration::from_secs(120);
+const HOLD: Duration = Duration::from_secs(120);
 
 /// Connections to the echo server, all of which work.
 pub fn open(way: &Way, count: usize) -> Result<Running> {

@@ -109,11 +109,13 @@ impl fmt::Display for Report {
         if let Some(policy) = &self.policy {
             writeln!(f, "\n{}", policy.trim_end())?;
         }
-        if !self.targets.is_empty() {
-            writeln!(f, "\nTargets")?;
-        }
-        for target in &self.targets {
+        writeln!(f, "\nTargets")?;
+        let (measured, not): (Vec<_>, Vec<_>) = self.targets.iter().partition(|t| t.is_measured());
+        for target in measured {
             writeln!(f, "{target}")?;
+        }
+        if !not.is_empty() {
+            writeln!(f, "{} others were not measured", not.len())?;
         }
         Ok(())
     }

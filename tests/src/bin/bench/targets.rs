@@ -58,6 +58,10 @@ impl Outcome {
         self.reached.map(|value| self.bound.met_by(value))
     }
 
+    pub fn is_measured(&self) -> bool {
+        self.reached.is_some()
+    }
+
     pub fn json(&self) -> Value {
         json!({
             "target": self.what, "bound": self.bound.to_string(),

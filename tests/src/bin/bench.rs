@@ -85,8 +85,9 @@ struct Cli {
     /// Once more and uncounted, with `perf`: where the agents' time goes, to files in there
     #[arg(long, value_name = "DIRECTORY")]
     flamegraph: Option<PathBuf>,
-    /// What `cargo xtask bench policy` said; its targets are judged, too
-    #[arg(long, value_name = "FILE", hide = true)]
+    /// What `cargo xtask bench policy` said: its targets are judged, too. The runner makes
+    /// this of `--policy`
+    #[arg(long, value_name = "FILE")]
     policy_output: Option<PathBuf>,
     #[command(subcommand)]
     part: Option<Part>,

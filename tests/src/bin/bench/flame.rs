@@ -28,8 +28,10 @@ pub fn watch(
     let data = directory.join(format!("{name}.data"));
     let pids: Vec<String> = agents.iter().map(i32::to_string).collect();
     let mut record = Command::new("perf");
-    // Not the CPU's counters: a virtual machine may have none.
-    record.args(["record", "-q", "-e", "cpu-clock", "-F", FREQUENCY, "-g"]);
+    // Not the CPU's counters: a virtual machine may have none. Nor frame pointers, which
+    // are not kept.
+    record.args(["record", "-q", "-e", "cpu-clock", "-F", FREQUENCY]);
+    record.args(["--call-graph", "dwarf,8192"]);
     record.args(["-p", &pids.join(",")]).arg("-o").arg(&data);
     let log = directory.join(format!("{name}.log"));
     let mut perf = Running::start(&mut record, log).context("perf (package linux-perf)")?;
@@ -67,8 +69,10 @@ fn fold(script: &str) -> Stacks {
         let mut lines = sample.lines().filter(|line| !line.trim().is_empty());
         let pid = lines.next().and_then(|line| line.trim().parse().ok());
         let Some(pid) = pid else { continue };
-        let mut frames: Vec<&str> = lines
+        let mut frames: Vec<String> = lines
             .map(|line| line.trim().split_once(' ').map_or("?", |(_, name)| name))
+            // An array's type has one within.
+            .map(|name| name.replace(';', ":"))
             .collect();
         frames.reverse();
         let stack = frames.join(";");

@@ -39,7 +39,7 @@ fn come_and_go(address: SocketAddr, client: usize) -> io::Result<()> {
         stream.set_read_timeout(Some(LIMIT))?;
         stream.write_all(b"?")?;
         stream.read_exact(&mut [0])?;
-        if client % 2 == 0 {
+        if client.is_multiple_of(2) {
             thread::sleep(Duration::from_millis(IDLE[turn % IDLE.len()]));
         } else {
             // Both directions have something under way.

@@ -196,13 +196,17 @@ fn pace(way: &Way, seconds: u32) -> Result<Sample> {
     pace.args(["pace", &way.address(HTTP), "--rate", &PACE.to_string()]);
     pace.args(["--connections", &PACE_CONNECTIONS.to_string()]);
     pace.args(["--seconds", &seconds.to_string()]);
+    let before = process::sum(&way.proxies, process::cpu)?;
     let report = last_json(&output(&mut pace)?.stdout)?;
-    Ok(vec![
+    let mut sample = vec![
         (P50, number(&report, "p50")?),
         (P99, number(&report, "p99")?),
         (P999, number(&report, "p999")?),
         (ERRORS, number(&report, "errors")?),
-    ])
+    ];
+    let requests = number(&report, "requests")?;
+    sample.extend(cost(way, before, CPU_REQUESTS, requests / 1e5)?);
+    Ok(sample)
 }
 
 fn bulk(way: &Way, streams: u32, back: bool, seconds: u32) -> Result<Sample> {

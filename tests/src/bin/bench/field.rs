@@ -158,7 +158,7 @@ impl Field {
             (Scene::Unmeshed, System::Postern) => way.host = &self.outside.ip,
             (Scene::Tokens, System::Postern) => way.host = &self.judged.ip,
             (Scene::Tokens, System::EnvoyHttp) => way.offset += VERIFIED,
-            (Scene::Tokens, System::EnvoyHttpCache) => way.offset += CACHED,
+            (Scene::Tokens, System::EnvoyCache) => way.offset += CACHED,
             _ => {}
         }
         Ok(way)
@@ -311,7 +311,7 @@ fn role_of(system: System) -> Option<Role> {
         System::Direct | System::Postern => None,
         System::EnvoyTcp => Some(Role::Tcp),
         System::EnvoyHbone => Some(Role::Hbone),
-        System::EnvoyHttp | System::EnvoyHttpCache => Some(Role::Http),
+        System::EnvoyHttp | System::EnvoyCache => Some(Role::Http),
     }
 }
 

@@ -13,7 +13,7 @@ pub enum System {
     EnvoyHbone,
     EnvoyHttp,
     /// As `envoy-http`, and verified tokens are remembered
-    EnvoyHttpCache,
+    EnvoyCache,
 }
 
 impl System {
@@ -23,7 +23,7 @@ impl System {
         Self::EnvoyTcp,
         Self::EnvoyHbone,
         Self::EnvoyHttp,
-        Self::EnvoyHttpCache,
+        Self::EnvoyCache,
     ];
 
     pub fn name(self) -> &'static str {
@@ -33,7 +33,7 @@ impl System {
             Self::EnvoyTcp => "envoy-tcp",
             Self::EnvoyHbone => "envoy-hbone",
             Self::EnvoyHttp => "envoy-http",
-            Self::EnvoyHttpCache => "envoy-cache",
+            Self::EnvoyCache => "envoy-cache",
         }
     }
 }
@@ -101,12 +101,12 @@ pub struct Load {
 impl Load {
     /// Whether this is measured in a system.
     pub fn runs_in(&self, system: System) -> bool {
-        use System::{Direct, EnvoyHbone, EnvoyHttp, EnvoyHttpCache, EnvoyTcp, Postern};
+        use System::{Direct, EnvoyCache, EnvoyHbone, EnvoyHttp, EnvoyTcp, Postern};
         let requests = matches!(self.kind, Kind::Http { .. } | Kind::Constant);
         match (self.scene, system) {
             _ if matches!(self.kind, Kind::FirstStart) => system == Postern,
             (Scene::Nodes, EnvoyHttp) => requests,
-            (Scene::Nodes, EnvoyHttpCache) => false,
+            (Scene::Nodes, EnvoyCache) => false,
             (Scene::Nodes, _) => true,
             (Scene::Tokens, _) => !matches!(system, EnvoyTcp | EnvoyHbone),
             (Scene::OneNode | Scene::Unmeshed, _) => matches!(system, Direct | Postern),

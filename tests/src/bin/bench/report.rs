@@ -140,7 +140,7 @@ pub fn table(
     }
     for other in &others {
         let other = other.strip_prefix("envoy-").unwrap_or(other);
-        write!(head, "{:>9}", format!("/{other}"))?;
+        write!(head, "{:>11}", format!("/{other}"))?;
     }
     writeln!(f, "{head}{:>9}", "spread")?;
     let mut before = "";
@@ -157,7 +157,7 @@ pub fn table(
         }
         for other in &others {
             let ratio = row.ratio(of, other).map(|ratio| format!("{ratio:.2}"));
-            write!(f, "{:>9}", ratio.unwrap_or_else(|| "-".into()))?;
+            write!(f, "{:>11}", ratio.unwrap_or_else(|| "-".into()))?;
         }
         writeln!(f, "{:>8.0}%", 100.0 * row.spread())?;
     }

@@ -126,7 +126,10 @@ pub fn judge(rows: &[Row], policy: Option<&str>) -> Vec<Outcome> {
     }
     if let Some(policy) = policy {
         for (part, what) in [
-            ("decide", "the slowest decision"),
+            (
+                "select: decide",
+                "a decision, however many policies there are",
+            ),
             ("remembered", "a token that is remembered"),
         ] {
             let micros = slowest(policy, part).map(|t| t.as_secs_f64() * 1e6);

@@ -165,7 +165,9 @@ impl<'a> Wrk<'a> {
         if let Some(tokens) = self.tokens {
             text += &WRK_TOKENS.replace("TOKENS", &tokens.display().to_string());
         }
-        let script = way.client.dir().join("wrk.lua");
+        // Another may be about to read its own.
+        let script = format!("wrk-{}-{}.lua", self.connections, self.keep_alive);
+        let script = way.client.dir().join(script);
         std::fs::write(&script, text)?;
         let mut wrk = way.client.command("wrk")?;
         wrk.args(["-t", "1", "-c", &self.connections.to_string()]);

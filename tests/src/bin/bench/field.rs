@@ -25,6 +25,7 @@ pub const OPEN: [(usize, &str, &str); 2] = [
 pub const READY: &str = "ready, ms";
 pub const FIRST: &str = "first byte, ms";
 pub const IDLE: &str = "MiB, idle, the larger";
+const ANONYMOUS: &str = "MiB, of that no file's";
 /// Processes at rest: allocations of what just happened are over.
 const REST: Duration = Duration::from_secs(1);
 /// What a proxy has open that carries nothing.
@@ -334,11 +335,16 @@ fn memory(way: &Way) -> Result<Sample> {
     let rest = || std::thread::sleep(REST);
     let total = || process::sum(&way.proxies, process::resident);
     rest();
-    let each = way.proxies.iter().map(|pid| process::resident(*pid));
-    let larger = each.collect::<Result<Vec<_>>>()?;
-    let larger = larger.into_iter().fold(0.0, f64::max);
+    let larger = |of: fn(i32) -> Result<f64>| -> Result<f64> {
+        let each = way.proxies.iter().map(|pid| of(*pid));
+        let each = each.collect::<Result<Vec<_>>>()?;
+        Ok(each.into_iter().fold(0.0, f64::max))
+    };
     let idle = total()?;
-    let mut sample = vec![(IDLE, larger)];
+    let mut sample = vec![
+        (IDLE, larger(process::resident)?),
+        (ANONYMOUS, larger(process::anonymous)?),
+    ];
     let mut holders = Vec::new();
     let mut held = 0;
     for (count, whole, each) in OPEN {

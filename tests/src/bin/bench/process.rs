@@ -21,11 +21,20 @@ fn proc(pid: i32, file: &str) -> Result<String> {
 
 /// Resident memory, MiB.
 pub fn resident(pid: i32) -> Result<f64> {
+    memory(pid, "VmRSS:")
+}
+
+/// Of that, what is no file's: neither the program nor its libraries.
+pub fn anonymous(pid: i32) -> Result<f64> {
+    memory(pid, "RssAnon:")
+}
+
+fn memory(pid: i32, key: &str) -> Result<f64> {
     let status = proc(pid, "status")?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(key));
     let kib = line
         .and_then(|line| line.trim().strip_suffix(" kB"))
-        .context("VmRSS")?;
+        .context("no memory in /proc")?;
     Ok(kib.parse::<f64>()? / 1024.0)
 }
 

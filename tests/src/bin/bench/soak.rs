@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use postern_tests::{Lab, Node, Running};
+use postern_tests::{Lab, Node, Running, output, text};
 use serde_json::{Value, json};
 
 use crate::{
@@ -200,6 +200,14 @@ pub fn run(minutes: u32, write: impl FnOnce(&Value) -> Result<()>) -> Result<()>
     }
     show("end", &after);
     let mut wrong = left(&after);
+    if !wrong.is_empty() {
+        // What is left may be of a connection that does not end.
+        for pod in [way.client, &ground.server] {
+            let mut ss = pod.command("ss")?;
+            let open = output(ss.args(["-Htn", "state", "connected", "exclude", "time-wait"]))?;
+            println!("{} has open:\n{}", pod.name, text(&open.stdout));
+        }
+    }
     for (index, node) in nodes.iter().enumerate() {
         let filled = &samples[samples.len() / FILLING..];
         let points = filled

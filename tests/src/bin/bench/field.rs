@@ -169,7 +169,11 @@ impl Field {
         match load.kind {
             Kind::FirstStart => {
                 let mut lab = Lab::new(1)?;
-                Ok(vec![(READY, agents::start(&mut lab.nodes[0])?)])
+                let ready = agents::start(&mut lab.nodes[0])?;
+                let agents: Vec<i32> = lab.nodes.iter().filter_map(|n| n.agent_pid()).collect();
+                let mut sample = idle(&agents)?;
+                sample.insert(0, (READY, ready));
+                Ok(sample)
             }
             Kind::Start => {
                 let ready = self.restart(system)?;
@@ -330,27 +334,31 @@ fn policy(jwks: &str) -> String {
     )
 }
 
-/// Of new processes: idle, and with connections open.
-fn memory(way: &Way) -> Result<Sample> {
-    let rest = || std::thread::sleep(REST);
-    let total = || process::sum(&way.proxies, process::resident);
-    rest();
+/// Memory of new processes at rest.
+fn idle(pids: &[i32]) -> Result<Sample> {
+    std::thread::sleep(REST);
     let larger = |of: fn(i32) -> Result<f64>| -> Result<f64> {
-        let each = way.proxies.iter().map(|pid| of(*pid));
+        let each = pids.iter().map(|pid| of(*pid));
         let each = each.collect::<Result<Vec<_>>>()?;
         Ok(each.into_iter().fold(0.0, f64::max))
     };
-    let idle = total()?;
-    let mut sample = vec![
+    Ok(vec![
         (IDLE, larger(process::resident)?),
         (ANONYMOUS, larger(process::anonymous)?),
-    ];
+    ])
+}
+
+/// The same, and with connections open.
+fn memory(way: &Way) -> Result<Sample> {
+    let mut sample = idle(&way.proxies)?;
+    let total = || process::sum(&way.proxies, process::resident);
+    let idle = total()?;
     let mut holders = Vec::new();
     let mut held = 0;
     for (count, whole, each) in OPEN {
         holders.push(drive::open(way, count - held)?);
         held = count;
-        rest();
+        std::thread::sleep(REST);
         let open = total()?;
         sample.push((whole, open));
         sample.push((each, (open - idle) * 1024.0 / count as f64));

@@ -53,6 +53,7 @@ use clap::{Parser, Subcommand};
 use field::Field;
 use load::{LOADS, Load, Scene, System};
 use report::{Machine, Report};
+use rows::Measured;
 
 const HTTP: u16 = 8080;
 const ECHO: u16 = 7000;
@@ -207,14 +208,15 @@ fn bench(cli: &Cli) -> Result<()> {
     let mut field = Field::new(&systems, cli.seconds)?;
     field.check(&loads, &systems)?;
     eprintln!("all ways are what they are called");
-    let rows = rows::in_turns(&loads, systems.len(), cli.rounds, |load, column, _| {
-        let system = systems[column];
-        if !load.runs_in(system) {
-            return Ok(None);
-        }
-        let sample = field.measure(load, system).context(system.name())?;
-        Ok(Some((system.name(), sample)))
-    })?;
+    let Measured { rows, repeated } =
+        rows::in_turns(&loads, systems.len(), cli.rounds, |load, column, _| {
+            let system = systems[column];
+            if !load.runs_in(system) {
+                return Ok(None);
+            }
+            let sample = field.measure(load, system).context(system.name())?;
+            Ok(Some((system.name(), sample)))
+        })?;
     if let Some(directory) = &cli.flamegraph {
         let carried = loads.iter().filter(|load| load.scene != Scene::Proxies);
         for load in carried.filter(|load| load.runs_in(System::Postern)) {
@@ -233,6 +235,7 @@ fn bench(cli: &Cli) -> Result<()> {
         seconds: cli.seconds,
         columns: systems.iter().map(|system| system.name()).collect(),
         rows,
+        repeated,
         policy,
     };
     println!("{report}");

@@ -13,7 +13,7 @@ use crate::{
     field::Ground,
     load, process,
     report::{self, Machine, number},
-    rows::{Row, in_turns},
+    rows::{Measured, Row, in_turns},
     tokens::Tokens,
 };
 
@@ -27,10 +27,11 @@ pub fn bench(rounds: u32, seconds: u32) -> Result<AuditReport> {
     let loads: Vec<_> = loads.collect();
     let grounds = [mesh(", enabled: false")?, mesh("")?];
     let tokens = Tokens::mint(grounds[0].lab.path())?;
-    let rows = in_turns(&loads, COLUMNS.len(), rounds, |load, column, _| {
-        let sample = drive::run(&grounds[column].way(), load.kind, &tokens, seconds)?;
-        Ok(Some((COLUMNS[column], sample)))
-    })?;
+    let Measured { rows, repeated } =
+        in_turns(&loads, COLUMNS.len(), rounds, |load, column, _| {
+            let sample = drive::run(&grounds[column].way(), load.kind, &tokens, seconds)?;
+            Ok(Some((COLUMNS[column], sample)))
+        })?;
     let records = |ground: &Ground| -> Result<usize> {
         let nodes = ground.lab.nodes.iter();
         nodes.map(|node| Ok(node.audit()?.len())).sum()
@@ -49,6 +50,7 @@ pub fn bench(rounds: u32, seconds: u32) -> Result<AuditReport> {
         rounds,
         seconds,
         rows,
+        repeated,
         records: records(on)?,
         memory: [memory(off)?, memory(on)?],
     })
@@ -73,6 +75,7 @@ pub struct AuditReport {
     rounds: u32,
     seconds: u32,
     rows: Vec<Row>,
+    repeated: Vec<String>,
     /// In the logs of both nodes, at the end.
     records: usize,
     /// Resident memory of each agent, MiB: without, and with.
@@ -86,6 +89,7 @@ impl AuditReport {
             "rounds": self.rounds,
             "seconds": self.seconds,
             "rows": self.rows.iter().map(Row::json).collect::<Vec<_>>(),
+            "repeated": self.repeated,
             "records": self.records,
             "memoryMiB": { "off": self.memory[0], "on": self.memory[1] },
         })
@@ -96,7 +100,7 @@ impl fmt::Display for AuditReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let rows: Vec<&Row> = self.rows.iter().collect();
         report::table(f, &rows, &COLUMNS, COLUMNS[1])?;
-        report::noise(f, &self.rows, &COLUMNS)?;
+        report::noise(f, &self.rows, &COLUMNS, &self.repeated)?;
         let list = |values: &[f64]| {
             let numbers: Vec<String> = values.iter().map(|value| number(*value)).collect();
             numbers.join(" and ")

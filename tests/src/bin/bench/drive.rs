@@ -215,6 +215,12 @@ fn bulk(way: &Way, streams: u32, back: bool, seconds: u32) -> Result<Sample> {
     let before = process::sum(&way.proxies, process::cpu)?;
     let report = iperf(way, streams, back, seconds)?;
     let received = &report["end"]["sum_received"];
+    ensure!(
+        received.is_object(),
+        "{} {}",
+        report["error"],
+        report["end"]
+    );
     let mut sample = vec![(RATE, number(received, "bits_per_second")? / 1e9)];
     let gigabytes = number(received, "bytes")? / 1e9;
     sample.extend(cost(way, before, CPU_BYTES, gigabytes)?);

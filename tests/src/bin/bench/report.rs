@@ -71,6 +71,7 @@ pub struct Report {
     /// In the order in which they are shown.
     pub columns: Vec<&'static str>,
     pub rows: Vec<Row>,
+    pub repeated: Vec<String>,
     pub targets: Vec<Outcome>,
     /// What `cargo xtask bench policy` said, if it was asked.
     pub policy: Option<String>,
@@ -83,6 +84,7 @@ impl Report {
             "rounds": self.rounds,
             "seconds": self.seconds,
             "rows": self.rows.iter().map(Row::json).collect::<Vec<_>>(),
+            "repeated": self.repeated,
             "targets": self.targets.iter().map(Outcome::json).collect::<Vec<_>>(),
             "policy": self.policy,
         })
@@ -105,7 +107,7 @@ impl fmt::Display for Report {
             }
         }
         writeln!(f, "\n{NOTES}")?;
-        noise(f, &self.rows, &self.columns)?;
+        noise(f, &self.rows, &self.columns, &self.repeated)?;
         if let Some(policy) = &self.policy {
             writeln!(f, "\n{}", policy.trim_end())?;
         }
@@ -165,7 +167,12 @@ pub fn table(
 }
 
 /// What casts doubt on the rest.
-pub fn noise(f: &mut fmt::Formatter<'_>, rows: &[Row], columns: &[&'static str]) -> fmt::Result {
+pub fn noise(
+    f: &mut fmt::Formatter<'_>,
+    rows: &[Row],
+    columns: &[&'static str],
+    repeated: &[String],
+) -> fmt::Result {
     let measured = || rows.iter().filter(|row| !row.is_errors());
     let wide = measured().filter(|row| row.spread() > NOISY).count();
     if wide > 0 {
@@ -183,6 +190,9 @@ pub fn noise(f: &mut fmt::Formatter<'_>, rows: &[Row], columns: &[&'static str])
                 writeln!(f, "{}: {errors} errors of {column}", row.load.name)?;
             }
         }
+    }
+    for why in repeated {
+        writeln!(f, "failed, and was measured again: {why}")?;
     }
     Ok(())
 }

@@ -17,21 +17,33 @@ pub struct Row {
     values: BTreeMap<&'static str, Vec<f64>>,
 }
 
+/// All rows, and which measurements did not come to their end and were made again.
+pub struct Measured {
+    pub rows: Vec<Row>,
+    pub repeated: Vec<String>,
+}
+
 /// Runs every load in every column that it has, round by round; none is always first.
 pub fn in_turns(
     loads: &[&'static Load],
     columns: usize,
     rounds: u32,
     mut measure: impl FnMut(&'static Load, usize, u32) -> Result<Option<(&'static str, Sample)>>,
-) -> Result<Vec<Row>> {
+) -> Result<Measured> {
     let mut rows: Vec<Row> = Vec::new();
+    let mut repeated = Vec::new();
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
         for load in loads {
             for turn in 0..columns {
                 let column = (turn + round as usize) % columns;
-                let measured = measure(load, column, round).context(load.key)?;
-                let Some((name, sample)) = measured else {
+                let measured = measure(load, column, round).or_else(|error| {
+                    let why = format!("{}: {error:#}", load.key);
+                    eprintln!("once more: {why}");
+                    repeated.push(why);
+                    measure(load, column, round)
+                });
+                let Some((name, sample)) = measured.context(load.key)? else {
                     continue;
                 };
                 for (unit, value) in sample {
@@ -47,7 +59,7 @@ pub fn in_turns(
     }
     // A unit that not all columns have may have come after another load's.
     rows.sort_by_key(|row| loads.iter().position(|load| load.key == row.load.key));
-    Ok(rows)
+    Ok(Measured { rows, repeated })
 }
 
 impl Row {

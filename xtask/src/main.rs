@@ -114,10 +114,7 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Test { tier, filter } => test::run(tier, &filter),
         Verb::Lint => lint::run(&verbs()),
         Verb::Manifests => manifests::update(),
-        Verb::Bench { args } if args.first().is_some_and(|first| first == "policy") => {
-            bench::policy()
-        }
-        Verb::Bench { args } => bench::exec(Profile::Release, "bench", &args),
+        Verb::Bench { args } => bench::run(&args),
         Verb::Image { tag, arch, docker } => image::run(&image::Wanted {
             tag,
             arch,

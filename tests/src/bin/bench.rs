@@ -1,55 +1,99 @@
-//! The benchmark: the same load between two nodes, once between pods outside the
-//! mesh and once through Postern, in turns, so that both meet the same machine.
+//! The benchmarks: the same loads between pods directly, through Postern and through
+//! Envoy, in turns, so that all meet the same machine.
 
 #[path = "bench/agents.rs"]
 mod agents;
 #[path = "bench/audit.rs"]
 mod audit;
+#[path = "bench/churn.rs"]
+mod churn;
+#[path = "bench/drive.rs"]
+mod drive;
+#[path = "bench/envoy.rs"]
+mod envoy;
+#[path = "bench/field.rs"]
+mod field;
+#[path = "bench/flame.rs"]
+mod flame;
 #[path = "demo/guard.rs"]
 mod guard;
+#[path = "bench/hold.rs"]
+mod hold;
 #[path = "bench/load.rs"]
 mod load;
+#[path = "bench/pace.rs"]
+mod pace;
 #[path = "bench/population.rs"]
 mod population;
+#[path = "bench/process.rs"]
+mod process;
 #[path = "bench/report.rs"]
 mod report;
+#[path = "bench/rows.rs"]
+mod rows;
 #[path = "bench/scale.rs"]
 mod scale;
+#[path = "bench/soak.rs"]
+mod soak;
+#[path = "bench/targets.rs"]
+mod targets;
+#[path = "bench/tokens.rs"]
+mod tokens;
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use clap::{Parser, Subcommand};
-use postern_tests::{Lab, Pod, PodOptions, Running};
 
-use load::{LOADS, Load};
-use report::{Machine, Report, Series};
+use field::Field;
+use load::{LOADS, Load, Scene, System};
+use report::{Machine, Report};
+use rows::Measured;
 
 const HTTP: u16 = 8080;
 const ECHO: u16 = 7000;
+const SOURCE: u16 = 7001;
 const IPERF: u16 = 5201;
 /// Size of the file that nginx serves.
 const PAGE: usize = 128;
-/// Open connections for the measure of memory.
-const OPEN: usize = 1_000;
 
-/// Measure what Postern costs: direct and through Postern, in turns.
+/// Measure what Postern costs: direct, through Postern and through Envoy, in turns.
 #[derive(Parser)]
 struct Cli {
     /// How often everything is measured; medians are shown
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// How long each load runs
+    /// How long each load runs, after a second that does not count
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=600))]
     seconds: u32,
-    /// Also write all values to this file
+    /// One round of one second each: whether it works
+    #[arg(long)]
+    quick: bool,
+    /// Measure these loads only
+    #[arg(long, value_delimiter = ',', value_name = "LOAD,..", value_parser = load::find)]
+    only: Vec<&'static Load>,
+    /// Measure these systems only
+    #[arg(long, value_delimiter = ',', value_name = "SYSTEM,..")]
+    systems: Vec<System>,
+    /// Write all values to this file; else to `target/bench/report.json`
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Once more and uncounted, with `perf`: where the agents' time goes, to files in there
+    #[arg(long, value_name = "DIRECTORY")]
+    flamegraph: Option<PathBuf>,
+    /// What `cargo xtask bench policy` said: its targets are judged, too. The runner makes
+    /// this of `--policy`
+    #[arg(long, value_name = "FILE")]
+    policy_output: Option<PathBuf>,
     #[command(subcommand)]
     part: Option<Part>,
 }
 
-/// What the benchmark runs of itself within a pod.
 #[derive(Subcommand)]
 enum Part {
     /// What auditing costs: with an audit log and without, in turns
@@ -61,29 +105,55 @@ enum Part {
         #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=1_000))]
         rate: u32,
     },
+    /// Whether anything is left of connections that come and go
+    Soak {
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+        minutes: u32,
+    },
+    /// Connections that come and go until killed
+    #[command(hide = true)]
+    Churn { address: SocketAddr, clients: usize },
     /// Hold connections to an echo server open until killed
     #[command(hide = true)]
     Hold { address: SocketAddr, count: usize },
+    /// Hold connections open until killed, and read nothing of them
+    #[command(hide = true)]
+    Stall { address: SocketAddr, count: usize },
+    /// Requests at a constant rate
+    #[command(hide = true)]
+    Pace(pace::Pace),
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    match cli.part {
-        Some(Part::Hold { address, count }) => load::hold(address, count),
+    let mut cli = Cli::parse();
+    if cli.quick {
+        (cli.rounds, cli.seconds) = (1, 1);
+    }
+    match &cli.part {
+        Some(Part::Hold { address, count }) => hold::echoing(*address, *count),
+        Some(Part::Stall { address, count }) => hold::stalled(*address, *count),
+        Some(Part::Pace(pace)) => pace::run(pace),
+        Some(Part::Churn { address, clients }) => churn::run(*address, *clients),
+        Some(Part::Soak { minutes }) => {
+            let limit = Duration::from_secs(60) * (minutes + 10);
+            guard::run(limit, || {
+                soak::run(*minutes, |report| cli.write("soak", report))
+            })
+        }
         Some(Part::Audit) => guard::run(cli.limit(), || {
             let report = audit::bench(cli.rounds, cli.seconds)?;
             println!("{report}");
-            cli.write(&report.json())
+            cli.write("audit", &report.json())
         }),
         Some(Part::Scale { rate }) => {
             let churn = scale::Churn {
-                rate,
+                rate: *rate,
                 seconds: cli.seconds,
             };
             guard::run(cli.limit() + cli.rounds * Duration::from_secs(600), || {
                 let report = scale::bench(cli.rounds, churn)?;
                 println!("{report}");
-                cli.write(&report.json())
+                cli.write("scale", &report.json())
             })
         }
         None => guard::run(cli.limit(), || bench(&cli)),
@@ -91,172 +161,83 @@ fn main() -> ExitCode {
 }
 
 impl Cli {
-    fn write(&self, report: &serde_json::Value) -> Result<()> {
-        if let Some(path) = &self.json {
-            let text = serde_json::to_string_pretty(report)?;
-            std::fs::write(path, text + "\n").with_context(|| path.display().to_string())?;
+    fn loads(&self) -> Vec<&'static Load> {
+        match self.only.is_empty() {
+            true => LOADS.iter().collect(),
+            false => self.only.clone(),
         }
-        Ok(())
     }
 
-    /// Twice what it should take.
+    fn systems(&self) -> Vec<System> {
+        let all = System::ALL.into_iter();
+        let wanted = |system: &System| self.systems.is_empty() || self.systems.contains(system);
+        all.filter(wanted).collect()
+    }
+
+    fn write(&self, name: &str, report: &serde_json::Value) -> Result<()> {
+        let path = match &self.json {
+            Some(path) => path.clone(),
+            None => {
+                let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bench");
+                std::fs::create_dir_all(&target)?;
+                target.join(format!("{name}.json"))
+            }
+        };
+        let text = serde_json::to_string_pretty(report)?;
+        std::fs::write(&path, text + "\n").with_context(|| path.display().to_string())
+    }
+
+    /// Several times what it should take.
     fn limit(&self) -> Duration {
-        let load = self.rounds * LOADS.len() as u32 * 2 * (self.seconds + 2);
-        Duration::from_secs(u64::from(2 * (load + 10 * self.rounds) + 60))
+        const BESIDES: u32 = 20;
+        let (loads, systems) = (self.loads().len() as u32, System::ALL.len() as u32);
+        let runs = self.rounds * loads * systems;
+        Duration::from_secs(u64::from(runs * (2 * self.seconds + BESIDES) + 120))
     }
 }
 
 fn bench(cli: &Cli) -> Result<()> {
     let machine = Machine::here()?;
-    println!("{machine}");
-    println!("{} rounds of {} s for each load", cli.rounds, cli.seconds);
-    let starts = agents::starts(cli.rounds)?;
-    let mut field = Field::new()?;
-    let memory = field.memory()?;
-    let series = field.run(cli.rounds, cli.seconds)?;
-    let restarts = agents::restarts(&mut field.lab, cli.rounds)?;
+    eprintln!("{machine}");
+    let (loads, systems) = (cli.loads(), cli.systems());
+    let policy = cli.policy_output.as_ref().map(|path| {
+        let text = std::fs::read_to_string(path);
+        text.with_context(|| path.display().to_string())
+    });
+    let policy = policy.transpose()?;
+    let mut field = Field::new(&systems, cli.seconds)?;
+    field.check(&loads, &systems)?;
+    eprintln!("all ways are what they are called");
+    let Measured { rows, repeated } =
+        rows::in_turns(&loads, systems.len(), cli.rounds, |load, column, _| {
+            let system = systems[column];
+            if !load.runs_in(system) {
+                return Ok(None);
+            }
+            let sample = field.measure(load, system).context(system.name())?;
+            Ok(Some((system.name(), sample)))
+        })?;
+    if let Some(directory) = &cli.flamegraph {
+        let carried = loads.iter().filter(|load| load.scene != Scene::Proxies);
+        for load in carried.filter(|load| load.runs_in(System::Postern)) {
+            let agents = field.agents();
+            flame::watch(directory, load.key, &agents, || {
+                field.measure(load, System::Postern).map(drop)
+            })
+            .context(load.key)?;
+        }
+    }
+    drop(field);
     let report = Report {
+        targets: targets::judge(&rows, policy.as_deref()),
         machine,
         rounds: cli.rounds,
         seconds: cli.seconds,
-        series,
-        memory,
-        starts,
-        restarts,
+        columns: systems.iter().map(|system| system.name()).collect(),
+        rows,
+        repeated,
+        policy,
     };
     println!("{report}");
-    cli.write(&report.json())
-}
-
-/// A client on the first node and its server on the second.
-struct Pair {
-    client: Pod,
-    server: Pod,
-    _servers: Vec<Running>,
-}
-
-impl Pair {
-    fn new(lab: &mut Lab, name: &str, mesh: bool) -> Result<Self> {
-        let mut pod = |node, role: &str| {
-            let options = PodOptions {
-                mesh: Some(mesh),
-                ..PodOptions::default()
-            };
-            lab.pod_with(node, &format!("{name}-{role}"), options)
-        };
-        let (client, server) = (pod(1, "client")?, pod(2, "server")?);
-        let mut iperf = server.command("iperf3")?;
-        iperf.args(["--server", "--forceflush", "--port", &IPERF.to_string()]);
-        let iperf = server.start("iperf3", &mut iperf)?;
-        iperf.says("listening")?;
-        let servers = vec![
-            server.nginx(HTTP, &"x".repeat(PAGE))?,
-            server.serve("echo", ECHO)?,
-            iperf,
-        ];
-        Ok(Self {
-            client,
-            server,
-            _servers: servers,
-        })
-    }
-}
-
-/// Where all loads run. In the order in which it is taken down.
-struct Field {
-    direct: Pair,
-    postern: Pair,
-    lab: Lab,
-}
-
-impl Field {
-    fn new() -> Result<Self> {
-        let mut lab = Lab::started()?;
-        // The lab's agents log for debugging, a line a connection.
-        for node in &lab.nodes {
-            agents::set_log_level(node, "info")?;
-        }
-        let direct = Pair::new(&mut lab, "direct", false)?;
-        let postern = Pair::new(&mut lab, "postern", true)?;
-        let field = Self {
-            direct,
-            postern,
-            lab,
-        };
-        field.is_what_it_says()?;
-        Ok(field)
-    }
-
-    /// What is measured as direct must not pass an agent, and the other must.
-    fn is_what_it_says(&self) -> Result<()> {
-        for Pair { client, server, .. } in [&self.direct, &self.postern] {
-            let (code, body) = client.curl(&[&format!("http://{}:{HTTP}/", server.ip)])?;
-            ensure!(code == 0 && body.len() == PAGE, "{}: {body}", client.name);
-        }
-        let node = &self.lab.nodes[0];
-        let own = |record: &serde_json::Value, pair: &Pair| {
-            record["kind"] == "connection" && record["source"]["pod"] == pair.client.name
-        };
-        let record = node.record("a record of the call through Postern", |r| {
-            own(r, &self.postern)
-        })?;
-        ensure!(
-            record["tls"]["version"] == "TLSv1.3",
-            "not encrypted: {record}"
-        );
-        let strays = node
-            .audit()?
-            .iter()
-            .filter(|r| own(r, &self.direct))
-            .count();
-        ensure!(strays == 0, "direct connections went through the agent");
-        Ok(())
-    }
-
-    fn memory(&self) -> Result<report::Memory> {
-        let idle = agents::memory(&self.lab)?;
-        let Pair { client, server, .. } = &self.postern;
-        let address = format!("{}:{ECHO}", server.ip);
-        let mut hold = client.command(std::env::current_exe()?)?;
-        hold.args(["hold", &address, &OPEN.to_string()]);
-        let holder = client.start("hold", &mut hold)?;
-        holder.says("open")?;
-        let open = agents::memory(&self.lab)?;
-        Ok(report::Memory {
-            connections: OPEN,
-            idle,
-            open,
-        })
-    }
-
-    fn run(&self, rounds: u32, seconds: u32) -> Result<Vec<Series>> {
-        let ways = [(&self.direct, &self.lab), (&self.postern, &self.lab)];
-        in_turns(ways, rounds, seconds)
-    }
-}
-
-/// All loads one way and the other, so that both meet the same machine.
-fn in_turns(ways: [(&Pair, &Lab); 2], rounds: u32, seconds: u32) -> Result<Vec<Series>> {
-    let mut series: Vec<Series> = LOADS.iter().flat_map(Load::series).collect();
-    for round in 0..rounds {
-        println!("round {} of {rounds}", round + 1);
-        let mut row = 0;
-        for load in LOADS {
-            let measure = |(pair, lab)| load.run(pair, lab, seconds);
-            // Neither is always first.
-            let (first, second) = if round % 2 == 0 {
-                let first = measure(ways[0])?;
-                (first, measure(ways[1])?)
-            } else {
-                let second = measure(ways[1])?;
-                (measure(ways[0])?, second)
-            };
-            for (first, second) in first.into_iter().zip(second) {
-                series[row].direct.push(first);
-                series[row].postern.push(second);
-                row += 1;
-            }
-        }
-    }
-    Ok(series)
+    cli.write("report", &report.json())
 }

@@ -1,181 +1,207 @@
-//! The loads: what drives them and what is read from their output.
+//! What is measured: each load, between whom, and in which systems.
 
-use std::{
-    io::{self, Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
-    process::ExitCode,
-    time::Duration,
-};
+use clap::ValueEnum;
 
-use anyhow::{Context as _, Result, ensure};
-use postern_tests::{Lab, output, text};
-use serde_json::Value;
+use crate::tokens::Algorithm;
 
-use crate::{HTTP, IPERF, Pair, report::Series};
-
-pub enum Load {
-    /// wrk against nginx.
-    Http {
-        name: &'static str,
-        connections: u32,
-        keep_alive: bool,
-    },
-    /// iperf3, from client to server.
-    Stream { name: &'static str, streams: u32 },
+/// What carries a load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
+pub enum System {
+    Direct,
+    Postern,
+    EnvoyTcp,
+    EnvoyHbone,
+    EnvoyHttp,
+    /// As `envoy-http`, and verified tokens are remembered
+    EnvoyCache,
 }
 
-pub const LOADS: [Load; 5] = [
-    Load::Http {
-        name: "HTTP, 1 connection",
-        connections: 1,
-        keep_alive: true,
-    },
-    Load::Http {
-        name: "HTTP, 64 connections",
-        connections: 64,
-        keep_alive: true,
-    },
-    Load::Http {
-        name: "HTTP, a connection a request",
-        connections: 16,
-        keep_alive: false,
-    },
-    Load::Stream {
-        name: "TCP, 1 stream",
-        streams: 1,
-    },
-    Load::Stream {
-        name: "TCP, 8 streams",
-        streams: 8,
-    },
-];
+impl System {
+    pub const ALL: [Self; 6] = [
+        Self::Direct,
+        Self::Postern,
+        Self::EnvoyTcp,
+        Self::EnvoyHbone,
+        Self::EnvoyHttp,
+        Self::EnvoyCache,
+    ];
 
-/// What wrk reports at its end, as JSON; its own report is for people.
-const WRK_REPORT: &str = r#"
-done = function(summary, latency, requests)
-  local e = summary.errors
-  io.write(string.format('\n{"requests":%d,"micros":%d,"p50":%d,"p99":%d,"errors":%d}\n',
-    summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
-    e.connect + e.read + e.write + e.status + e.timeout))
-end
-"#;
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Direct => "direct",
+            Self::Postern => "postern",
+            Self::EnvoyTcp => "envoy-tcp",
+            Self::EnvoyHbone => "envoy-hbone",
+            Self::EnvoyHttp => "envoy-http",
+            Self::EnvoyCache => "envoy-cache",
+        }
+    }
+}
+
+/// Between whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scene {
+    /// Pods on two nodes.
+    Nodes,
+    /// The same, and each request needs a token.
+    Tokens,
+    /// Pods on one node.
+    OneNode,
+    /// A pod in the mesh and one outside.
+    Unmeshed,
+    /// The proxies themselves.
+    Proxies,
+}
+
+impl Scene {
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Nodes => "Between two nodes",
+            Self::Tokens => "Between two nodes, each request with a token and judged",
+            Self::OneNode => "On one node",
+            Self::Unmeshed => {
+                "From a pod of the mesh to one outside (postern: its agents run, and let it pass)"
+            }
+            Self::Proxies => "The proxies, on the client's side and the server's",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Kind {
+    /// wrk against nginx.
+    Http { connections: u32, keep_alive: bool },
+    /// The same with 64 connections, and tokens.
+    Bearer {
+        algorithm: Algorithm,
+        distinct: bool,
+    },
+    /// Requests at a constant rate.
+    Constant,
+    /// iperf3; `back`: the server sends.
+    Bulk { streams: u32, back: bool },
+    /// wrk beside connections whose receivers do not read.
+    Stalled,
+    /// A new process, and its first connection.
+    Start,
+    /// The agent of a node that is new, too.
+    FirstStart,
+    /// Memory of a new process, idle and with open connections.
+    Memory,
+}
+
+pub struct Load {
+    /// By which it is chosen.
+    pub key: &'static str,
+    pub name: &'static str,
+    pub scene: Scene,
+    pub kind: Kind,
+}
 
 impl Load {
-    /// Empty series for what one run of it measures.
-    pub fn series(&self) -> Vec<Series> {
-        match self {
-            Self::Http { name, .. } => vec![
-                Series::new(name, "requests/s"),
-                Series::new(name, "p50, us"),
-                Series::new(name, "p99, us"),
-                Series::new(name, "errors"),
-            ],
-            Self::Stream { name, .. } => vec![Series::new(name, "Gbit/s")],
-        }
-    }
-
-    /// One run; a value for each series.
-    pub fn run(&self, pair: &Pair, lab: &Lab, seconds: u32) -> Result<Vec<f64>> {
-        match *self {
-            Self::Http {
-                connections,
-                keep_alive,
-                ..
-            } => wrk(pair, lab, connections, keep_alive, seconds),
-            Self::Stream { streams, .. } => Ok(vec![iperf(pair, streams, seconds)?]),
+    /// Whether this is measured in a system.
+    pub fn runs_in(&self, system: System) -> bool {
+        use System::{Direct, EnvoyCache, EnvoyHbone, EnvoyHttp, EnvoyTcp, Postern};
+        let requests = matches!(self.kind, Kind::Http { .. } | Kind::Constant);
+        match (self.scene, system) {
+            _ if matches!(self.kind, Kind::FirstStart) => system == Postern,
+            (Scene::Nodes, EnvoyHttp) => requests,
+            (Scene::Nodes, EnvoyCache) => false,
+            (Scene::Nodes, _) => true,
+            (Scene::Tokens, _) => !matches!(system, EnvoyTcp | EnvoyHbone),
+            (Scene::OneNode | Scene::Unmeshed, _) => matches!(system, Direct | Postern),
+            (Scene::Proxies, _) => matches!(system, Postern | EnvoyTcp | EnvoyHbone),
         }
     }
 }
 
-fn wrk(
-    pair: &Pair,
-    lab: &Lab,
-    connections: u32,
-    keep_alive: bool,
-    seconds: u32,
-) -> Result<Vec<f64>> {
-    let script = lab.path().join("report.lua");
-    std::fs::write(&script, WRK_REPORT)?;
-    let mut wrk = pair.client.command("wrk")?;
-    wrk.args([
-        "-t",
-        "1",
-        "-c",
-        &connections.to_string(),
-        "-d",
-        &seconds.to_string(),
-    ]);
-    wrk.arg("-s").arg(script);
-    if !keep_alive {
-        wrk.args(["-H", "Connection: close"]);
+pub fn find(key: &str) -> Result<&'static Load, String> {
+    LOADS.iter().find(|load| load.key == key).ok_or_else(|| {
+        let all: Vec<&str> = LOADS.iter().map(|load| load.key).collect();
+        format!("there are {}", all.join(", "))
+    })
+}
+
+pub const LOADS: &[Load] = &[
+    nodes("http-1", "HTTP, 1 connection", http(1)),
+    nodes("http-64", "HTTP, 64 connections", http(64)),
+    nodes("constant", "HTTP, 2,000 requests/s", Kind::Constant),
+    nodes("fresh", "HTTP, a connection a request", FRESH),
+    nodes("bulk-1", "TCP, 1 stream", bulk(1, false)),
+    nodes("bulk-8", "TCP, 8 streams", bulk(8, false)),
+    nodes("bulk-1-back", "TCP, 1 stream back", bulk(1, true)),
+    nodes("bulk-8-back", "TCP, 8 streams back", bulk(8, true)),
+    nodes("stalled", "HTTP, beside 8 stalled receivers", Kind::Stalled),
+    tokens("rs256-one", "RS256, one token", Algorithm::Rs256, false),
+    tokens("rs256-many", "RS256, 5,000 tokens", Algorithm::Rs256, true),
+    tokens("es256-one", "ES256, one token", Algorithm::Es256, false),
+    tokens("es256-many", "ES256, 5,000 tokens", Algorithm::Es256, true),
+    near("near-http-64", "HTTP, 64 connections", http(64)),
+    near("near-bulk-1", "TCP, 1 stream", bulk(1, false)),
+    near("near-bulk-8", "TCP, 8 streams", bulk(8, false)),
+    outside("outside-http-1", "HTTP, 1 connection", http(1)),
+    outside("outside-http-64", "HTTP, 64 connections", http(64)),
+    outside("outside-constant", "HTTP, 2,000 requests/s", Kind::Constant),
+    outside("outside-fresh", "HTTP, a connection a request", FRESH),
+    outside("outside-bulk-1", "TCP, 1 stream", bulk(1, false)),
+    outside("outside-bulk-8", "TCP, 8 streams", bulk(8, false)),
+    outside("outside-bulk-1-back", "TCP, 1 stream back", bulk(1, true)),
+    outside("outside-bulk-8-back", "TCP, 8 streams back", bulk(8, true)),
+    proxies("start", "a new process", Kind::Start),
+    proxies("first-start", "an agent on a new node", Kind::FirstStart),
+    proxies("memory", "memory, both together", Kind::Memory),
+];
+
+const FRESH: Kind = Kind::Http {
+    connections: 16,
+    keep_alive: false,
+};
+
+const fn http(connections: u32) -> Kind {
+    Kind::Http {
+        connections,
+        keep_alive: true,
     }
-    wrk.arg(format!("http://{}:{HTTP}/", pair.server.ip));
-    let said = text(&output(&mut wrk)?.stdout);
-    let report = said
-        .lines()
-        .find(|line| line.starts_with('{'))
-        .with_context(|| said.clone())?;
-    let report: Value = serde_json::from_str(report)?;
-    let number = |key: &str| {
-        report[key]
-            .as_f64()
-            .with_context(|| format!("{key}: {report}"))
+}
+
+const fn bulk(streams: u32, back: bool) -> Kind {
+    Kind::Bulk { streams, back }
+}
+
+const fn load(key: &'static str, name: &'static str, scene: Scene, kind: Kind) -> Load {
+    Load {
+        key,
+        name,
+        scene,
+        kind,
+    }
+}
+
+const fn nodes(key: &'static str, name: &'static str, kind: Kind) -> Load {
+    load(key, name, Scene::Nodes, kind)
+}
+
+const fn tokens(
+    key: &'static str,
+    name: &'static str,
+    algorithm: Algorithm,
+    distinct: bool,
+) -> Load {
+    let kind = Kind::Bearer {
+        algorithm,
+        distinct,
     };
-    ensure!(
-        number("requests")? > 0.0,
-        "no request was answered: {report}"
-    );
-    let rate = number("requests")? / (number("micros")? / 1e6);
-    Ok(vec![
-        rate,
-        number("p50")?,
-        number("p99")?,
-        number("errors")?,
-    ])
+    load(key, name, Scene::Tokens, kind)
 }
 
-fn iperf(pair: &Pair, streams: u32, seconds: u32) -> Result<f64> {
-    let mut iperf = pair.client.command("iperf3")?;
-    iperf.args([
-        "--json",
-        "--client",
-        &pair.server.ip,
-        "--port",
-        &IPERF.to_string(),
-    ]);
-    iperf.args([
-        "--time",
-        &seconds.to_string(),
-        "--parallel",
-        &streams.to_string(),
-    ]);
-    let report: Value = serde_json::from_slice(&output(&mut iperf)?.stdout)?;
-    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
-    Ok(rate.with_context(|| report.to_string())? / 1e9)
+const fn near(key: &'static str, name: &'static str, kind: Kind) -> Load {
+    load(key, name, Scene::OneNode, kind)
 }
 
-/// Opens connections to an echo server, makes sure that each carries a byte both
-/// ways, says so, and holds them.
-pub fn hold(address: SocketAddr, count: usize) -> ExitCode {
-    let open: io::Result<Vec<TcpStream>> = (0..count).map(|_| echoing(address)).collect();
-    match open {
-        Err(error) => {
-            eprintln!("{error}");
-            ExitCode::FAILURE
-        }
-        Ok(_held) => {
-            println!("open");
-            loop {
-                std::thread::park();
-            }
-        }
-    }
+const fn outside(key: &'static str, name: &'static str, kind: Kind) -> Load {
+    load(key, name, Scene::Unmeshed, kind)
 }
 
-fn echoing(address: SocketAddr) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(address)?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    stream.write_all(b"?")?;
-    stream.read_exact(&mut [0])?;
-    Ok(stream)
+const fn proxies(key: &'static str, name: &'static str, kind: Kind) -> Load {
+    load(key, name, Scene::Proxies, kind)
 }

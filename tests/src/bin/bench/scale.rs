@@ -3,18 +3,23 @@
 //! pods known ahead.
 
 use std::{
+    fmt,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use postern_apiserver::ApiServer;
-use postern_tests::{Lab, Node, Pod, PodOptions, Running, Source};
+use postern_tests::{Lab, Pod, PodOptions, Running, Source};
+
+use serde_json::{Value, json};
 
 use crate::{
     agents,
     population::Population,
-    report::{Machine, Measure, ScaleReport},
+    process,
+    report::{Machine, number},
+    rows::median,
 };
 
 const PORT: u16 = 9000;
@@ -118,9 +123,9 @@ impl Site {
         self.lab.nodes[0].start()?;
         let start_ms = began.elapsed().as_secs_f64() * 1e3;
         // Its log tells every connection and every event.
-        agents::set_log_level(&self.lab.nodes[0], "info")?;
+        agents::quieten(&self.lab.nodes[0])?;
         self.lab.known(&self.client)?;
-        let start_cpu = self.cpu()?;
+        let start_cpu = process::cpu(self.agent()?)?;
         let start_bytes = self.api.bytes_sent() - sent;
         for partner in &self.partners {
             let address = format!("{}:{PORT}", partner.ip);
@@ -130,8 +135,8 @@ impl Site {
             ensure!(seen["text"] == "x", "{address} does not answer: {seen}");
         }
         std::thread::sleep(REST);
-        let memory = agents::resident(self.node())?;
-        let (cpu, sent) = (self.cpu()?, self.api.bytes_sent());
+        let memory = process::resident(self.agent()?)?;
+        let (cpu, sent) = (process::cpu(self.agent()?)?, self.api.bytes_sent());
         self.churn(churn)?;
         let pods = |verb: &str| {
             let all = self.api.requests().into_iter();
@@ -143,7 +148,7 @@ impl Site {
             start_cpu,
             start_mib: start_bytes as f64 / f64::from(1 << 20),
             memory,
-            churn_cpu: 100.0 * (self.cpu()? - cpu) / f64::from(churn.seconds),
+            churn_cpu: 100.0 * (process::cpu(self.agent()?)? - cpu) / f64::from(churn.seconds),
             churn_kib: (self.api.bytes_sent() - sent) as f64 / 1024.0 / f64::from(churn.seconds),
             watches: {
                 let all = self.api.requests().into_iter();
@@ -153,21 +158,10 @@ impl Site {
         })
     }
 
-    fn node(&self) -> &Node {
-        &self.lab.nodes[0]
-    }
-
-    /// Seconds of CPU that the agent has used.
-    fn cpu(&self) -> Result<f64> {
-        /// `USER_HZ`, the same on all that this runs on.
-        const TICKS: f64 = 100.0;
-        let pid = self.node().agent_pid().context("the agent does not run")?;
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        // The name may hold anything; `utime` and `stime` are the 14th and 15th.
-        let fields = stat.rsplit(") ").next().unwrap_or_default().split(' ');
-        let times = fields.skip(11).take(2).map(str::parse::<f64>);
-        let times: Vec<f64> = times.collect::<Result<_, _>>()?;
-        Ok(times.iter().sum::<f64>() / TICKS)
+    fn agent(&self) -> Result<i32> {
+        self.lab.nodes[0]
+            .agent_pid()
+            .context("the agent does not run")
     }
 
     /// Changes pods of nodes that the agent's pods do not talk to, one after another.
@@ -186,5 +180,79 @@ impl Site {
         );
         std::thread::sleep(whole.saturating_sub(began.elapsed()));
         Ok(())
+    }
+}
+
+/// What one agent took in a cluster.
+pub struct Measure {
+    pub start_ms: f64,
+    pub start_cpu: f64,
+    pub start_mib: f64,
+    pub memory: f64,
+    pub churn_cpu: f64,
+    pub churn_kib: f64,
+    pub watches: f64,
+    pub lists: f64,
+}
+
+type Quantity = (&'static str, &'static str, fn(&Measure) -> f64);
+
+const QUANTITIES: [Quantity; 8] = [
+    ("start to ready", "ms", |m| m.start_ms),
+    ("CPU until then", "s", |m| m.start_cpu),
+    ("from the API server until then", "MiB", |m| m.start_mib),
+    ("memory, in use", "MiB", |m| m.memory),
+    ("CPU while pods change", "%", |m| m.churn_cpu),
+    ("from the API server meanwhile", "KiB/s", |m| m.churn_kib),
+    ("watches", "", |m| m.watches),
+    ("lists of pods", "", |m| m.lists),
+];
+
+/// What a large cluster costs one agent.
+pub struct ScaleReport {
+    pub machine: Machine,
+    pub rounds: u32,
+    pub churn: Churn,
+    /// A value a round.
+    pub columns: Vec<(String, Vec<Measure>)>,
+}
+
+impl ScaleReport {
+    pub fn json(&self) -> Value {
+        let columns = self.columns.iter().map(|(name, measured)| {
+            let quantities = QUANTITIES.iter().map(|(what, unit, of)| {
+                let values: Vec<f64> = measured.iter().map(of).collect();
+                json!({ "what": what, "unit": unit, "median": median(&values), "rounds": values })
+            });
+            json!({ "cluster": name, "quantities": quantities.collect::<Vec<_>>() })
+        });
+        json!({
+            "machine": self.machine.json(),
+            "rounds": self.rounds,
+            "changesPerSecond": self.churn.rate,
+            "seconds": self.churn.seconds,
+            "columns": columns.collect::<Vec<_>>(),
+        })
+    }
+}
+
+impl fmt::Display for ScaleReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "\n{:32}{:8}", "pods in the cluster", "")?;
+        for (name, _) in &self.columns {
+            write!(f, "{name:>15}")?;
+        }
+        for (what, unit, of) in QUANTITIES {
+            write!(f, "\n{what:32}{unit:8}")?;
+            for (_, measured) in &self.columns {
+                let values: Vec<f64> = measured.iter().map(of).collect();
+                write!(f, "{:>15}", number(median(&values)))?;
+            }
+        }
+        let Churn { rate, seconds } = self.churn;
+        write!(
+            f,
+            "\nMedians. {rate} pods a second changed for {seconds} s on nodes that this one's pods do not talk to."
+        )
     }
 }

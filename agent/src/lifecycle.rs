@@ -63,6 +63,11 @@ impl Watcher {
         self.reached(Stage::Draining).await;
     }
 
+    /// Whether the drain has begun.
+    pub fn is_triggered(&self) -> bool {
+        *self.stage.borrow() >= Stage::Draining
+    }
+
     /// Returns when its time is up: end what is left.
     pub async fn time_is_up(&mut self) {
         self.reached(Stage::Ending).await;
@@ -81,9 +86,13 @@ mod tests {
     #[tokio::test]
     async fn a_drain_ends_with_its_last_watcher() {
         let (trigger, mut watcher) = drain();
-        let task = tokio::spawn(async move { watcher.triggered().await });
+        assert!(!watcher.is_triggered());
+        let task = tokio::spawn(async move {
+            watcher.triggered().await;
+            watcher.is_triggered()
+        });
         assert!(trigger.drain(Duration::from_secs(60)).await);
-        task.await.expect("ended");
+        assert!(task.await.expect("ended"));
     }
 
     #[tokio::test]

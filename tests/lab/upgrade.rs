@@ -1,6 +1,7 @@
 //! An agent takes over from one that runs: docs/upgrade.md.
 
 mod killed;
+mod requests;
 
 use std::{
     io,

@@ -166,12 +166,15 @@ impl Audit {
         }
     }
 
-    /// The record of one that began with [`Self::opened`].
+    /// The record of one that began with [`Self::opened`]. Behind the log's last word it
+    /// stays one whose record is to come, and never came.
     pub fn ended(&self, record: Record) {
         if let Some(open) = &self.open {
             open.counted(|ledger| {
-                ledger.accept_closed();
-                let _counted_if_not = open.hand_in(Message::Record(record));
+                if !open.ended.load(Ordering::Relaxed) {
+                    ledger.accept_closed();
+                    let _counted_if_not = open.hand_in(Message::Record(record));
+                }
             });
         }
     }

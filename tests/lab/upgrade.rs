@@ -100,7 +100,7 @@ fn log_is_whole(node: &Node, reporter: &str, port: u16, connections: u64) -> Res
         count() >= connections
     });
     let name = &node.name;
-    assert_eq!(count(), connections, "{name} {reporter}: each once");
+    assert_eq!(count(), connections, "{name} {reporter} {port}: each once");
     let gaps: Vec<Value> = node.audit()?.into_iter().filter(is_gap).collect();
     assert!(gaps.is_empty(), "{name}: {gaps:?}");
     let (code, said) = verify(&node.audit_path(), &[])?;

@@ -164,7 +164,7 @@ impl Audit {
     }
 
     /// Which of these records stand in the log, among those that it got last.
-    pub fn stand<'a>(&self, texts: &[&'a str]) -> Result<HashSet<&'a str>, ReadError> {
+    pub fn stand(&self, texts: &[&str]) -> Result<HashSet<String>, ReadError> {
         let mut found = HashSet::new();
         let Some(open) = self.open.as_ref().filter(|_| !texts.is_empty()) else {
             return Ok(found);
@@ -174,7 +174,7 @@ impl Audit {
             let line = line?.text;
             // The chain's own members are in front of a record's.
             let has = |text: &&&str| text.get(1..).is_some_and(|text| line.ends_with(text));
-            found.extend(texts.iter().find(has));
+            found.extend(texts.iter().find(has).map(|text| (*text).to_owned()));
         }
         Ok(found)
     }

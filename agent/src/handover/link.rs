@@ -2,8 +2,10 @@
 //! has the log, and what the kernel sees of sockets comes back. An agent in charge that
 //! dies, or hands over itself, is looked for again.
 
+mod heir;
+
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::VecDeque,
     io,
     os::fd::BorrowedFd,
     path::PathBuf,
@@ -18,10 +20,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Elders, Own, PATIENCE, Purpose, Told, door,
+    Own, PATIENCE, Purpose, Told, door,
     wire::{Channel, LARGEST},
 };
-use crate::audit::{Audit, Handed, Join, Key, Record};
+use crate::audit::{Audit, Handed, Join, Key};
+
+pub(super) use heir::serve;
 
 const NO_FDS: [BorrowedFd<'static>; 0] = [];
 
@@ -41,8 +45,6 @@ struct FromElder {
     lost: u64,
     /// Connections, and records on their way, that are still to come.
     left: u64,
-    /// All is said.
-    bye: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -235,12 +237,13 @@ impl Sender {
         confirmed: &mut u64,
     ) -> io::Result<()> {
         let mut beat = None::<Instant>;
-        let mut bye = false;
+        // All is said, but that so much is left of which there is nothing to say.
+        let mut last = None;
         while !gone.load(Ordering::SeqCst) {
             let closed = self.wait();
             self.settle(confirmed, had);
             let nothing = self.unsent.is_empty() && self.keys.is_empty();
-            if nothing && bye {
+            if nothing && closed && last == Some(self.left(closed)) {
                 if self.unconfirmed.is_empty()
                     && let Some(told) = self.told.take()
                 {
@@ -256,7 +259,8 @@ impl Sender {
             let (message, items) = self.message(closed);
             match channel.send(&message, &NO_FDS) {
                 Ok(()) => {
-                    bye = message.bye;
+                    let all = closed && self.unsent.is_empty() && self.keys.is_empty();
+                    last = all.then_some(message.left);
                     self.unconfirmed.extend(items);
                 }
                 Err(error) => {
@@ -369,10 +373,18 @@ impl Sender {
             }
             items.push(item);
         }
-        let (open, accepted) = self.audit.counts_since();
-        message.left = open + accepted.saturating_sub(self.passed);
-        message.bye = closed && self.unsent.is_empty() && self.keys.is_empty();
+        message.left = self.left(closed);
         (message, items)
+    }
+
+    /// What is still to come after all that was taken for messages.
+    fn left(&self, closed: bool) -> u64 {
+        let (open, accepted) = self.audit.counts_since();
+        let coming = match closed {
+            true => self.unsent.iter().map(Item::count).sum(),
+            false => accepted.saturating_sub(self.passed),
+        };
+        open + coming
     }
 }
 
@@ -393,99 +405,6 @@ fn listen(channel: &Channel, had: &AtomicU64, join: &Join) {
                     join.socket(key, || seen);
                 }
             }
-        }
-    }
-}
-
-/// The end of the agent in charge: takes what an elder says until it leaves, or this
-/// agent's log ends. `handing_over`: whether this agent is no longer in charge.
-pub(super) fn serve(
-    channel: &Arc<Channel>,
-    pid: i32,
-    audit: &Audit,
-    elders: &Elders,
-    handing_over: impl Fn() -> bool,
-) -> io::Result<()> {
-    channel.set_patience(None)?;
-    elders.came(pid, channel);
-    let (mut left, mut had, mut bye) = (0, 0, false);
-    let result = loop {
-        let message = match channel.receive::<FromElder>() {
-            Ok((message, _)) => message,
-            Err(error) => break Err(error),
-        };
-        elders.expect(pid, message.keys);
-        let all = message.lost + message.records.len() as u64;
-        let taken = take(audit, message.lost, message.records, &mut left);
-        had += taken;
-        if taken == all {
-            audit.adopted(left, message.left);
-            (left, bye) = (message.left, message.bye);
-        }
-        if let Err(error) = confirm(channel, had) {
-            break Err(error);
-        }
-        if taken < all {
-            // The next agent gets the rest.
-            break Ok(());
-        }
-    };
-    // One that goes on, goes on with the next agent.
-    audit.adopted(left, 0);
-    elders.left(pid);
-    if left > 0 && !bye && !handing_over() {
-        tracing::error!(left, "an agent that had handed over died while it drained");
-        let lost = crate::audit::Lost::Connections;
-        audit.record(Record::gap(lost, left, "handover"));
-    }
-    result
-}
-
-/// How many records were taken. `left`: connections that are counted for the elder.
-fn take(audit: &Audit, lost: u64, records: Vec<Line>, left: &mut u64) -> u64 {
-    if !audit.lost_before(lost) {
-        return 0;
-    }
-    let mut taken = lost;
-    let again: Vec<&str> = (records.iter().filter(|line| line.again))
-        .map(|line| line.text.as_str())
-        .collect();
-    let stand = audit.stand(&again).map(|stand| {
-        let owned = stand.into_iter().map(str::to_owned);
-        owned.collect::<HashSet<String>>()
-    });
-    if let Err(error) = &stand {
-        tracing::error!(%error, "what a killed agent may have recorded is told as lost");
-    }
-    for Line { text, story, again } in records {
-        let counted = story && *left > 0;
-        let done = match &stand {
-            Ok(stand) if again && stand.contains(&text) => {
-                audit.adopted(counted.into(), 0);
-                true
-            }
-            Err(_) if again => {
-                audit.adopted(counted.into(), 0);
-                audit.lost_before(1)
-            }
-            _ => audit.append(text, counted),
-        };
-        if !done {
-            break;
-        }
-        *left -= u64::from(counted);
-        taken += 1;
-    }
-    taken
-}
-
-/// What is taken and not confirmed would be said to the next agent, too: as long as the
-/// elder lives, it is told.
-fn confirm(channel: &Channel, had: u64) -> io::Result<()> {
-    loop {
-        match channel.send(&ToElder::Had(had), &NO_FDS) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            result => return result,
         }
     }
 }

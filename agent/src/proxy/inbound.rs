@@ -184,7 +184,8 @@ pub async fn tunnel(
                     address: client,
                 };
                 let (proxy, pod, drain) = (proxy.clone(), pod.clone(), drain.clone());
-                tokio::spawn(stream_of(proxy, pod, caller, request, respond, drain));
+                let served = stream_of(proxy, pod, caller, request, respond, drain.clone());
+                tokio::spawn(drain.hold(served));
             }
             Some(Err(error)) => {
                 tracing::debug!(%client, %error, "tunnel ended");

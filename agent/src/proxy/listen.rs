@@ -107,7 +107,8 @@ impl Tasks {
                 };
                 match accepted {
                     Ok((stream, client)) => {
-                        tokio::spawn(serve(stream, client, watcher.clone()));
+                        let served = serve(stream, client, watcher.clone());
+                        tokio::spawn(watcher.clone().hold(served));
                     }
                     Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
                     Err(error) => {

@@ -164,5 +164,5 @@ fn records_are_found_again_in_the_log() {
     assert!(audit.append(there.clone(), false));
     audit.close(&writer, LIMIT);
     let found = audit.stand(&[&there, &absent]).expect("read");
-    assert_eq!(found, HashSet::from([there.as_str()]));
+    assert_eq!(found, HashSet::from([there]));
 }

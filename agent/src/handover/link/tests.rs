@@ -3,7 +3,7 @@ use std::thread::JoinHandle;
 use super::*;
 use crate::{
     audit::chain::{Settings, records},
-    handover::{Hello, wire::Door},
+    handover::{Elders, Hello, wire::Door},
     kernel::AgentProcess,
 };
 

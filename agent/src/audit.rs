@@ -21,9 +21,10 @@ pub mod send;
 mod writer;
 
 use std::{
+    path::PathBuf,
     sync::{
         Arc, RwLock,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc::{SyncSender, TrySendError, sync_channel},
     },
     thread::JoinHandle,
@@ -55,7 +56,10 @@ struct Open {
     queue: SyncSender<Message>,
     /// Another one once the log is another agent's. Held for writing, nobody hands in.
     ledger: Arc<RwLock<Arc<Ledger>>>,
+    /// Its last word is in the queue. Set while the ledger is held for writing.
+    ended: AtomicBool,
     counts: Arc<Counts>,
+    directory: PathBuf,
 }
 
 enum Message {
@@ -96,13 +100,15 @@ impl Audit {
             .name("audit".into())
             .spawn(move || writer.run(&receiver))
             .map_err(|source| OpenError::Path {
-                path: directory,
+                path: directory.clone(),
                 source,
             })?;
         let open = Open {
             queue: sender,
             ledger,
+            ended: AtomicBool::new(false),
             counts,
+            directory,
         };
         Ok((
             Self {
@@ -119,7 +125,9 @@ impl Audit {
         let open = Open {
             queue,
             ledger: Arc::new(RwLock::new(Arc::new(Ledger::detached()))),
+            ended: AtomicBool::new(false),
             counts: Arc::default(),
+            directory: PathBuf::new(),
         };
         Self {
             node: node.into(),
@@ -158,12 +166,15 @@ impl Audit {
         }
     }
 
-    /// The record of one that began with [`Self::opened`].
+    /// The record of one that began with [`Self::opened`]. Behind the log's last word it
+    /// stays one whose record is to come, and never came.
     pub fn ended(&self, record: Record) {
         if let Some(open) = &self.open {
             open.counted(|ledger| {
-                ledger.accept_closed();
-                let _counted_if_not = open.hand_in(Message::Record(record));
+                if !open.ended.load(Ordering::Relaxed) {
+                    ledger.accept_closed();
+                    let _counted_if_not = open.hand_in(Message::Record(record));
+                }
             });
         }
     }
@@ -175,11 +186,7 @@ impl Audit {
         let until = Instant::now() + limit;
         let mut told = false;
         while Instant::now() < until && !writer.is_finished() {
-            told = told
-                || !matches!(
-                    open.queue.try_send(Message::Close),
-                    Err(TrySendError::Full(_))
-                );
+            told = told || open.end();
             std::thread::sleep(Duration::from_millis(5));
         }
         if !writer.is_finished() {
@@ -223,11 +230,29 @@ impl Open {
     }
 
     fn hand_in(&self, message: Message) -> bool {
-        // Full, or closed.
-        let taken = self.queue.try_send(message).is_ok();
+        let taken = self.offer(message).is_ok();
         if !taken {
             self.counts.queue.fetch_add(1, Ordering::Relaxed);
         }
         taken
+    }
+
+    /// What is taken comes before the last word. To be called within [`Self::counted`].
+    fn offer(&self, message: Message) -> Result<(), TrySendError<Message>> {
+        match self.ended.load(Ordering::Relaxed) {
+            true => Err(TrySendError::Disconnected(message)),
+            false => self.queue.try_send(message),
+        }
+    }
+
+    /// The last word; `false`: the queue has no room for it.
+    fn end(&self) -> bool {
+        let _nobody_hands_in = self.ledger.write().expect("no panic while it is held");
+        let full = matches!(
+            self.queue.try_send(Message::Close),
+            Err(TrySendError::Full(_))
+        );
+        self.ended.store(!full, Ordering::Relaxed);
+        !full
     }
 }

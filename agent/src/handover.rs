@@ -2,14 +2,15 @@
 //!
 //! The agent in charge has a socket in its state directory. `give` answers there, `take` is
 //! the side of the agent that comes, `link` is between the two while the old one drains:
-//! what it still has to record goes one way, what the kernel sees of its sockets the other.
-//! `wire` carries messages.
+//! what it still has to record goes one way, what the kernel sees of its sockets the other;
+//! `links` are all such conversations of one agent. `wire` carries messages.
 //!
 //! Whatever goes wrong before the new agent says that it has taken, the old one goes on.
 
 mod elders;
 mod give;
 mod link;
+mod links;
 mod take;
 mod wire;
 
@@ -37,7 +38,7 @@ pub use link::{Link, LinkEnd};
 pub use take::{Taken, Taking, begin, remove};
 
 /// Changes with the meaning of any message.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// How long an agent waits for a message of which the other one has all that it takes.
 const PATIENCE: Duration = Duration::from_secs(10);

@@ -58,9 +58,22 @@ impl Trigger {
 }
 
 impl Watcher {
+    /// Held until `work` is over, whatever that does with a watcher of its own: a
+    /// connection is over when its story is told, not when its last byte is carried.
+    pub async fn hold<T>(self, work: impl Future<Output = T>) -> T {
+        let done = work.await;
+        drop(self);
+        done
+    }
+
     /// Returns when the drain begins: take no more work.
     pub async fn triggered(&mut self) {
         self.reached(Stage::Draining).await;
+    }
+
+    /// Whether the drain has begun.
+    pub fn is_triggered(&self) -> bool {
+        *self.stage.borrow() >= Stage::Draining
     }
 
     /// Returns when its time is up: end what is left.
@@ -81,9 +94,27 @@ mod tests {
     #[tokio::test]
     async fn a_drain_ends_with_its_last_watcher() {
         let (trigger, mut watcher) = drain();
-        let task = tokio::spawn(async move { watcher.triggered().await });
+        assert!(!watcher.is_triggered());
+        let task = tokio::spawn(async move {
+            watcher.triggered().await;
+            watcher.is_triggered()
+        });
         assert!(trigger.drain(Duration::from_secs(60)).await);
-        task.await.expect("ended");
+        assert!(task.await.expect("ended"));
+    }
+
+    #[tokio::test]
+    async fn a_drain_ends_with_what_a_watcher_is_held_for() {
+        let (trigger, watcher) = drain();
+        let (tell, mut told) = mpsc::channel(1);
+        let own = watcher.clone();
+        tokio::spawn(watcher.hold(async move {
+            drop(own);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            tell.send(()).await.expect("heard");
+        }));
+        assert!(trigger.drain(Duration::from_secs(60)).await);
+        assert!(told.try_recv().is_ok());
     }
 
     #[tokio::test]

@@ -30,6 +30,8 @@ const SEND: Duration = Duration::from_secs(2);
 const STEP: Duration = Duration::from_secs(5);
 /// How long certificates are waited for before the agent in charge is asked to step back.
 const CERTIFICATES: Duration = Duration::from_secs(60);
+/// How long it may take until all that is to be recorded is in another agent's hands.
+const TOLD: Duration = Duration::from_secs(30);
 /// How long stories wait for their sockets at the end; a little longer than they do.
 const STORIES: Duration = Duration::from_secs(6);
 
@@ -325,7 +327,7 @@ impl Farewell {
     /// Waits until all is said. To be called when the audit log's writer has ended.
     pub async fn told(&mut self) {
         self.proxy.join.set_other(None);
-        if !self.link.told(AUDIT_END).await {
+        if !self.link.told(TOLD).await {
             tracing::warn!("not all that was to be recorded reached the agent in charge");
         }
     }

@@ -2,6 +2,7 @@
 //! one before still has to say comes to it over a socket. At no time has it two writers.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc,
         atomic::Ordering,
@@ -12,11 +13,16 @@ use std::{
 
 use tokio::sync::mpsc;
 
-use super::{Audit, Key, Message, chain::Ledger};
+use super::{
+    Audit, Key, Message,
+    chain::{Ledger, ReadError, Reader, last_seq},
+};
 
 /// What waits at most for the agent that writes the log now; what finds no room waits in
 /// the queue, and is counted where that has none.
 const MOST: usize = 8_192;
+/// How far back a record is looked for that an agent had when it was killed.
+const RECENT: u64 = 100_000;
 
 /// Said to the agent whose log it is now.
 #[derive(Debug)]
@@ -134,16 +140,43 @@ impl Audit {
         open.map_or((0, 0), |open| open.counted(Ledger::counts))
     }
 
-    /// A record of an agent that has handed over. `story`: it was counted as open.
-    pub fn append(&self, text: String, story: bool) {
-        let Some(open) = &self.open else { return };
-        open.counted(|ledger| {
-            match story {
-                true => ledger.accept_closed(),
-                false => ledger.accept(),
+    /// A record of an agent that has handed over. `story`: it was counted as open. Waits
+    /// for room in the queue; not for the runtime's threads. `false`: this log has ended,
+    /// and it is not in it.
+    pub fn append(&self, text: String, story: bool) -> bool {
+        let Some(open) = &self.open else { return true };
+        let mut line = Message::Line(text.into_bytes());
+        loop {
+            let offered = open.counted(|ledger| {
+                match story {
+                    true => ledger.accept_closed(),
+                    false => ledger.accept(),
+                }
+                open.offer(line).inspect_err(|_| ledger.not_accepted(story))
+            });
+            match offered {
+                Ok(()) => return true,
+                Err(TrySendError::Disconnected(_)) => return false,
+                Err(TrySendError::Full(same)) => line = same,
             }
-            let _counted_if_not = open.hand_in(Message::Line(text.into_bytes()));
-        });
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Which of these records stand in the log, among those that it got last.
+    pub fn stand(&self, texts: &[&str]) -> Result<HashSet<String>, ReadError> {
+        let mut found = HashSet::new();
+        let Some(open) = self.open.as_ref().filter(|_| !texts.is_empty()) else {
+            return Ok(found);
+        };
+        let from = last_seq(&open.directory)?.saturating_sub(RECENT);
+        for line in Reader::open(&open.directory, from)? {
+            let line = line?.text;
+            // The chain's own members are in front of a record's.
+            let has = |text: &&&str| text.get(1..).is_some_and(|text| line.ends_with(text));
+            found.extend(texts.iter().find(has).map(|text| (*text).to_owned()));
+        }
+        Ok(found)
     }
 
     /// An agent that has handed over says that so many connections are to be told, where
@@ -160,14 +193,22 @@ impl Audit {
         });
     }
 
-    /// So many records were lost on their way here.
-    pub fn lost_before(&self, count: u64) {
-        let Some(open) = &self.open else { return };
+    /// So many records were lost on their way here. `false`: this log has ended, and does
+    /// not tell.
+    pub fn lost_before(&self, count: u64) -> bool {
+        let Some(open) = &self.open else { return true };
         open.counted(|ledger| {
+            if open.ended.load(Ordering::Relaxed) {
+                return false;
+            }
             for _ in 0..count {
                 ledger.accept();
             }
             open.counts.queue.fetch_add(count, Ordering::Relaxed);
-        });
+            true
+        })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -122,7 +122,7 @@ impl Writer {
             Message::Record(record) => self.record(&record),
             Message::Line(text) => self.line(text, false),
             Message::HandOver(order) => self.hand_over(order),
-            Message::TakeBack(back) => self.take_back(back, queue),
+            Message::TakeBack(back) => return self.take_back(back, queue),
             Message::Close => return false,
         }
         true
@@ -163,8 +163,8 @@ impl Writer {
         let _gone = order.done.send(());
     }
 
-    /// Goes on in the log, which nobody else wrote to.
-    fn take_back(&mut self, back: Return, queue: &Receiver<Message>) {
+    /// Goes on in the log, which nobody else wrote to. `false`: and it ends.
+    fn take_back(&mut self, back: Return, queue: &Receiver<Message>) -> bool {
         let opened = Log::open(self.settings.clone(), &self.node);
         let (log, fresh) = match opened {
             Ok((log, ledger)) => (To::Log(Box::new(log)), ledger),
@@ -197,12 +197,18 @@ impl Writer {
                 Handed::Socket(_) => {}
             }
         }
+        let mut open = true;
         for message in waiting {
-            if let Message::Record(record) = message {
-                self.record(&record);
+            match message {
+                Message::Record(record) => self.record(&record),
+                Message::Line(text) => self.line(text, false),
+                // Of who has not waited for this: it finds that nothing came of it.
+                Message::HandOver(_) | Message::TakeBack(_) => {}
+                Message::Close => open = false,
             }
         }
         self.commit(lost);
         let _gone = back.done.send(());
+        open
     }
 }

@@ -8,9 +8,9 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tokio::sync::{mpsc, oneshot};
@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use super::{
     Bound, Elders, FINISH, Hello, Own, PATIENCE, PREPARE, PROTOCOL, Purpose, ToNew, ToOld, Waiting,
     door, link,
+    links::Links,
     wire::{Channel, Door},
 };
 use crate::{
@@ -31,6 +32,9 @@ const MOST: usize = 64;
 const SOCKETS: usize = 200;
 const KEYS: usize = 800;
 const DIALS: usize = 200;
+
+/// How long those that drain may be answered before this agent goes on without them.
+const DISMISS: Duration = Duration::from_secs(1);
 
 const NO_FDS: [BorrowedFd<'static>; 0] = [];
 
@@ -63,13 +67,12 @@ struct Keeper {
     audit: Audit,
     elders: Arc<Elders>,
     door: Mutex<Arc<Door>>,
-    closed: AtomicBool,
     requests: mpsc::Sender<Request>,
     /// One that takes over, at a time.
     taking: Mutex<()>,
     talking: AtomicUsize,
-    /// Of agents that drain.
-    links: Mutex<Vec<Arc<Channel>>>,
+    /// With agents that drain.
+    links: Links,
 }
 
 impl Doorkeeper {
@@ -90,11 +93,10 @@ impl Doorkeeper {
             kernel,
             audit,
             elders,
-            closed: AtomicBool::new(false),
             requests,
             taking: Mutex::new(()),
             talking: AtomicUsize::new(0),
-            links: Mutex::default(),
+            links: Links::default(),
         });
         let at_door = keeper.clone();
         std::thread::Builder::new()
@@ -106,9 +108,9 @@ impl Doorkeeper {
 
 impl Drop for Doorkeeper {
     fn drop(&mut self) {
-        self.0.closed.store(true, Ordering::SeqCst);
+        // Elders go to the next agent with what they have to say.
+        self.0.links.dismiss(DISMISS);
         self.0.door().close();
-        self.0.dismiss();
     }
 }
 
@@ -121,7 +123,7 @@ impl Keeper {
         loop {
             let channel = match self.door().next(PATIENCE) {
                 Ok(channel) => channel,
-                Err(_) if self.closed.load(Ordering::SeqCst) => return,
+                Err(_) if self.links.dismissed() => return,
                 Err(error) => {
                     tracing::warn!(%error, "nobody can take over from this agent");
                     std::thread::sleep(Duration::from_millis(200));
@@ -166,12 +168,11 @@ impl Keeper {
         }
         if hello.purpose == Purpose::Drain {
             let channel = Arc::new(channel);
-            self.add_link(&channel);
-            let result = link::serve(&channel, pid, &self.audit, &self.elders, || {
-                self.closed.load(Ordering::SeqCst)
-            });
-            self.remove_link(&channel);
-            return result;
+            let Some(_admitted) = self.links.admit(&channel) else {
+                return Ok(());
+            };
+            let handing_over = || self.links.dismissed();
+            return link::serve(&channel, pid, &self.audit, &self.elders, handing_over);
         }
         let Ok(_one_at_a_time) = self.taking.try_lock() else {
             return refuse("another one is just taking over".into());
@@ -261,27 +262,5 @@ impl Keeper {
         drop(door);
         old.close();
         Ok(())
-    }
-
-    fn add_link(&self, channel: &Arc<Channel>) {
-        let mut links = self.links.lock().expect("no panic while it is held");
-        links.push(channel.clone());
-    }
-
-    fn remove_link(&self, channel: &Arc<Channel>) {
-        let mut links = self.links.lock().expect("no panic while it is held");
-        links.retain(|other| !Arc::ptr_eq(other, channel));
-    }
-
-    /// Elders go to the next agent with what they have to say: what they have said is taken,
-    /// and confirmed, before this agent's own last word.
-    fn dismiss(&self) {
-        const LONGEST: Duration = Duration::from_secs(1);
-        let links = || self.links.lock().expect("no panic while it is held");
-        links().iter().for_each(|channel| channel.hear_no_more());
-        let until = Instant::now() + LONGEST;
-        while !links().is_empty() && Instant::now() < until {
-            std::thread::sleep(Duration::from_millis(2));
-        }
     }
 }

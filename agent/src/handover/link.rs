@@ -2,6 +2,8 @@
 //! has the log, and what the kernel sees of sockets comes back. An agent in charge that
 //! dies, or hands over itself, is looked for again.
 
+mod heir;
+
 use std::{
     collections::VecDeque,
     io,
@@ -18,10 +20,12 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
 use super::{
-    Elders, Own, PATIENCE, Purpose, Told, door,
+    Own, PATIENCE, Purpose, Told, door,
     wire::{Channel, LARGEST},
 };
-use crate::audit::{Audit, Handed, Join, Key, Record};
+use crate::audit::{Audit, Handed, Join, Key};
+
+pub(super) use heir::serve;
 
 const NO_FDS: [BorrowedFd<'static>; 0] = [];
 
@@ -30,8 +34,6 @@ const BEAT: Duration = Duration::from_millis(100);
 /// How long nobody may be in charge before an agent that has no connection left ends: who
 /// starts it again gets one that is.
 const ORPHANED: Duration = Duration::from_secs(3);
-/// How long an agent that leaves may take to confirm what it had.
-const CONFIRM: Duration = Duration::from_secs(2);
 /// Text of one message, as JSON may write it.
 const ROOM: usize = LARGEST / 4;
 
@@ -43,21 +45,23 @@ struct FromElder {
     lost: u64,
     /// Connections, and records on their way, that are still to come.
     left: u64,
-    /// All is said.
-    bye: bool,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Line {
     text: String,
     /// Of a connection that was counted in `left`.
     story: bool,
+    /// It was said to an agent that left without confirming it: it may stand in the log.
+    #[serde(default)]
+    again: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) enum ToElder {
-    /// So many records of this conversation stand in the log, or are counted as lost.
+    /// So many records of this conversation are in good hands: they will stand in the log, or
+    /// be counted as lost. Those that were said to be lost count, too.
     Had(u64),
     Sockets(Vec<Told>),
 }
@@ -96,7 +100,8 @@ impl Link {
             handed,
             join,
             unsent: VecDeque::new(),
-            lost: 0,
+            keys: Vec::new(),
+            unconfirmed: VecDeque::new(),
             passed: 0,
             drained: drained.clone(),
             told: Some(is_told),
@@ -140,13 +145,40 @@ struct Sender {
     handed: mpsc::Receiver<Handed>,
     join: Arc<Join>,
     /// Taken from the queue, and in no message yet.
-    unsent: VecDeque<Handed>,
-    /// To be told as lost.
-    lost: u64,
-    /// Records that were passed on, or are counted in `lost`.
+    unsent: VecDeque<Item>,
+    keys: Vec<Key>,
+    /// Said to the agent in charge, the oldest first: what it does not confirm, the next
+    /// one gets.
+    unconfirmed: VecDeque<Item>,
+    /// Records that were passed on, or told as lost.
     passed: u64,
     drained: Arc<AtomicBool>,
     told: Option<oneshot::Sender<()>>,
+}
+
+/// What is said once, and confirmed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Item {
+    /// So many records were lost.
+    Lost(u64),
+    Line(Line),
+}
+
+impl Item {
+    /// Records that it is.
+    fn count(&self) -> u64 {
+        match self {
+            Self::Lost(count) => *count,
+            Self::Line(_) => 1,
+        }
+    }
+
+    fn size(&self) -> usize {
+        match self {
+            Self::Lost(_) => 16,
+            Self::Line(line) => line.text.len() + 64,
+        }
+    }
 }
 
 impl Sender {
@@ -180,89 +212,97 @@ impl Sender {
             std::thread::Builder::new()
                 .name("handover-ear".into())
                 .spawn(move || {
-                    loop {
-                        let message = match channel.receive::<ToElder>() {
-                            Ok((message, _)) => message,
-                            // It left with something unread; what it said before is here.
-                            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => continue,
-                            Err(_ended) => break,
-                        };
-                        match message {
-                            ToElder::Had(count) => had.store(count, Ordering::SeqCst),
-                            ToElder::Sockets(told) => {
-                                for told in told {
-                                    let (key, seen) = told.seen();
-                                    join.socket(key, || seen);
-                                }
-                            }
-                        }
-                    }
+                    listen(&channel, &had, &join);
                     gone.store(true, Ordering::SeqCst);
                 })?
         };
-        let mut sent = 0;
         // One that came to be in charge meanwhile knows none of them.
-        let known = self.join.keys();
-        self.unsent.extend(known.into_iter().map(Handed::Socket));
-        let result = self.speak(channel, &had, &gone, &mut sent);
-        // One that hands over itself confirms what it had until then.
-        let until = Instant::now() + CONFIRM;
-        while !gone.load(Ordering::SeqCst) && Instant::now() < until {
-            std::thread::sleep(BEAT / 20);
-        }
-        channel.end();
+        self.keys = self.join.keys();
+        let mut confirmed = 0;
+        let result = self.speak(channel, &had, &gone, &mut confirmed);
+        // One that hands over itself confirms what it takes until it has gone: before that
+        // nobody can know what the next one is to be told.
         let _ended = listener.join();
-        // What it did not confirm may be in its log, or not: it is told as lost.
-        self.lost += sent - had.load(Ordering::SeqCst).min(sent);
+        self.settle(&mut confirmed, &had);
+        self.say_again();
         result
     }
 
+    /// Returns when the other one takes nothing more.
     fn speak(
         &mut self,
         channel: &Channel,
         had: &AtomicU64,
         gone: &AtomicBool,
-        sent: &mut u64,
+        confirmed: &mut u64,
     ) -> io::Result<()> {
         let mut beat = None::<Instant>;
-        let mut bye = false;
+        // All is said, but that so much is left of which there is nothing to say.
+        let mut last = None;
         while !gone.load(Ordering::SeqCst) {
             let closed = self.wait();
-            if self.unsent.is_empty() && self.lost == 0 {
-                if bye {
-                    if had.load(Ordering::SeqCst) == *sent
-                        && let Some(told) = self.told.take()
-                    {
-                        let _nobody_waits = told.send(());
-                    }
-                    std::thread::sleep(BEAT / 10);
-                    continue;
+            self.settle(confirmed, had);
+            let nothing = self.unsent.is_empty() && self.keys.is_empty();
+            if nothing && closed && last == Some(self.left(closed)) {
+                if self.unconfirmed.is_empty()
+                    && let Some(told) = self.told.take()
+                {
+                    let _nobody_waits = told.send(());
                 }
-                if !closed && beat.is_some_and(|beat| beat.elapsed() < BEAT) {
-                    continue;
-                }
+                std::thread::sleep(BEAT / 10);
+                continue;
+            }
+            if nothing && !closed && beat.is_some_and(|beat| beat.elapsed() < BEAT) {
+                continue;
             }
             beat = Some(Instant::now());
-            bye = closed && self.unsent.is_empty();
-            let message = self.message(bye);
-            if let Err(error) = channel.send(&message, &NO_FDS) {
-                self.take_back(message);
-                return Err(error);
+            let (message, items) = self.message(closed);
+            match channel.send(&message, &NO_FDS) {
+                Ok(()) => {
+                    let all = closed && self.unsent.is_empty() && self.keys.is_empty();
+                    last = all.then_some(message.left);
+                    self.unconfirmed.extend(items);
+                }
+                Err(error) => {
+                    self.take_back(message, items);
+                    // It is slow, and not gone.
+                    if error.kind() != io::ErrorKind::WouldBlock {
+                        return Err(error);
+                    }
+                }
             }
-            *sent += message.records.len() as u64;
-            self.lost -= message.lost;
         }
         Ok(())
     }
 
-    /// What was not sent is said to the next one.
-    fn take_back(&mut self, message: FromElder) {
-        self.passed -= message.records.len() as u64;
-        for Line { text, story } in message.records.into_iter().rev() {
-            self.unsent.push_front(Handed::Record { text, story });
+    /// What is confirmed is another agent's.
+    fn settle(&mut self, confirmed: &mut u64, had: &AtomicU64) {
+        let had = had.load(Ordering::SeqCst);
+        let mut taken = had.saturating_sub(*confirmed);
+        while let Some(item) = self.unconfirmed.pop_front_if(|item| item.count() <= taken) {
+            taken -= item.count();
+            *confirmed += item.count();
         }
-        let keys = message.keys.into_iter().map(Handed::Socket);
-        self.unsent.extend(keys);
+    }
+
+    /// What one that has gone did not confirm is said to the next.
+    fn say_again(&mut self) {
+        while let Some(mut item) = self.unconfirmed.pop_back() {
+            self.passed -= item.count();
+            if let Item::Line(line) = &mut item {
+                line.again = true;
+            }
+            self.unsent.push_front(item);
+        }
+    }
+
+    /// What was not sent is said later.
+    fn take_back(&mut self, message: FromElder, items: Vec<Item>) {
+        for item in items.into_iter().rev() {
+            self.passed -= item.count();
+            self.unsent.push_front(item);
+        }
+        self.keys.extend(message.keys);
     }
 
     /// Waits a moment for something to say; whether nothing will come any more.
@@ -274,7 +314,7 @@ impl Sender {
         loop {
             match self.handed.try_recv() {
                 Ok(item) => {
-                    self.unsent.push_back(item);
+                    self.sort(item);
                     return false;
                 }
                 Err(mpsc::error::TryRecvError::Disconnected) => return true,
@@ -286,92 +326,88 @@ impl Sender {
         }
     }
 
-    /// The next message, of what is there.
-    fn message(&mut self, bye: bool) -> FromElder {
-        let mut message = FromElder {
-            lost: self.lost,
-            bye,
-            ..FromElder::default()
+    fn sort(&mut self, handed: Handed) {
+        let item = match handed {
+            Handed::Socket(key) => return self.keys.push(key),
+            Handed::Lost(count) => Item::Lost(count),
+            Handed::Record { text, .. } if text.len() > LARGEST / 2 => Item::Lost(1),
+            Handed::Record { text, story } => Item::Line(Line {
+                text,
+                story,
+                again: false,
+            }),
         };
-        let mut room = ROOM;
-        while let Some(item) = (self.unsent.pop_front()).or_else(|| self.handed.try_recv().ok()) {
-            let size = match &item {
-                Handed::Record { text, .. } => text.len() + 64,
-                Handed::Lost(_) => 16,
-                Handed::Socket(_) => 96,
-            };
-            if size > room && room < ROOM {
+        self.unsent.push_back(item);
+    }
+
+    /// The next thing to say.
+    fn next(&mut self) -> Option<Item> {
+        while self.unsent.is_empty() {
+            let handed = self.handed.try_recv().ok()?;
+            self.sort(handed);
+        }
+        self.unsent.pop_front()
+    }
+
+    /// The next message, of what is there, and what of it is to be confirmed. `closed`:
+    /// nothing more will come.
+    fn message(&mut self, closed: bool) -> (FromElder, Vec<Item>) {
+        const KEY: usize = 96;
+        let mut message = FromElder::default();
+        let keys = self.keys.len().min(ROOM / KEY);
+        message.keys.extend(self.keys.drain(..keys));
+        let mut room = ROOM - keys * KEY;
+        let mut items = Vec::new();
+        while let Some(item) = self.next() {
+            // They are confirmed in order: losses first.
+            let late = matches!(item, Item::Lost(_)) && !message.records.is_empty();
+            if late || item.size() > room && room < ROOM {
                 self.unsent.push_front(item);
                 break;
             }
-            room = room.saturating_sub(size);
-            match item {
-                Handed::Record { text, .. } if text.len() > LARGEST / 2 => {
-                    self.passed += 1;
-                    self.lost += 1;
-                    message.lost += 1;
-                }
-                Handed::Record { text, story } => {
-                    self.passed += 1;
-                    message.records.push(Line { text, story });
-                }
-                Handed::Lost(count) => {
-                    self.passed += count;
-                    self.lost += count;
-                    message.lost += count;
-                }
-                Handed::Socket(key) => message.keys.push(key),
+            room = room.saturating_sub(item.size());
+            self.passed += item.count();
+            match &item {
+                Item::Lost(count) => message.lost += count,
+                Item::Line(line) => message.records.push(line.clone()),
             }
+            items.push(item);
         }
+        message.left = self.left(closed);
+        (message, items)
+    }
+
+    /// What is still to come after all that was taken for messages.
+    fn left(&self, closed: bool) -> u64 {
         let (open, accepted) = self.audit.counts_since();
-        message.left = open + accepted.saturating_sub(self.passed);
-        message
+        let coming = match closed {
+            true => self.unsent.iter().map(Item::count).sum(),
+            false => accepted.saturating_sub(self.passed),
+        };
+        open + coming
     }
 }
 
-/// The end of the agent in charge: takes what an elder says until it leaves. `handing_over`:
-/// whether this agent is no longer in charge.
-pub(super) fn serve(
-    channel: &Arc<Channel>,
-    pid: i32,
-    audit: &Audit,
-    elders: &Elders,
-    handing_over: impl Fn() -> bool,
-) -> io::Result<()> {
-    channel.set_patience(None)?;
-    elders.came(pid, channel);
-    let (mut left, mut had, mut bye) = (0, 0, false);
-    let result = loop {
-        let message = match channel.receive::<FromElder>() {
+/// Hears the agent in charge until it leaves.
+fn listen(channel: &Channel, had: &AtomicU64, join: &Join) {
+    loop {
+        let message = match channel.receive::<ToElder>() {
             Ok((message, _)) => message,
-            Err(error) => break Err(error),
+            // It left with something unread; what it said before is here.
+            Err(e) if e.kind() == io::ErrorKind::ConnectionReset => continue,
+            Err(_ended) => return,
         };
-        elders.expect(pid, message.keys);
-        audit.lost_before(message.lost);
-        for Line { text, story } in message.records {
-            had += 1;
-            if story {
-                if left == 0 {
-                    audit.adopted(0, 1);
-                } else {
-                    left -= 1;
+        match message {
+            ToElder::Had(count) => had.store(count, Ordering::SeqCst),
+            ToElder::Sockets(told) => {
+                for told in told {
+                    let (key, seen) = told.seen();
+                    join.socket(key, || seen);
                 }
             }
-            audit.append(text, story);
         }
-        audit.adopted(left, message.left);
-        (left, bye) = (message.left, message.bye);
-        if channel.send(&ToElder::Had(had), &NO_FDS).is_err() {
-            break Ok(());
-        }
-    };
-    // One that goes on, goes on with the next agent.
-    audit.adopted(left, 0);
-    elders.left(pid);
-    if left > 0 && !bye && !handing_over() {
-        tracing::error!(left, "an agent that had handed over died while it drained");
-        let lost = crate::audit::Lost::Connections;
-        audit.record(Record::gap(lost, left, "handover"));
     }
-    result
 }
+
+#[cfg(test)]
+mod tests;

@@ -51,6 +51,15 @@ impl Channel {
         Ok(channel)
     }
 
+    /// Both ends.
+    #[cfg(test)]
+    pub fn pair() -> (Self, Self) {
+        use nix::sys::socket::socketpair;
+        let (kind, flags) = (SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+        let (near, far) = socketpair(AddressFamily::Unix, kind, None, flags).expect("sockets");
+        (Self(near), Self(far))
+    }
+
     /// How long [`Self::receive`] waits; `None`: for ever.
     pub fn set_patience(&self, patience: Option<Duration>) -> io::Result<()> {
         let time = time(patience.unwrap_or_default());
@@ -111,11 +120,6 @@ impl Channel {
     /// Takes nothing that is not here yet; that, and the answers to it, may go on.
     pub fn hear_no_more(&self) {
         let _ended_already = shutdown(self.0.as_raw_fd(), Shutdown::Read);
-    }
-
-    /// Ends the conversation for both, whoever waits.
-    pub fn end(&self) {
-        let _ended_already = shutdown(self.0.as_raw_fd(), Shutdown::Both);
     }
 }
 

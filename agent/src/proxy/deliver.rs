@@ -317,10 +317,11 @@ impl Delivery<'_> {
             self.attacher,
             entry,
         ));
+        let (gate_of, leave) = (gate.clone(), drain.clone());
         let http = async {
             match protocol {
-                Protocol::Http2 => http2::serve(source, gate.clone(), limits, application).await,
-                _ => h1::serve(source, gate.clone(), limits, application).await,
+                Protocol::Http2 => http2::serve(source, gate_of, limits, application, leave).await,
+                _ => h1::serve(source, gate_of, limits, application, leave).await,
             }
         };
         // A connection that nothing was permitted on is not kept for nothing.

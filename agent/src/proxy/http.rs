@@ -29,6 +29,12 @@ pub use io::Io;
 pub use rules::BadRequest;
 pub use sniff::{Protocol, classify, sniff};
 
+/// How long, and how far, a client is read that has been told the end: a close before
+/// it has stopped sending would break the connection, and with it what it was told last
+/// (RFC 9112 9.6).
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 1 << 20;
+
 /// Why a connection ended otherwise than in order.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {

@@ -263,10 +263,10 @@ async fn hbone(
         match accepted {
             Some(Ok((request, respond))) => {
                 let (proxy, pod, caller) = (proxy.clone(), pod.clone(), caller.clone());
-                let (offer, drain) = (Offer::of(request, respond), drain.clone());
-                tokio::spawn(async move {
-                    stream_of(&proxy, &pod, &caller, offer, drain).await;
-                });
+                let (offer, watcher) = (Offer::of(request, respond), drain.clone());
+                tokio::spawn(drain.clone().hold(async move {
+                    stream_of(&proxy, &pod, &caller, offer, watcher).await;
+                }));
             }
             Some(Err(error)) => {
                 tracing::debug!(%client, %error, "tunnel ended");

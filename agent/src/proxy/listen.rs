@@ -157,7 +157,7 @@ fn carry<F: Future<Output = ()> + Send + 'static>(
 ) {
     let (worker, load) = proxy.workers.choose();
     let Some(worker) = worker else {
-        let serving = serve(stream, client, drain);
+        let serving = drain.clone().hold(serve(stream, client, drain));
         tokio::spawn(async move {
             serving.await;
             drop(load);
@@ -171,7 +171,7 @@ fn carry<F: Future<Output = ()> + Send + 'static>(
     });
     match moved {
         Ok(stream) => {
-            let serving = serve(stream, client, drain);
+            let serving = drain.clone().hold(serve(stream, client, drain));
             worker.spawn(async move {
                 serving.await;
                 drop(load);

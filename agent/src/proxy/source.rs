@@ -198,10 +198,11 @@ impl Sending<'_> {
             upstream,
             guards: Mutex::new(vec![opened.guard]),
         });
+        let leave = drain.clone();
         let http = async {
             match protocol {
-                Protocol::Http2 => http2::serve(source, gate, &limits, Some(first)).await,
-                _ => h1::serve(source, gate, &limits, Some(first)).await,
+                Protocol::Http2 => http2::serve(source, gate, &limits, Some(first), leave).await,
+                _ => h1::serve(source, gate, &limits, Some(first), leave).await,
             }
         };
         tokio::select! {

@@ -3,7 +3,8 @@
 `serve PORT`; `call ADDRESS METHOD [TOKEN]` prints the status code and the answer;
 `calls ADDRESS METHOD..` prints their codes; `each ADDRESS METHOD COUNT` makes so many
 calls, each on a connection of its own; `many ADDRESS METHOD` streams 1000 messages there and back; `slow ADDRESS METHOD COUNT`
-streams so many, one each 50 ms.
+streams so many, one each 50 ms; `steady ADDRESS METHOD` calls each 50 ms on a connection that
+it keeps, and prints the code of each and what was wrong.
 """
 
 import sys
@@ -42,6 +43,13 @@ if command == "calls":
             said.append(call.code().name)
     print(*said)
     sys.exit()
+
+if command == "steady":
+    with grpc.insecure_channel(at, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        while True:
+            call = channel.unary_unary(rest[0]).future(b"hello", timeout=20)
+            print(call.code().name, call.details() or "", flush=True)
+            time.sleep(0.05)
 
 if command == "each":
     method, count = rest

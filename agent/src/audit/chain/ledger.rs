@@ -154,6 +154,13 @@ impl Ledger {
         now.fetch_add(ACCEPTED - 1, Ordering::Relaxed);
     }
 
+    /// There was no room for what was just counted with [`Self::accept_closed`] (`story`),
+    /// or [`Self::accept`].
+    pub fn not_accepted(&self, story: bool) {
+        let less = ACCEPTED - u64::from(story);
+        self.word(at::NOW).fetch_sub(less, Ordering::Relaxed);
+    }
+
     /// Connections that are open, and accepted records (modulo 2^40).
     pub fn counts(&self) -> (u64, u64) {
         let now = self.word(at::NOW).load(Ordering::Relaxed);

@@ -6,7 +6,7 @@
 mod body;
 mod exchange;
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{future::pending, sync::Arc};
 
 use bytes::BytesMut;
 use http::StatusCode;
@@ -17,30 +17,26 @@ use tokio::{
 
 use self::{body::Incoming, exchange::Outcome};
 use super::{
-    BadRequest, Gate, Held, HttpError, Io, Limits, Pass,
+    BadRequest, Gate, Held, HttpError, Io, LINGER, LINGER_BYTES, Limits, Pass,
     head::{self, Head},
     io::HEAD_CHUNK,
     reply,
 };
-use crate::request::Reply;
+use crate::{lifecycle::Watcher, request::Reply};
 
 /// Body of a refused request that is read so that the connection can live on, bytes.
 const DRAINED: u64 = 64 << 10;
 
-/// How long, and how far, a client is read that has been told the end: a close before
-/// it has stopped sending would break the connection, and with it the answer (RFC
-/// 9112 9.6).
-const LINGER: Duration = Duration::from_secs(2);
-const LINGER_BYTES: usize = 1 << 20;
-
 /// Serves one connection to its end. `application` may be open already; else it is
 /// dialled with the first request that is permitted. However it ends, both
-/// connections are closed: in order, or broken where a message was not complete.
+/// connections are closed: in order, or broken where a message was not complete. With a
+/// drain it ends in order behind the next response, which says so.
 pub async fn serve<G: Gate>(
     client: Io,
     gate: Arc<G>,
     limits: &Limits,
     application: Option<Io>,
+    drain: Watcher,
 ) -> Result<(), HttpError> {
     client.break_on_drop(true);
     let mut connection = Connection {
@@ -48,6 +44,7 @@ pub async fn serve<G: Gate>(
         application,
         gate,
         limits,
+        drain,
         reused: false,
         out: BytesMut::new(),
     };
@@ -62,6 +59,7 @@ struct Connection<'a, G> {
     application: Option<Io>,
     gate: Arc<G>,
     limits: &'a Limits,
+    drain: Watcher,
     /// The application's connection has served a request.
     reused: bool,
     /// To be written; kept between requests.
@@ -202,6 +200,7 @@ impl<G: Gate> Connection<'_, G> {
                 body,
                 edits: &edits,
                 out: &self.out,
+                drain: &self.drain,
             },
             self.limits,
             &mut held,
@@ -262,7 +261,7 @@ impl<G: Gate> Connection<'_, G> {
     ) -> Result<bool, HttpError> {
         // Who waits for 100 may send the body or not: what comes next is unknown.
         let readable = body.is_done() || !head.expect && body.left() <= DRAINED;
-        let keep = head.keep_alive && readable;
+        let keep = head.keep_alive && readable && !self.drain.is_triggered();
         self.answer(reply, head.method() == "HEAD", !keep).await?;
         if !keep || body.is_done() {
             return Ok(keep);

@@ -22,18 +22,21 @@ use self::{
     watch::Watch,
 };
 use super::{Gate, HttpError, Io, Limits};
+use crate::lifecycle::Watcher;
 
 /// Greatest flow-control window (RFC 9113 6.9.1).
 const MAX_WINDOW: u32 = (1 << 31) - 1;
 
 /// Serves one connection to its end. `application` may be open already; else it is
 /// dialled with the first request that is permitted, and again when it has gone.
-/// Streams that are open when this is dropped are reset on both sides.
+/// Streams that are open when this is dropped are reset on both sides. With a drain the
+/// client is told to go; what it has asked by then is served.
 pub async fn serve<G: Gate>(
     client: Io,
     gate: Arc<G>,
     limits: &Limits,
     application: Option<Io>,
+    mut drain: Watcher,
 ) -> Result<(), HttpError> {
     client.break_on_drop(true);
     let shared = Shared {
@@ -59,6 +62,7 @@ pub async fn serve<G: Gate>(
     // Streams that were reset before they were answered, less those that were served:
     // who resets as a habit only makes work (CVE-2023-44487).
     let mut rapid = 0usize;
+    let mut leaving = false;
     let result = loop {
         select! {
             accepted = connection.accept() => match accepted {
@@ -79,6 +83,10 @@ pub async fn serve<G: Gate>(
             }
             // It may be about to leave: the client shall come again, and find another.
             () = shared.application.gone() => connection.graceful_shutdown(),
+            () = drain.triggered(), if !leaving => {
+                leaving = true;
+                connection.graceful_shutdown();
+            }
         }
     };
     drop((streams, connection));

@@ -33,6 +33,35 @@ pub(super) struct Asker {
     pub http10: bool,
 }
 
+/// A head as an application wrote it, but that it says that the connection ends.
+pub(super) fn closing(head: &[u8]) -> Vec<u8> {
+    let mut closing = Vec::with_capacity(head.len() + 32);
+    let mut options = vec![&b"close"[..]];
+    let start = head.iter().position(|b| !b.is_ascii_whitespace());
+    for line in head[start.unwrap_or(0)..].split_inclusive(|b| *b == b'\n') {
+        let (name, value) = match line.iter().position(|b| *b == b':') {
+            Some(colon) => (&line[..colon], &line[colon + 1..]),
+            None => (line, &[][..]),
+        };
+        if name.eq_ignore_ascii_case(b"connection") {
+            let said = value.split(|b| *b == b',').map(<[u8]>::trim_ascii);
+            let others = said.filter(|option| !option.is_empty() && !is_about_end(option));
+            options.extend(others);
+        } else if line.trim_ascii().is_empty() {
+            closing.extend_from_slice(b"connection: ");
+            closing.extend_from_slice(&options.join(&b", "[..]));
+            closing.extend_from_slice(b"\r\n\r\n");
+        } else if !name.eq_ignore_ascii_case(b"keep-alive") {
+            closing.extend_from_slice(line);
+        }
+    }
+    closing
+}
+
+fn is_about_end(option: &[u8]) -> bool {
+    option.eq_ignore_ascii_case(b"keep-alive") || option.eq_ignore_ascii_case(b"close")
+}
+
 /// `None` while the head is incomplete.
 pub(super) fn parse(buffer: &[u8], asker: Asker) -> Result<Option<Answer>, &'static str> {
     let mut headers = [const { std::mem::MaybeUninit::uninit() }; HEADERS];

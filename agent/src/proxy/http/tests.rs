@@ -1,6 +1,7 @@
 //! In-process tests: a gate that decides by path, clients and applications that speak
 //! raw bytes, or HTTP/2 by its library.
 
+mod drain;
 mod frames;
 mod h1;
 mod h2;
@@ -29,6 +30,7 @@ use tokio::{
 
 use super::{Gate, Held, HttpError, Io, Limits, Pass};
 use crate::{
+    lifecycle::{Trigger, drain},
     proxy::splice::{Counters, End},
     request::{Edits, Reply, Request},
 };
@@ -154,6 +156,7 @@ impl Drop for TestHeld {
 struct Agent {
     notes: Arc<Notes>,
     counters: Arc<Counters>,
+    drain: Trigger,
     task: JoinHandle<Result<(), HttpError>>,
 }
 
@@ -178,18 +181,26 @@ impl Agent {
         let counters = Arc::new(Counters::default());
         let (client, accepted) = pair().await;
         let io = Io::new(End::Tcp(accepted), BytesMut::new()).counted(counters.clone());
+        let (drain, watcher) = drain();
         let task = tokio::spawn(async move {
             match speaks {
-                Speaks::Http1 => super::h1::serve(io, gate, &limits, None).await,
-                Speaks::Http2 => super::h2::serve(io, gate, &limits, None).await,
+                Speaks::Http1 => super::h1::serve(io, gate, &limits, None, watcher).await,
+                Speaks::Http2 => super::h2::serve(io, gate, &limits, None, watcher).await,
             }
         });
         let agent = Self {
             notes,
             counters,
+            drain,
             task,
         };
         (client, agent)
+    }
+
+    /// Lets it end when it likes; whether it does, by itself and in order.
+    async fn drained(self) -> bool {
+        let drained = self.drain.drain(PATIENCE).await;
+        drained && matches!(self.task.await, Ok(Ok(())))
     }
 
     async fn ended(self) -> Result<(), HttpError> {

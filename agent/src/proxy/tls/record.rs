@@ -4,6 +4,7 @@
 use std::{
     future::poll_fn,
     io,
+    mem::MaybeUninit,
     ops::Range,
     pin::Pin,
     sync::{
@@ -18,6 +19,7 @@ use aws_lc_rs::aead::{
 };
 use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
+use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{
@@ -203,7 +205,10 @@ impl Records {
             tcp,
             receive: Receive {
                 key: Key::new(secrets.rx)?,
-                buffer: received,
+                buffer: match received.is_empty() {
+                    true => BytesMut::new(),
+                    false => received,
+                },
                 chunk: MOST_WIRE,
                 ended: false,
             },
@@ -248,8 +253,10 @@ impl Records {
     /// Whether nothing has come, and the connection still stands. Does not wait.
     pub fn is_quiet(&self) -> bool {
         let nothing = self.receive.buffer.is_empty() && !self.receive.ended;
-        let blocked = |e: io::Error| e.kind() == io::ErrorKind::WouldBlock;
-        nothing && self.tcp.try_read(&mut [0]).is_err_and(blocked)
+        // The kernel is asked: the runtime may not have heard of it yet.
+        let mut byte = [MaybeUninit::uninit()];
+        let peeked = SockRef::from(&self.tcp).peek(&mut byte);
+        nothing && peeked.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
     }
 }
 

@@ -20,7 +20,7 @@ use super::{
     },
     body::Incoming,
 };
-use crate::{proxy::splice, request::Edits};
+use crate::{lifecycle::Watcher, proxy::splice, request::Edits};
 
 /// A request that is permitted.
 pub(super) struct Asked<'a> {
@@ -29,12 +29,13 @@ pub(super) struct Asked<'a> {
     pub edits: &'a Edits,
     /// Its head, and what has come of its body.
     pub out: &'a BytesMut,
+    pub drain: &'a Watcher,
 }
 
 /// How an exchange ended.
 pub(super) enum Outcome {
-    /// `keep`: the application has not said that the connection ends, and it has got all
-    /// of the request. `sent`: it has got that.
+    /// `keep`: the client was not told that the connection ends, and the application has got
+    /// all of the request. `sent`: it has got that.
     Answered { keep: bool, sent: bool },
     /// The application has changed to another protocol.
     Switched,
@@ -66,6 +67,7 @@ pub(super) async fn exchange<H: Held>(
         body,
         edits,
         out,
+        drain,
     } = asked;
     let upload = body.upload(edits, out, &mut from_client, &mut to_application);
     let mut upload = pin!(upload);
@@ -107,11 +109,22 @@ pub(super) async fn exchange<H: Held>(
             Err(error) => Outcome::Broken(error),
         };
     }
-    let downloading = download(&mut from_application, &mut to_client, answer, limits);
+    let keep = answer.keep_alive && answer.framing != Framing::Close;
+    let leaving = keep && drain.is_triggered();
+    let downloading = async {
+        let mut head = answer.head;
+        if leaving {
+            let told = response::closing(&from_application.buffer[..head]);
+            to_client.write(&told).await.map_err(HttpError::Client)?;
+            from_application.buffer.advance(head);
+            head = 0;
+        }
+        let (from, to) = (&mut from_application, &mut to_client);
+        download(from, to, head, answer.framing, limits).await
+    };
     if let Err(error) = alongside(downloading, upload.as_mut(), &mut sending, held).await {
         return Outcome::Broken(error);
     }
-    let keep = answer.keep_alive && answer.framing != Framing::Close;
     // Answered early. Who is kept waits for the rest: the application reads it, or
     // ends the connection.
     if keep && sending == Sending::Running {
@@ -136,7 +149,7 @@ pub(super) async fn exchange<H: Held>(
     let sent = sending == Sending::Done;
     // What nobody asked for must not become the next request's answer.
     Outcome::Answered {
-        keep: keep && sent && from_application.buffer.is_empty(),
+        keep: keep && !leaving && sent && from_application.buffer.is_empty(),
         sent,
     }
 }
@@ -213,20 +226,20 @@ async fn pass(from: &mut Reader<'_>, to: &mut Writer<'_>, bytes: usize) -> Resul
     Ok(())
 }
 
-/// Passes on a response whose head is in the buffer, byte by byte as it is, to where
-/// its framing says that it ends.
+/// Passes on a response, byte by byte as it is, to where its framing says that it ends.
+/// `head`: as long is the part of its head that is in the buffer.
 async fn download(
     from: &mut Reader<'_>,
     to: &mut Writer<'_>,
-    answer: Answer,
+    mut head: usize,
+    framing: Framing,
     limits: &Limits,
 ) -> Result<(), HttpError> {
-    let mut body = match answer.framing {
+    let mut body = match framing {
         Framing::Length(length) => Outgoing::Length(length),
         Framing::Chunked => Outgoing::Chunked(Box::new(Decoder::response(limits))),
         Framing::Close => Outgoing::Close,
     };
-    let mut head = answer.head;
     loop {
         let part = body.follow(&from.buffer[head..])?;
         pass(from, to, head + part).await?;

@@ -1,11 +1,12 @@
 //! Bounds how long a client may take over a head. The HTTP/2 library waits for the
 //! rest of one without end; so frames are followed as they are read (RFC 9113 4.1),
-//! and a header block that is begun has a time to be complete.
+//! and a header block that is begun has a time to be complete. A client that was told the
+//! end is read on for a moment, so that it hears that.
 
 use std::{
     io,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
@@ -14,7 +15,7 @@ use tokio::{
     time::{Instant, Sleep, sleep},
 };
 
-use super::super::Io;
+use super::super::{Io, LINGER, LINGER_BYTES};
 
 const PREFACE: usize = 24;
 const FRAME_HEAD: usize = 9;
@@ -29,6 +30,8 @@ pub(super) struct Watch {
     timer: Pin<Box<Sleep>>,
     /// The timer runs.
     timed: bool,
+    /// It has been told the end, and is read so far still.
+    lingers: Option<usize>,
 }
 
 impl Watch {
@@ -39,6 +42,7 @@ impl Watch {
             limit,
             timer: Box::pin(sleep(limit)),
             timed: true,
+            lingers: None,
         }
     }
 }
@@ -115,6 +119,35 @@ impl Frames {
     }
 }
 
+impl Watch {
+    /// Ready when the client has stopped sending, or has had its time.
+    fn poll_left(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        const CHUNK: usize = 4096;
+        let mut left = match self.lingers {
+            Some(left) => left,
+            None => {
+                self.timer.as_mut().reset(Instant::now() + LINGER);
+                LINGER_BYTES
+            }
+        };
+        while left > 0 {
+            let mut bytes = [0; CHUNK];
+            let mut into = ReadBuf::new(&mut bytes);
+            match Pin::new(&mut self.io).poll_read(cx, &mut into) {
+                Poll::Ready(Ok(())) if !into.filled().is_empty() => {
+                    left = left.saturating_sub(into.filled().len());
+                }
+                Poll::Ready(_ended) => return Poll::Ready(()),
+                Poll::Pending => {
+                    self.lingers = Some(left);
+                    return self.timer.as_mut().poll(cx);
+                }
+            }
+        }
+        Poll::Ready(())
+    }
+}
+
 impl AsyncRead for Watch {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -163,6 +196,7 @@ impl AsyncWrite for Watch {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
+        ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+        self.poll_left(cx).map(Ok)
     }
 }

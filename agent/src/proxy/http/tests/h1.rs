@@ -798,13 +798,21 @@ async fn within_a_tunnel() {
         let mut tunnel = ::h2::server::handshake(inner).await.expect("a tunnel");
         let (request, mut respond) = tunnel.accept().await.expect("a stream").expect("one");
         tokio::spawn(async move { while tunnel.accept().await.is_some() {} });
+        let (_drain, watcher) = drain();
         let end = End::Stream {
             send: respond
                 .send_response(::http::Response::new(()), false)
                 .expect("answered"),
             recv: request.into_body(),
         };
-        super::super::h1::serve(Io::new(end, BytesMut::new()), gate, &limits(), None).await
+        super::super::h1::serve(
+            Io::new(end, BytesMut::new()),
+            gate,
+            &limits(),
+            None,
+            watcher,
+        )
+        .await
     });
     let (mut sender, tunnel) = ::h2::client::handshake(outer).await.expect("a tunnel");
     tokio::spawn(tunnel);

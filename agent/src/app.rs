@@ -45,7 +45,8 @@ use crate::{
         Proxy, Tunnels, Workers, sweep,
     },
     telemetry::{
-        Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Status, StatusSource, serve,
+        Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Policy, Status, StatusSource,
+        serve,
     },
     workload::{Discovery, Table},
 };
@@ -457,6 +458,20 @@ impl StatusSource for State {
             connections: self.proxy.connections.len(),
             roots: self.identities.bundle.roots(),
         }
+    }
+
+    fn policies(&self) -> Vec<Policy> {
+        let verdicts = self.cluster.iter().map(|cluster| cluster.verdicts());
+        let told = verdicts.flat_map(|all| (*all).clone());
+        let told = told.map(|((kind, namespace, name), verdict)| Policy {
+            kind,
+            namespace,
+            name,
+            generation: verdict.generation,
+            accepted: verdict.refused.is_none(),
+            stands: verdict.refused.map(|refusal| refusal.stands),
+        });
+        told.collect()
     }
 
     fn metrics(&self) -> String {

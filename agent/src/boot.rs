@@ -1,4 +1,4 @@
-//! `postern guard --install`: what a host needs to guard its pods at every later boot,
+//! `postern guard --install` and `--remove`: what a host needs to guard its pods at every later boot,
 //! for those that have the agent from a DaemonSet. Nothing of it runs before the next
 //! boot; each file is replaced whole.
 
@@ -49,6 +49,26 @@ pub fn install(host: &Path, config: &Path) -> Result<Vec<PathBuf>, InstallError>
         written.push(link);
     }
     Ok(written)
+}
+
+/// Takes away what [`install`] wrote below `host`; returns what was there. The links
+/// first: a boot at any time finds all that it is told to run.
+pub fn remove(host: &Path) -> Result<Vec<PathBuf>, InstallError> {
+    let units = host.join(UNITS);
+    let links = wanted(UNIT).into_iter();
+    let mut paths: Vec<PathBuf> = links
+        .map(|(directory, unit)| units.join(format!("{unit}.{directory}")).join(UNIT_NAME))
+        .collect();
+    paths.extend([units.join(UNIT_NAME), host.join(PROGRAM), host.join(CONFIG)]);
+    let mut removed = Vec::new();
+    for path in paths {
+        match fs::remove_file(&path) {
+            Ok(()) => removed.push(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(at(&path)(error)),
+        }
+    }
+    Ok(removed)
 }
 
 /// What `systemctl enable` would link the unit to: `requires` or `wants`, and of which.
@@ -114,6 +134,13 @@ mod tests {
             let link = at(&format!("{UNITS}/{unit}.service.requires/{UNIT_NAME}"));
             assert_eq!(fs::read_to_string(link).expect(unit), UNIT);
         }
+        let others = at(&format!("{UNITS}/kubelet.service"));
+        fs::write(&others, "").expect("written");
+        let removed = remove(tmp.path()).expect("removed");
+        assert_eq!(removed.len(), 8, "{removed:?}");
+        assert!(removed.iter().all(|path| path.symlink_metadata().is_err()));
+        assert!(others.exists(), "what is the host's own stays");
+        assert_eq!(remove(tmp.path()).expect("nothing"), [PathBuf::new(); 0]);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 mod cluster;
 mod node;
 mod report;
+mod rights;
 #[cfg(test)]
 mod tests;
 
@@ -16,22 +17,24 @@ use crate::config::Config;
 
 /// What is looked at.
 pub struct Scope<'a> {
-    /// Of the cluster to ask; `None`: that of the pod that this runs in, if it does.
+    /// Of the cluster to ask, and of nothing else; `None`: the agent's, as configured.
     pub kubeconfig: Option<&'a Path>,
     /// Whose rights are looked at, `NAMESPACE/NAME`; `None`: the asker's own.
     pub service_account: Option<&'a str>,
 }
 
 /// With a kubeconfig the cluster alone is looked at: this host need not be one of its
-/// nodes. Else the node, and in a pod its cluster as well.
+/// nodes. Else the node, and its cluster as well where the agent would find that: in a
+/// pod, or by `kubernetes.kubeconfig`.
 pub async fn run(config: &Config, scope: &Scope<'_>) -> Report {
     let mut report = Report::default();
-    let in_pod = std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
+    let found = config.kubernetes.kubeconfig.is_some()
+        || std::env::var_os("KUBERNETES_SERVICE_HOST").is_some();
     if scope.kubeconfig.is_none() {
         node::examine(config, &mut report);
     }
-    if scope.kubeconfig.is_some() || in_pod {
-        cluster::examine(scope, &mut report).await;
+    if scope.kubeconfig.is_some() || found {
+        cluster::examine(config, scope, &mut report).await;
     }
     report
 }

@@ -720,6 +720,14 @@ mod tests {
                 "kubernetes:\n  podCidrs: [10.0.0.0/33]\n",
                 ["kubernetes.podCidrs", "agent.yaml:2"],
             ),
+            (
+                "kubernetes:\n  startupTaint: 'key=value:NoSchedule'\n",
+                ["kubernetes.startupTaint", "no key of a taint"],
+            ),
+            (
+                "kubernetes:\n  startupTaint: ''\n",
+                ["kubernetes.startupTaint", "agent.yaml:2"],
+            ),
             ("trustDomain: Not Valid\n", ["trustDomain", "agent.yaml:1"]),
         ] {
             let error = parse(text).expect_err(text).to_string();

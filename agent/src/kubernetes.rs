@@ -18,6 +18,7 @@ mod policies;
 mod scope;
 mod status;
 mod store;
+mod taint;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -41,13 +42,14 @@ use tokio::{
     task::AbortHandle,
 };
 
-pub use client::{ConnectError, examine, explain};
+pub use client::{ConnectError, connect, examine, explain};
 pub use disk::DiskError;
 pub use events::{Patience, PodState, tell_pods};
 pub use index::Index;
 pub use policies::{Id, Refusal, Verdict};
 pub use status::tell_policies;
 pub use store::Standing;
+pub use taint::untaint;
 
 use self::{
     held::{Held, Stored},
@@ -89,6 +91,8 @@ pub struct Pace {
     pub status: Duration,
     /// How often pods are looked at for events.
     pub pods: Duration,
+    /// How often the own node is looked at for the startup taint.
+    pub taint: Duration,
     pub patience: Patience,
 }
 
@@ -107,6 +111,7 @@ impl Default for Pace {
             unused: Duration::from_secs(600),
             status: Duration::from_secs(20),
             pods: Duration::from_secs(5),
+            taint: Duration::from_secs(2),
             patience: Patience::default(),
         }
     }
@@ -152,6 +157,7 @@ pub struct Cluster {
     node: Arc<str>,
     workloads: bool,
     policies: bool,
+    istio: bool,
     on_demand: bool,
     pod_cidrs: Vec<IpNet>,
     pace: Pace,
@@ -202,6 +208,9 @@ impl Cluster {
         const ASKING: usize = 16;
         let workloads = config.workloads.source == Source::Kubernetes;
         let policies = config.policies.source == Source::Kubernetes;
+        if config.kubernetes.startup_taint.is_some() && !workloads {
+            return Err(ConnectError::Taint);
+        }
         if !workloads && !policies {
             return Ok(None);
         }
@@ -221,6 +230,7 @@ impl Cluster {
             node: config.node_name().into(),
             workloads,
             policies,
+            istio: config.kubernetes.istio,
             on_demand: config.kubernetes.discovery == Discovery::OnDemand,
             pod_cidrs,
             pace,
@@ -267,7 +277,9 @@ impl Cluster {
             }
         }
         if self.policies {
-            scopes.extend(PolicyKind::ALL.map(Scope::Policies));
+            let read = |kind: &PolicyKind| self.istio || !kind.is_istio();
+            let kinds = PolicyKind::ALL.into_iter().filter(read);
+            scopes.extend(kinds.map(Scope::Policies));
         }
         scopes
     }

@@ -100,8 +100,11 @@ enum Command {
         config: ConfigFile,
         /// Instead make the host whose directories are below DIR do so at its next boot:
         /// this program, its configuration and a systemd unit are copied there.
-        #[arg(long, value_name = "DIR")]
+        #[arg(long, value_name = "DIR", conflicts_with = "remove")]
         install: Option<PathBuf>,
+        /// Instead take away what `--install` put below DIR.
+        #[arg(long, value_name = "DIR")]
+        remove: Option<PathBuf>,
     },
     /// Work on policies, without an agent.
     Policy {
@@ -327,7 +330,16 @@ fn run(command: Command) -> Result<ExitCode> {
                 wait_for_end()?;
             }
         }
-        Command::Guard { config, install } => guard(&config, install.as_deref())?,
+        Command::Guard {
+            remove: Some(host), ..
+        } => {
+            for path in boot::remove(&host)? {
+                println!("removed {}", path.display());
+            }
+        }
+        Command::Guard {
+            config, install, ..
+        } => guard(&config, install.as_deref())?,
         Command::Policy { command } => return policy(command),
         Command::Authority { file, command } => authority(&file, command)?,
         Command::Audit { command } => {

@@ -6,7 +6,7 @@ mod log;
 mod metrics;
 mod page;
 
-pub use admin::{Endpoints, LocalWorkload, Status, StatusSource, serve};
+pub use admin::{Endpoints, LocalWorkload, Policy, Status, StatusSource, serve};
 pub use door::ask;
 pub use log::{LogHandle, start as start_log};
 pub use metrics::{ConnectionLabels, GrantLabels, Metrics};

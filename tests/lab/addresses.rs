@@ -1,6 +1,6 @@
 //! IPv4, IPv6, v4-mapped; services; and which address each side sees.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use anyhow::Result;
 use postern_tests::{Lab, PodOptions};
@@ -63,13 +63,15 @@ fn a_service_address_reaches_all_endpoints_evenly() -> Result<()> {
     let address = lab.service("web", 7, &format!(
         "{selector}, ports: [{{name: http, port: 80, targetPort: http}}, {{name: alt, port: 81, targetPort: 8082}}]"
     ))?;
+    // The service may be known before all that is behind it.
+    let mut known = HashSet::new();
     postern_tests::eventually(
-        "the service is known",
-        std::time::Duration::from_secs(5),
+        "all endpoints are known",
+        std::time::Duration::from_secs(30),
         || {
-            client
-                .curl(&["-m", "2", &format!("http://{address}/")])
-                .is_ok_and(|(code, _)| code == 0)
+            let answer = client.curl(&["-m", "5", &format!("http://{address}/")]);
+            known.extend(answer.ok().filter(|(code, _)| *code == 0));
+            known.len() == 3
         },
     )?;
     let mut counts: HashMap<String, usize> = HashMap::new();

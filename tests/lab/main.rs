@@ -27,6 +27,7 @@ mod programs;
 mod provider;
 mod requests;
 mod resource;
+mod rights;
 mod send;
 mod services;
 mod smoke;

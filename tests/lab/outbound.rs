@@ -53,6 +53,13 @@ impl World {
             running.says("listening")?;
             apps.push(running);
         }
+        // Pods of other nodes are asked for when they are dialled, and not for long: on a
+        // busy machine the first connection may be refused.
+        for pod in [&near, &far] {
+            eventually("front reaches it", Duration::from_secs(30), || {
+                ask(&front, &at(pod, PORT), "none", &[]).is_ok_and(|(s, _)| s == "200")
+            })?;
+        }
         Ok(Self {
             lab,
             front,
@@ -276,6 +283,7 @@ fn without_a_token_nothing_goes() -> Result<()> {
     world.mode("fail")?;
     world.lab.policies(1)?;
     for (index, pod) in [&world.near, &world.far].into_iter().enumerate() {
+        let before = world.apps[index].output().matches("came ").count();
         let (status, said) = ask(&world.front, &at(pod, PORT), "back", &["-i"])?;
         assert_eq!(status, "503", "{said}");
         assert!(
@@ -285,7 +293,7 @@ fn without_a_token_nothing_goes() -> Result<()> {
         assert!(said.contains("invalid_scope"), "{said}");
         assert_eq!(ask(&world.front, &at(pod, PORT), "other", &[])?.0, "200");
         let came = world.apps[index].output();
-        assert_eq!(came.matches("came ").count(), 1, "{came}");
+        assert_eq!(came.matches("came ").count(), before + 1, "{came}");
     }
     world.mode("wait")?;
     eventually(
@@ -451,7 +459,7 @@ fn the_destination_verifies_and_what_it_refuses_is_not_used_again() -> Result<()
     world.authentication("near", "near", &other)?;
     world.authentication("far", "far", &other)?;
     for pod in [&world.near, &world.far] {
-        eventually("the keys are others", Duration::from_secs(10), || {
+        eventually("the keys are others", Duration::from_secs(30), || {
             ask(&world.front, &at(pod, PORT), "back", &[]).is_ok_and(|(s, _)| s == "401")
         })?;
     }

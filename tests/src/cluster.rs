@@ -95,6 +95,7 @@ impl Cluster {
         let server = ApiServer::with(Options {
             address: SocketAddr::from(([198, 51, 100, 254], port)),
             endpoints: self.controllers,
+            rbac: true,
             bind: Arc::new(move |address| bind(&netns, address)),
             ..Options::default()
         })?;

@@ -225,7 +225,7 @@ impl Lab {
         for node in self.nodes.iter().filter(|node| node.running()) {
             eventually(
                 &format!("{} has {count} policies", node.name),
-                Duration::from_secs(5),
+                Duration::from_secs(30),
                 || node.status().is_ok_and(|s| s["policies"] == count),
             )?;
         }

@@ -45,6 +45,8 @@ pub struct NodeOptions {
     /// Further keys of `kubernetes`, where that is the source, as YAML flow pairs that
     /// begin with a comma.
     pub kubernetes: String,
+    /// Whose rights the agent has at the API server; `None`: an administrator's.
+    pub token: Option<String>,
     /// Further keys of `policies`, as YAML flow pairs that begin with a comma.
     pub policies: String,
     /// Further keys of `kernel`, as YAML flow pairs that begin with a comma.
@@ -67,6 +69,7 @@ impl Default for NodeOptions {
             root: "root".into(),
             manifests: "manifests".into(),
             kubernetes: String::new(),
+            token: None,
             policies: String::new(),
             kernel: probes(),
             audit: String::new(),
@@ -187,7 +190,11 @@ impl Node {
         if let Some(cluster) = &self.cluster {
             let server = cluster.server(&self.options.manifests)?;
             let path = self.dir.join("kubeconfig");
-            std::fs::write(path, server.kubeconfig())?;
+            let text = match &self.options.token {
+                Some(token) => server.kubeconfig_of(token),
+                None => server.kubeconfig(),
+            };
+            std::fs::write(path, text)?;
         }
         Ok(std::fs::write(self.config_path(), self.config())?)
     }
@@ -199,6 +206,7 @@ impl Node {
             root,
             manifests,
             kubernetes,
+            token: _,
             policies,
             kernel,
             audit,

@@ -55,7 +55,6 @@ pub struct Wanted {
     pub arch: Option<Arch>,
     /// Whether to write what `docker load` reads, too.
     pub docker: bool,
-    /// Another machine's program is always built as shipped.
     pub profile: Profile,
 }
 
@@ -76,7 +75,7 @@ pub fn run(wanted: &Wanted) -> Result<Made> {
     if arch == Arch::host()? {
         link::again(wanted.profile, &package, &program)?;
     } else {
-        link::cross(&program)?;
+        link::cross(wanted.profile, &program)?;
     }
     let headers = cmd::output(Command::new("readelf").args(["-lW"]).arg(&program))?;
     if headers.contains("INTERP") {

@@ -50,7 +50,7 @@ fn clippy() -> Result<()> {
 }
 
 /// The kernel programs, seen as the BPF target sees them. The flags are those
-/// that aya-build gives when it builds them.
+/// that `agent/build.rs` gives when it builds them.
 fn clippy_bpf() -> Result<()> {
     let core = Core::found().context("no toolchain has `core` for the BPF target")?;
     let mut clippy = cmd::in_root("rustup");

@@ -78,6 +78,9 @@ enum Verb {
         /// Write what `docker load` reads, too
         #[arg(long)]
         docker: bool,
+        /// Of a program as tests have it, built in a fraction of the time
+        #[arg(long)]
+        quick: bool,
     },
     /// Run one command in the virtual machine of the vm tier
     #[command(hide = true)]
@@ -115,11 +118,20 @@ fn run(verb: Verb) -> Result<()> {
         Verb::Lint => lint::run(&verbs()),
         Verb::Manifests => manifests::update(),
         Verb::Bench { args } => bench::run(&args),
-        Verb::Image { tag, arch, docker } => image::run(&image::Wanted {
+        Verb::Image {
             tag,
             arch,
             docker,
-            profile: Profile::Release,
+            quick,
+        } => image::run(&image::Wanted {
+            tag,
+            arch,
+            docker,
+            profile: if quick {
+                Profile::Quick
+            } else {
+                Profile::Release
+            },
         })
         .map(|_made| ()),
         Verb::VmRun { command } => vm::run_command(&command),

@@ -2,6 +2,7 @@
 //! and what the chart renders is judged by the schemas of two versions of Kubernetes.
 //! helm and kubectl are their makers' own, from a package (`tests/manifests`).
 
+mod rights;
 mod server;
 
 use std::{
@@ -26,7 +27,7 @@ const NAMESPACE: &str = "postern-system";
 /// The oldest that the chart takes, and the newest that schemas are at hand of.
 const VERSIONS: [&str; 2] = ["1.30", "1.37"];
 /// What the chart renders: values, and the file that holds it.
-const RENDERED: [(&str, &str); 5] = [
+const RENDERED: [(&str, &str); 6] = [
     ("base", "config/kubernetes/kustomize/base/postern.yaml"),
     (
         "removal",
@@ -35,15 +36,18 @@ const RENDERED: [(&str, &str); 5] = [
     ("everything", "tests/manifests/golden/everything.yaml"),
     ("nothing", "tests/manifests/golden/nothing.yaml"),
     ("custom", "tests/manifests/golden/custom.yaml"),
+    ("leaving", "tests/manifests/golden/leaving.yaml"),
 ];
 /// Values that are refused, and what is said.
-const REFUSED: [(&str, &str); 9] = [
+const REFUSED: [(&str, &str); 11] = [
     ("agnet.log.level=info", "agnet"),
     ("mesh.default=enabeld", "mesh/default"),
     ("mesh.discovery=some", "mesh/discovery"),
     ("agent.log.format=xml", "agent/log/format"),
     ("agent.drainSeconds=soon", "agent/drainSeconds"),
     ("agent.updateStrategy.maxSurge=0", "maxSurge"),
+    ("agent.startupTaint=key=value:NoSchedule", "startupTaint"),
+    ("agent.guard.enabled=perhaps", "guard/enabled"),
     ("image.digest=latest", "image/digest"),
     ("authority.replicas=2", "SQLite has one server"),
     ("authority.persistence.accessMode=All", "accessMode"),
@@ -80,6 +84,7 @@ pub fn run() -> Result<()> {
     }
     let all = objects(&files)?;
     configurations(&out, &all)?;
+    rights::told(&all)?;
     judge(&files)?;
     server::takes(&out, &all)
 }

@@ -14,8 +14,11 @@ use super::{State, reload};
 use crate::{
     audit::Record,
     config::Config,
-    kubernetes::{Cluster, PodState, Standing, Verdict, seconds_since, tell_pods, tell_policies},
+    kubernetes::{
+        Cluster, PodState, Standing, Verdict, seconds_since, tell_pods, tell_policies, untaint,
+    },
     lifecycle::Watcher,
+    telemetry::StatusSource as _,
     workload::Table,
 };
 
@@ -57,6 +60,11 @@ pub fn start(
         let state = state.clone();
         let pods = move || pods(&state);
         tokio::spawn(tell_pods(cluster.clone(), pods, drain.clone()));
+    }
+    if let Some(key) = state.config.kubernetes.startup_taint.clone() {
+        let state = state.clone();
+        let ready = move || state.status().ready;
+        tokio::spawn(untaint(cluster.clone(), key.into(), ready, drain.clone()));
     }
 }
 

@@ -121,6 +121,7 @@ fn reload(state: &State) {
 
 /// What is looked up from now on; enrolment is to be woken.
 pub fn publish_table(state: &State, table: Table) {
+    table.continue_from(&state.proxy.table.load());
     state.proxy.table.store(Arc::new(table));
 }
 

@@ -41,6 +41,7 @@ pub fn all(config: &Config, wanted: &Wanted) -> Vec<(&'static str, Gather)> {
         ("cgroups.txt", Box::new(cgroups)),
         ("mounts.txt", Box::new(mounts)),
         ("objects.txt", with(objects)),
+        ("policies.json", with(|c| asked(c, "/policies"))),
     ];
     if let Some(path) = wanted.log.clone() {
         parts.push(("agent.log", Box::new(move || log(&path))));

@@ -9,10 +9,10 @@ use kube::{
     api::ListParams,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{Report, Scope};
-use crate::fetch::causes;
+use super::{Report, Scope, rights};
+use crate::{config::Config, fetch::causes, kubernetes};
 
 const LIMIT: Duration = Duration::from_secs(5);
 /// From where on a clock is wrong, and from where on nothing works.
@@ -21,79 +21,6 @@ const BROKEN: Duration = Duration::from_secs(300);
 /// Oldest that is supported: EndpointSlices with zones, bound tokens.
 const OLDEST: (u32, u32) = (1, 27);
 
-/// What the agent asks for: group, resource, subresource, verbs, and what is lost without.
-const RIGHTS: [(&str, &str, &str, &[&str], &str); 13] = [
-    (
-        "",
-        "pods",
-        "",
-        WATCHED,
-        "no pod is known, and none is in the mesh",
-    ),
-    (
-        "",
-        "services",
-        "",
-        WATCHED,
-        "Services' addresses are not known",
-    ),
-    (
-        "",
-        "namespaces",
-        "",
-        WATCHED,
-        "labels of namespaces do not enrol",
-    ),
-    (
-        "",
-        "nodes",
-        "",
-        WATCHED,
-        "ranges of pods' addresses and zones are not known",
-    ),
-    (
-        "discovery.k8s.io",
-        "endpointslices",
-        "",
-        WATCHED,
-        "Services have no endpoints",
-    ),
-    (
-        ISTIO,
-        "authorizationpolicies",
-        "",
-        WATCHED,
-        "they do not hold",
-    ),
-    (
-        ISTIO,
-        "peerauthentications",
-        "",
-        WATCHED,
-        "they do not hold",
-    ),
-    (
-        ISTIO,
-        "requestauthentications",
-        "",
-        WATCHED,
-        "they do not hold",
-    ),
-    (OURS, "connectpolicies", "", WATCHED, "they do not hold"),
-    (OURS, "tokenbindings", "", WATCHED, "they do not hold"),
-    (OURS, "protectedresources", "", WATCHED, "they do not hold"),
-    (OURS, "outboundtokens", "", WATCHED, "they do not hold"),
-    (
-        "events.k8s.io",
-        "events",
-        "",
-        &["create", "patch"],
-        "nobody is told of pods that are not enrolled",
-    ),
-];
-const WATCHED: &[&str] = &["list", "watch"];
-const ISTIO: &str = "security.istio.io";
-const OURS: &str = "postern.dev";
 const KINDS: [&str; 4] = [
     "connectpolicies",
     "tokenbindings",
@@ -101,10 +28,10 @@ const KINDS: [&str; 4] = [
     "outboundtokens",
 ];
 
-pub async fn examine(scope: &Scope<'_>, report: &mut Report) {
+pub async fn examine(config: &Config, scope: &Scope<'_>, report: &mut Report) {
     let why = "pods, Services and policies come from it";
-    let client = match connect(scope).await {
-        Ok(client) => client,
+    let (client, namespace) = match connect(config, scope).await {
+        Ok(connected) => connected,
         Err(error) => {
             report.fail(
                 format!("no way to the API server: {error}"),
@@ -126,28 +53,32 @@ pub async fn examine(scope: &Scope<'_>, report: &mut Report) {
         }
     }
     clock(&client, report).await;
-    rights(&client, scope, report).await;
+    rights::examine(&client, &namespace, config, scope, report).await;
     definitions(&client, report).await;
     neighbours(&client, report).await;
 }
 
-async fn connect(scope: &Scope<'_>) -> Result<Client, String> {
-    let mut config = match scope.kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path).map_err(|e| causes(&e))?;
-            kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default())
-                .await
-                .map_err(|e| causes(&e))?
-        }
-        None => kube::Config::incluster().map_err(|e| causes(&e))?,
+/// A client, and the namespace that it lives in. Without a file that was named for this,
+/// as the agent itself has it.
+async fn connect(config: &Config, scope: &Scope<'_>) -> Result<(Client, String), String> {
+    let Some(path) = scope.kubeconfig else {
+        let connected = kubernetes::connect(&config.kubernetes).await;
+        return connected.map_err(|e| causes(&e));
     };
+    let file = Kubeconfig::read_from(path).map_err(|e| causes(&e))?;
+    let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
+    let mut config = config.map_err(|e| causes(&e))?;
     config.connect_timeout = Some(LIMIT);
     config.read_timeout = Some(LIMIT);
     config.default_retry = false;
-    Client::try_from(config).map_err(|e| causes(&e))
+    let namespace = config.default_namespace.clone();
+    let client = Client::try_from(config).map_err(|e| causes(&e))?;
+    Ok((client, namespace))
 }
 
-async fn limited<T>(question: impl Future<Output = Result<T, kube::Error>>) -> Result<T, String> {
+pub(super) async fn limited<T>(
+    question: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, String> {
     match tokio::time::timeout(LIMIT, question).await {
         Ok(Ok(answer)) => Ok(answer),
         Ok(Err(kube::Error::Api(status))) => Err(format!("{} {}", status.code, status.message)),
@@ -225,76 +156,6 @@ pub(super) fn http_date(text: &str) -> Option<SystemTime> {
     );
     let parsed = time::PrimitiveDateTime::parse(text, FORM).ok()?;
     Some(parsed.assume_utc().into())
-}
-
-async fn rights(client: &Client, scope: &Scope<'_>, report: &mut Report) {
-    let mut denied = 0;
-    for (group, resource, subresource, verbs, lost) in RIGHTS {
-        for verb in verbs {
-            let attributes = json!({
-                "group": group, "resource": resource, "subresource": subresource, "verb": verb,
-            });
-            let what = match group {
-                "" => format!("{verb} {resource}"),
-                group => format!("{verb} {resource}.{group}"),
-            };
-            match allowed(client, scope, attributes).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    denied += 1;
-                    report.fail(
-                        format!("not allowed: {what}"),
-                        format!("without it: {lost}"),
-                        "apply config/kubernetes as it is: ClusterRole postern-agent",
-                    );
-                }
-                Err(error) => {
-                    report.fail(
-                        format!("rights cannot be asked for: {error}"),
-                        "what the agent may ask is not known",
-                        "let the asker create SelfSubjectAccessReviews, or with \
-                         --service-account SubjectAccessReviews",
-                    );
-                    return;
-                }
-            }
-        }
-    }
-    if denied == 0 {
-        let who = scope.service_account.unwrap_or("the asker");
-        report.ok(
-            format!("{who} may do all that the agent asks for"),
-            "it asks for nothing else",
-        );
-    }
-}
-
-async fn allowed(client: &Client, scope: &Scope<'_>, attributes: Value) -> Result<bool, String> {
-    let (kind, mut spec) = ("AccessReview", json!({"resourceAttributes": attributes}));
-    let (prefix, path) = match scope.service_account {
-        None => ("SelfSubject", "selfsubjectaccessreviews"),
-        Some(account) => {
-            let (namespace, name) = account
-                .split_once('/')
-                .ok_or("--service-account is NAMESPACE/NAME")?;
-            spec["user"] = format!("system:serviceaccount:{namespace}:{name}").into();
-            spec["groups"] = json!([
-                "system:serviceaccounts",
-                format!("system:serviceaccounts:{namespace}"),
-                "system:authenticated",
-            ]);
-            ("Subject", "subjectaccessreviews")
-        }
-    };
-    let body = json!({
-        "apiVersion": "authorization.k8s.io/v1", "kind": format!("{prefix}{kind}"), "spec": spec,
-    });
-    let request = http::Request::post(format!("/apis/authorization.k8s.io/v1/{path}"))
-        .header(http::header::CONTENT_TYPE, "application/json")
-        .body(body.to_string().into_bytes())
-        .map_err(|e| e.to_string())?;
-    let answer: Value = limited(client.request(request)).await?;
-    Ok(answer["status"]["allowed"] == true)
 }
 
 async fn definitions(client: &Client, report: &mut Report) {

@@ -1,7 +1,7 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use postern_apiserver::{ApiServer, Claims, Options};
-use serde_json::json;
+use serde_json::Value;
 
 use super::*;
 
@@ -98,33 +98,22 @@ async fn a_cluster_is_asked_for_rights_and_kinds() {
     );
     // The agent's account may nothing yet; then one thing is left out.
     let scope = Scope {
-        service_account: Some("postern/postern-agent"),
+        service_account: Some("postern-system/postern-agent"),
         ..scope
     };
     let report = run(&config, &scope).await;
     assert!(!report.fit());
     assert_eq!(levels(&report, "not allowed: watch pods"), [Level::Failure]);
-    let rule = |group: &str, resources: &[&str], verbs: &[&str]| json!({"apiGroups": [group], "resources": resources, "verbs": verbs});
-    let watch = ["list", "watch"];
-    api.apply(json!({
-        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-        "metadata": {"name": "postern-agent"},
-        "rules": [
-            rule("", &["pods", "services", "namespaces", "nodes"], &watch),
-            rule("discovery.k8s.io", &["endpointslices"], &watch),
-            rule("security.istio.io", &["*"], &watch),
-            rule("postern.dev", &["connectpolicies", "tokenbindings", "protectedresources"], &watch),
-            rule("events.k8s.io", &["events"], &["create", "patch"]),
-        ],
-    }))
-    .expect("taken");
-    api.apply(json!({
-        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
-        "metadata": {"name": "postern-agent"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "postern-agent"},
-        "subjects": [{"kind": "ServiceAccount", "name": "postern-agent", "namespace": "postern"}],
-    }))
-    .expect("taken");
+    for mut object in agents_rbac(BASE) {
+        if object["kind"] == "ClusterRole" {
+            // But one thing.
+            for rule in object["rules"].as_array_mut().expect("rules") {
+                let resources = rule["resources"].as_array_mut().expect("resources");
+                resources.retain(|resource| resource != "outboundtokens");
+            }
+        }
+        api.apply(object).expect("taken");
+    }
     let report = run(&config, &scope).await;
     let denied: Vec<_> = report
         .findings
@@ -135,7 +124,7 @@ async fn a_cluster_is_asked_for_rights_and_kinds() {
     assert!(denied.iter().all(|f| f.what.contains("outboundtokens")));
     // By its own token it comes to the same.
     let token = api.mint(Claims {
-        namespace: "postern".into(),
+        namespace: "postern-system".into(),
         service_account: "postern-agent".into(),
         ..Claims::default()
     });
@@ -150,6 +139,19 @@ async fn a_cluster_is_asked_for_rights_and_kinds() {
         [Level::Failure; 2],
         "{report}"
     );
+    // And so as the agent is configured.
+    let mut configured = config.clone();
+    configured.kubernetes.kubeconfig = Some(file.clone());
+    let unnamed = Scope {
+        kubeconfig: None,
+        service_account: None,
+    };
+    let report = run(&configured, &unnamed).await;
+    assert_eq!(
+        levels(&report, "not allowed"),
+        [Level::Failure; 2],
+        "{report}"
+    );
     api.uninstall("postern.dev");
     let report = run(&config, &own).await;
     assert_eq!(levels(&report, "v1alpha1 is not there"), [Level::Failure]);
@@ -158,4 +160,78 @@ async fn a_cluster_is_asked_for_rights_and_kinds() {
     assert_eq!(levels(&report, "does not answer"), [Level::Failure]);
     assert!(!report.to_string().contains(&token));
     whole(&report);
+}
+
+/// Manifests as the chart renders them.
+const BASE: &str = "config/kubernetes/kustomize/base/postern.yaml";
+const ALL: [&str; 4] = [
+    BASE,
+    "tests/manifests/golden/everything.yaml",
+    "tests/manifests/golden/nothing.yaml",
+    "tests/manifests/golden/custom.yaml",
+];
+
+fn manifest(path: &str) -> Vec<Value> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("..")
+        .join(path);
+    let text = std::fs::read_to_string(&path).expect("rendered");
+    serde_saphyr::from_multiple(&text).expect("YAML")
+}
+
+/// Roles and bindings of the agent.
+fn agents_rbac(path: &str) -> Vec<Value> {
+    let all = manifest(path).into_iter();
+    all.filter(|object| {
+        let version = object["apiVersion"].as_str().unwrap_or_default();
+        version.starts_with("rbac.") && object["metadata"]["name"] == "postern-agent"
+    })
+    .collect()
+}
+
+#[test]
+fn what_the_agent_asks_for_is_what_the_chart_allows_it() {
+    let mut counts = BTreeSet::new();
+    for path in ALL {
+        let all = manifest(path);
+        let config = all.iter().find(|object| {
+            object["kind"] == "ConfigMap" && object["metadata"]["name"] == "postern-agent"
+        });
+        let text = config.expect("a configuration")["data"]["agent.yaml"].as_str();
+        let config: Config = serde_saphyr::from_str(text.expect("text")).expect("valid");
+        type One = (bool, String, String, String);
+        let asked: BTreeSet<One> = rights::asked(&config)
+            .flat_map(|right| {
+                rights::each(right).map(move |(resource, verb)| {
+                    (right.own, right.group.into(), resource.into(), verb.into())
+                })
+            })
+            .collect();
+        let mut allowed: BTreeSet<One> = BTreeSet::new();
+        let texts = |list: &Value| -> Vec<String> {
+            let list = list.as_array().expect("a list").iter();
+            list.map(|one| one.as_str().expect("text").to_owned())
+                .collect()
+        };
+        for role in agents_rbac(path) {
+            let own = role["kind"] == "Role";
+            for rule in role["rules"].as_array().into_iter().flatten() {
+                assert!(rule["resourceNames"].is_null(), "{rule}");
+                for group in texts(&rule["apiGroups"]) {
+                    for resource in texts(&rule["resources"]) {
+                        for verb in texts(&rule["verbs"]) {
+                            allowed.insert((own, group.clone(), resource.clone(), verb));
+                        }
+                    }
+                }
+            }
+        }
+        assert_eq!(asked, allowed, "{path}");
+        counts.insert(asked.len());
+    }
+    assert_eq!(
+        counts.len(),
+        3,
+        "with and without what is asked for at times"
+    );
 }

@@ -32,6 +32,8 @@ pub enum ConnectError {
         "kubernetes.podCidrs: {0} ranges are more than the 4096 that are kept; name wider ones"
     )]
     Ranges(usize),
+    #[error("kubernetes.startupTaint: takes `workloads.source: kubernetes`, which knows the node")]
+    Taint,
     #[error("kubernetes.podCidrs: {0} is not where pods are; name their ranges alone")]
     Wide(IpNet),
 }

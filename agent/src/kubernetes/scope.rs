@@ -60,13 +60,18 @@ impl PolicyKind {
         }
     }
 
+    pub fn is_istio(self) -> bool {
+        matches!(
+            self,
+            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::RequestAuthentication
+        )
+    }
+
     /// Group and versions, the best first.
     fn served(self) -> (&'static str, &'static [&'static str]) {
-        match self {
-            Self::AuthorizationPolicy | Self::PeerAuthentication | Self::RequestAuthentication => {
-                ("security.istio.io", &["v1", "v1beta1"])
-            }
-            _ => ("postern.dev", &["v1alpha1"]),
+        match self.is_istio() {
+            true => ("security.istio.io", &["v1", "v1beta1"]),
+            false => ("postern.dev", &["v1alpha1"]),
         }
     }
 }

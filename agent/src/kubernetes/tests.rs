@@ -2,6 +2,7 @@
 
 mod discover;
 mod policies;
+mod taint;
 mod tell;
 mod watch;
 
@@ -33,6 +34,7 @@ fn pace() -> Pace {
         page: 2,
         status: Duration::from_millis(100),
         pods: Duration::from_millis(20),
+        taint: Duration::from_millis(20),
         patience: Patience {
             first: Duration::from_millis(50),
             again: Duration::from_millis(50),

@@ -138,6 +138,25 @@ mod tests {
     }
 
     #[test]
+    fn a_new_table_goes_on_where_the_one_before_stopped() {
+        let (choices, now) = (Choices::default(), Instant::now());
+        let mut of = service("", "true");
+        let mut asked = Vec::new();
+        for _ in 0..30 {
+            asked.push(ask(&choices, &of, CLIENT, now));
+            let next = service("", "true");
+            next.0.continue_from(&of.0);
+            of = next;
+        }
+        for turns in asked.chunks(3) {
+            assert_eq!(turns, &asked[..3]);
+        }
+        asked.truncate(3);
+        asked.sort();
+        assert_eq!(asked, ["10.0.0.1", "10.0.0.2", "10.0.0.3"]);
+    }
+
+    #[test]
     fn a_client_stays_with_its_endpoint_until_its_time_is_up_or_it_is_gone() {
         let affinity =
             "sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 10}},";

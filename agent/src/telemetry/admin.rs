@@ -53,11 +53,27 @@ pub struct LocalWorkload {
     pub state: String,
 }
 
+/// A policy of the API server: which, and what became of it. Nothing of what it says.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Policy {
+    pub kind: String,
+    pub namespace: String,
+    pub name: String,
+    pub generation: i64,
+    pub accepted: bool,
+    /// What is enforced instead of one that is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stands: Option<&'static str>,
+}
+
 /// Where the servers get what they show.
 pub trait StatusSource: Send + Sync + 'static {
     fn status(&self) -> Status;
     fn metrics(&self) -> String;
     fn config(&self) -> Config;
+    /// Policies of the API server, and whether they hold.
+    fn policies(&self) -> Vec<Policy>;
     /// The keys that JWT-SVIDs of this node verify with, if they are the agent's own.
     fn jwks(&self) -> Option<serde_json::Value>;
     /// Certificates of the accounts on this node.
@@ -126,6 +142,10 @@ pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle
         .route(
             "/config",
             get(|State(s): State<Shared>| async move { Json(s.0.config()) }),
+        )
+        .route(
+            "/policies",
+            get(|State(s): State<Shared>| async move { Json(s.0.policies()) }),
         )
         .route(
             "/log",

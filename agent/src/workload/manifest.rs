@@ -133,7 +133,9 @@ manifest! {
         pod_cidr: Option<String>,
         #[serde(rename = "podCIDRs")]
         pod_cidrs: Vec<String>,
+        taints: Vec<Taint>,
     }
+    Taint { key: String }
     NodeStatus { addresses: Vec<NodeAddress> }
     NodeAddress { r#type: String, address: String }
 }

@@ -113,7 +113,7 @@ impl ServicePort {
             in_mesh,
             known,
             scope,
-            // All agents, and every new table, would else begin with the same endpoint.
+            // All agents would else begin with the same endpoint.
             next: AtomicUsize::new(RandomState::new().build_hasher().finish() as usize),
         }
     }
@@ -150,6 +150,12 @@ impl ServicePort {
     /// One after the other of so many.
     pub fn turn(&self, count: usize) -> usize {
         self.next.fetch_add(1, Ordering::Relaxed) % count.max(1)
+    }
+
+    /// Goes on where the one of the table before stopped.
+    pub fn continue_from(&self, before: &Self) {
+        let next = before.next.load(Ordering::Relaxed);
+        self.next.store(next, Ordering::Relaxed);
     }
 }
 

@@ -131,6 +131,21 @@ impl Table {
         })
     }
 
+    /// Services go on with the endpoint whose turn it is: tables come with every pod of
+    /// the cluster, and endpoints would get as many connections as chance has it.
+    pub fn continue_from(&self, before: &Self) {
+        let addresses = self
+            .services
+            .iter()
+            .map(|(at, port)| (port, before.services.get(at)));
+        let nodes = (self.node_ports.iter()).map(|(at, port)| (port, before.node_ports.get(at)));
+        for (port, before) in addresses.chain(nodes) {
+            if let Some(before) = before.filter(|b| b.service.name == port.service.name) {
+                port.continue_from(before);
+            }
+        }
+    }
+
     /// Names of the services of its namespace that a workload is behind, ready or not.
     pub fn services_of(&self, workload: &Workload) -> Vec<String> {
         let own = self.behind.get(&workload.uid);

@@ -90,6 +90,12 @@ impl Tokens {
         token
     }
 
+    /// Where whose token it is lives.
+    pub fn namespace(&self, token: &str) -> Option<&str> {
+        let claims = self.0.get(token)?.claims.as_ref()?;
+        Some(&claims.namespace)
+    }
+
     pub fn revoke(&mut self, token: &str) {
         self.0.remove(token);
     }

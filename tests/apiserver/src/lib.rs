@@ -110,6 +110,7 @@ pub(crate) struct Shared {
     chaos: Mutex<Option<Chaos>>,
     delay: Mutex<Duration>,
     requests: Mutex<Vec<Request>>,
+    forbidden: Mutex<Vec<String>>,
     bytes: AtomicU64,
     expired: AtomicU64,
     changed: signal::Sender<u64>,
@@ -205,6 +206,7 @@ impl ApiServer {
             chaos: Mutex::default(),
             delay: Mutex::default(),
             requests: Mutex::default(),
+            forbidden: Mutex::default(),
             bytes: AtomicU64::default(),
             expired: AtomicU64::default(),
             changed: signal::Sender::default(),
@@ -255,13 +257,15 @@ impl ApiServer {
         self.kubeconfig_of(&self.token)
     }
 
-    /// A kubeconfig of whom a token is.
+    /// A kubeconfig of whom a token is, in the namespace that one lives in.
     pub fn kubeconfig_of(&self, token: &str) -> String {
+        let tokens = self.shared.tokens();
+        let namespace = tokens.namespace(token).unwrap_or("default");
         format!(
             "apiVersion: v1\nkind: Config\ncurrent-context: double\n\
              clusters: [{{name: double, cluster: {{server: '{}', certificate-authority-data: {}}}}}]\n\
              users: [{{name: user, user: {{token: '{token}'}}}}]\n\
-             contexts: [{{name: double, context: {{cluster: double, user: user}}}}]\n",
+             contexts: [{{name: double, context: {{cluster: double, user: user, namespace: {namespace}}}}}]\n",
             self.url(),
             BASE64_STANDARD.encode(&self.ca),
         )
@@ -388,6 +392,11 @@ impl ApiServer {
     /// All that was asked so far.
     pub fn requests(&self) -> Vec<Request> {
         lock(&self.shared.requests).clone()
+    }
+
+    /// What roles did not allow, as clients were told.
+    pub fn forbidden(&self) -> Vec<String> {
+        lock(&self.shared.forbidden).clone()
     }
 
     /// Of bodies, before encryption.

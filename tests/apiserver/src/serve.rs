@@ -302,16 +302,14 @@ impl Asked {
             "" => "at the cluster scope".to_owned(),
             namespace => format!("in the namespace {namespace:?}"),
         };
-        Err(Refusal::new(
-            403,
-            "Forbidden",
-            format!(
-                "{} is forbidden: User {:?} cannot {verb} resource {:?} in API group {:?} {scope}",
-                target.plural,
-                user.name,
-                target.resource(),
-                target.group,
-            ),
-        ))
+        let why = format!(
+            "{} is forbidden: User {:?} cannot {verb} resource {:?} in API group {:?} {scope}",
+            target.plural,
+            user.name,
+            target.resource(),
+            target.group,
+        );
+        lock(&shared.forbidden).push(why.clone());
+        Err(Refusal::new(403, "Forbidden", why))
     }
 }

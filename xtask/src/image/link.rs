@@ -129,7 +129,7 @@ impl Built {
 }
 
 /// Builds the program for the other machine: everything anew, in a directory of its own.
-pub fn cross(program: &Path) -> Result<()> {
+pub fn cross(profile: Profile, program: &Path) -> Result<()> {
     let toolchain = cross_toolchain()?;
     setup::ensure(&[Tier::Cross])?;
     let mut build = match toolchain {
@@ -140,15 +140,8 @@ pub fn cross(program: &Path) -> Result<()> {
             build
         }
     };
-    build.args([
-        "build",
-        "--release",
-        "-p",
-        "postern",
-        "--bins",
-        "--target",
-        CROSS,
-    ]);
+    build.args(["build", "--profile", profile.name()]);
+    build.args(["-p", "postern", "--bins", "--target", CROSS]);
     build.env(
         "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER",
         "aarch64-linux-gnu-gcc",
@@ -158,7 +151,8 @@ pub fn cross(program: &Path) -> Result<()> {
         format!("-C {STATIC} -C {STRIP}"),
     );
     cmd::run(&mut build)?;
-    let built = cmd::target().join(CROSS).join("release/postern");
+    let built = cmd::target().join(CROSS);
+    let built = built.join(profile.name()).join("postern");
     fs::copy(&built, program)
         .with_context(|| format!("copy {} to {}", built.display(), program.display()))?;
     Ok(())

@@ -247,3 +247,20 @@ async fn errors_name_the_key() {
             .is_none()
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn istios_policies_are_not_asked_for_where_they_are_not_wanted() {
+    let mut lab = Lab::new();
+    lab.config.kubernetes.istio = false;
+    lab.put(policy("AuthorizationPolicy", "p", json!({"rules": [{}]})));
+    lab.put(policy("ConnectPolicy", "c", json!({"rules": [{}]})));
+    let followed = lab.follow().await;
+    followed.synced().await;
+    assert_eq!(followed.cluster.kept().get("connectpolicies"), Some(&1));
+    assert_eq!(followed.cluster.kept().get("authorizationpolicies"), None);
+    let asked = lab.server.requests();
+    assert!(
+        asked.iter().all(|r| r.group != "security.istio.io"),
+        "{asked:?}"
+    );
+}

@@ -42,6 +42,10 @@ impl StatusSource for Agent {
         self.config.clone()
     }
 
+    fn policies(&self) -> Vec<crate::telemetry::Policy> {
+        Vec::new()
+    }
+
     fn jwks(&self) -> Option<Value> {
         None
     }

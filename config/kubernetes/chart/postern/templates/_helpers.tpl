@@ -36,6 +36,10 @@ policies: {source: kubernetes, rootNamespace: {{ .Values.policies.rootNamespace 
 kubernetes:
   discovery: {{ .Values.mesh.discovery }}
   podCidrs: {{ toJson .Values.mesh.podCidrs }}
+  istio: {{ .Values.policies.istio }}
+  {{- with .Values.agent.startupTaint }}
+  startupTaint: {{ . | quote }}
+  {{- end }}
 {{- if .Values.authority.enabled }}
 identity:
   authority:

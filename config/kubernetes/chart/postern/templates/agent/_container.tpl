@@ -46,3 +46,24 @@ volumeMounts:
   - {name: secret-{{ $namespace }}, mountPath: /etc/postern/secrets/{{ $namespace }}, readOnly: true}
   {{- end }}
 {{- end }}
+
+{{/* Writes files of the host, or takes them away, and may nothing else. */}}
+{{- define "postern.guardContainer" -}}
+image: {{ include "postern.image" .root }}
+imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+args: {{ toJson .args }}
+resources:
+  requests: {cpu: 10m, memory: 32Mi}
+  limits: {memory: 256Mi}
+securityContext:
+  privileged: false
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  runAsUser: 0
+  runAsGroup: 0
+  capabilities: {drop: [ALL]}
+volumeMounts:
+  - {name: config, mountPath: /etc/postern/agent, readOnly: true}
+  - {name: opt, mountPath: /host/opt/postern}
+  - {name: units, mountPath: /host/etc/systemd/system}
+{{- end }}

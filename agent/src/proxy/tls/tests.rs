@@ -41,7 +41,10 @@ async fn pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("listens");
     let address = listener.local_addr().expect("bound");
     let (near, far) = tokio::join!(TcpStream::connect(address), listener.accept());
-    (near.expect("connects"), far.expect("accepts").0)
+    let (near, far) = (near.expect("connects"), far.expect("accepts").0);
+    near.set_nodelay(true).expect("set");
+    far.set_nodelay(true).expect("set");
+    (near, far)
 }
 
 fn name() -> ServerName<'static> {

@@ -80,6 +80,16 @@ impl Default for NodeOptions {
     }
 }
 
+/// How agents carry connections, where a whole run asks for it (POSTERN_LAB_FAST_PATH):
+/// by HBONE alone (`off`), or the second one so (`mixed`), as one would that is older.
+fn fast_path(node: &str) -> &'static str {
+    let how = std::env::var("POSTERN_LAB_FAST_PATH").unwrap_or_default();
+    match (how.as_str(), node) {
+        ("off", _) | ("mixed", "node2") => "transport: {fastPath: false}\n",
+        _ => "",
+    }
+}
+
 /// How agents probe the kernel, where the environment says.
 fn probes() -> String {
     std::env::var("POSTERN_PROBES").map_or_else(|_| String::new(), |how| format!(", probes: {how}"))
@@ -230,10 +240,11 @@ impl Node {
             "node: {}\ntrustDomain: {trust_domain}\nstate: {dir}/state\n\
              workloads: {{{source}directory: {lab}/{manifests}}}\npolicies: {{{source}directory: {lab}/policies, secrets: {lab}/secrets{policies}}}\n\
              kernel: {{cgroup: {}, pin: {}{kernel}}}\naudit: {{directory: {dir}/audit{audit}}}\n\
-             log: {{level: 'info,postern=debug'}}\n{cluster}{}{more}",
+             log: {{level: 'info,postern=debug'}}\n{cluster}{}{}{more}",
             self.name,
             hooks.display(),
             self.pin.display(),
+            fast_path(&self.name),
             if more.contains("identity:") {
                 String::new()
             } else {

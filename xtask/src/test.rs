@@ -124,15 +124,22 @@ fn lab(filter: &[String]) -> Result<Count> {
         .flat_map(|module| narrowed(module, filter))
         .collect();
     if !again.is_empty() {
-        println!("again, with pods and policies from an API server:");
-        let source = [("POSTERN_LAB_SOURCE", "kubernetes".to_owned())];
-        lab_run(&all[..1], &again, &source, &mut count)?;
+        println!("again, with pods and policies from an API server, and HBONE to the second node:");
+        let ways = [
+            ("POSTERN_LAB_SOURCE", "kubernetes".to_owned()),
+            ("POSTERN_LAB_FAST_PATH", "mixed".to_owned()),
+        ];
+        lab_run(&all[..1], &again, &ways, &mut count)?;
+        println!("again, with HBONE alone:");
+        let hbone = [("POSTERN_LAB_FAST_PATH", "off".to_owned())];
+        lab_run(&all[..1], &again, &hbone, &mut count)?;
     }
     first?;
     count.verdict()
 }
 
-/// Modules of the lab that must pass whatever agents have pods and policies from.
+/// Modules of the lab that must pass whatever agents have pods and policies from, and
+/// however they carry connections.
 const AGAIN: &[&str] = &[
     "addresses",
     "enrolment",

@@ -22,6 +22,9 @@ use crate::{
 };
 use tell::{EARLY, Teller};
 
+/// Between two looks at an empty ring: of what comes meanwhile, only the first event wakes
+/// this agent.
+const REST: Duration = Duration::from_millis(2);
 /// What the kernel counts as lost, and why. Their order is the ledger's.
 const LOSSES: [(Counter, Lost, &str); 10] = [
     (Counter::LostSocket, Lost::KernelSocket, "ring"),
@@ -61,12 +64,16 @@ pub async fn kernel_events(proxy: Arc<Proxy>, mut commands: mpsc::Receiver<Comma
         Ok(ring) => Some(ring),
         Err(error) => return tracing::error!(%error, "cannot wait for kernel events"),
     };
+    let mut rested = tokio::time::Instant::now();
     let mut tick = tokio::time::interval(INTERVAL);
     let mut sweep = tokio::time::interval(SWEEP);
     loop {
         let events = async {
             match &mut ring {
-                Some(ring) => ring.readable_mut().await,
+                Some(ring) => {
+                    tokio::time::sleep_until(rested).await;
+                    ring.readable_mut().await
+                }
                 None => std::future::pending().await,
             }
         };
@@ -76,6 +83,7 @@ pub async fn kernel_events(proxy: Arc<Proxy>, mut commands: mpsc::Receiver<Comma
                 // Not for ever: the clock has its turn, too.
                 if !take(ready.get_inner_mut(), &mut teller) {
                     ready.clear_ready();
+                    rested = tokio::time::Instant::now() + REST;
                 }
             }
             _ = tick.tick() => if ring.is_some() {

@@ -18,6 +18,8 @@ use super::{
     handed::{Handed, Order, Return},
 };
 
+/// Between two writes: a record is in the file this much later at most.
+const PAUSE: Duration = Duration::from_millis(1);
 /// How often the writer looks at what is due by the clock.
 const IDLE: Duration = Duration::from_millis(200);
 /// What is written at once, bytes; more waits for the next write.
@@ -86,6 +88,8 @@ impl Writer {
             }
             if let To::Log(log) = &mut self.to {
                 log.tick();
+                // What comes meanwhile is written together, and wakes nobody.
+                std::thread::sleep(PAUSE);
             }
         }
     }

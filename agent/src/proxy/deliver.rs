@@ -102,7 +102,7 @@ impl Delivery<'_> {
         }
         if selected.needs_request(&self.facts).is_some() {
             live.reads_requests();
-            return self.read(arrived, live, &selected).await;
+            return Box::pin(self.read(arrived, live, &selected)).await;
         }
         let identity = Some(self.pod.identity());
         self.story.told = selected.told(&self.facts, Layer::Opaque);
@@ -125,7 +125,7 @@ impl Delivery<'_> {
         };
         match arrived.open() {
             Ok(end) if self.attacher.is_some() => {
-                self.send(end, stream, client, permitted, live).await
+                Box::pin(self.send(end, stream, client, permitted, live)).await
             }
             Ok(end) => self.carry(end, stream, &permitted, Some(live)).await,
             Err(error) => Ending::Failed(Fault::Network, format!("the tunnel: {error}")),

@@ -482,7 +482,7 @@ async fn establish(
     let began = Instant::now();
     // The name is not sent and not checked: the SPIFFE ID is, below.
     let name = ServerName::IpAddress(destination.ip().into());
-    let shaken = timeout(limit, tls::connect(tcp, config.clone(), name));
+    let shaken = timeout(limit, Box::pin(tls::connect(tcp, config.clone(), name)));
     let shaken = shaken
         .await
         .unwrap_or_else(|_elapsed| Err(std::io::ErrorKind::TimedOut.into()));

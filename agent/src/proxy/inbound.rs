@@ -111,7 +111,7 @@ pub async fn tunnel(
         true => &pod.credentials.fast_server,
         false => &pod.credentials.server,
     };
-    let shaken = match timeout(limit, tls::accept(stream, config.clone())).await {
+    let shaken = match timeout(limit, Box::pin(tls::accept(stream, config.clone()))).await {
         Ok(Ok(shaken)) => shaken,
         failed => {
             proxy.metrics.handshake("server_failed");
@@ -150,7 +150,7 @@ pub async fn tunnel(
     };
     match shaken.protocol.as_deref() == Some(FAST) {
         true => streams(proxy, pod, caller, shaken.records, expired, drain).await,
-        false => hbone(proxy, pod, caller, shaken.records, expired, drain).await,
+        false => Box::pin(hbone(proxy, pod, caller, shaken.records, expired, drain)).await,
     }
 }
 

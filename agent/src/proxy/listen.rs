@@ -5,6 +5,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -15,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::{
     HBONE_PORT, INBOUND_PORT, LocalPod, OUTBOUND_PORT, Proxy, enrol::EnrolError, inbound, outbound,
+    workers::Load,
 };
 use crate::{
     handover::{Bound, Sockets},
@@ -157,11 +159,11 @@ fn carry<F: Future<Output = ()> + Send + 'static>(
 ) {
     let (worker, load) = proxy.workers.choose();
     let Some(worker) = worker else {
-        let serving = drain.clone().hold(serve(stream, client, drain));
-        tokio::spawn(async move {
-            serving.await;
-            drop(load);
-        });
+        tokio::spawn(carried(
+            drain.clone(),
+            load,
+            Box::pin(serve(stream, client, drain)),
+        ));
         return;
     };
     // It leaves this thread's runtime for the other one's.
@@ -171,14 +173,20 @@ fn carry<F: Future<Output = ()> + Send + 'static>(
     });
     match moved {
         Ok(stream) => {
-            let serving = drain.clone().hold(serve(stream, client, drain));
-            worker.spawn(async move {
-                serving.await;
-                drop(load);
-            });
+            worker.spawn(carried(
+                drain.clone(),
+                load,
+                Box::pin(serve(stream, client, drain)),
+            ));
         }
         Err(error) => tracing::error!(%error, "cannot carry a connection"),
     }
+}
+
+/// On the heap from the beginning: it is large, and a task's future is moved about.
+async fn carried(drain: Watcher, load: Load, serving: Pin<Box<impl Future<Output = ()>>>) {
+    drain.hold(serving).await;
+    drop(load);
 }
 
 /// Loopback listeners that the connect hooks steer to. `pod`: whose namespace it is;

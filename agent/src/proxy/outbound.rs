@@ -240,7 +240,7 @@ async fn run(
                 attacher,
                 drain,
             };
-            return delivery.run(Arrived::Open(source)).await;
+            return Box::pin(delivery.run(Arrived::Open(source))).await;
         }
         Route::Remote(workload, address) => Upstream::Tunnel {
             proxy: proxy.clone(),
@@ -284,7 +284,7 @@ async fn run(
             drain,
             live: None,
         };
-        return sending.carry(source, opened).await;
+        return Box::pin(sending.carry(source, opened)).await;
     }
     let Opened { mut end, guard, .. } = opened;
     let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;

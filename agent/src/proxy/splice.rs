@@ -8,18 +8,29 @@ use std::{
     fmt,
     future::poll_fn,
     io,
+    pin::Pin,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    task::{Context, Poll},
 };
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
-use tokio::{io::Interest, net::TcpStream};
+use tokio::{
+    io::Interest,
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
+use tokio_util::io::poll_read_buf;
 
 use super::fast::{AT_ONCE, FastReader, FastStream, FastWriter};
 use crate::audit::Bytes as Count;
 
 /// Read from a TCP connection at once, bytes.
 const CHUNK: usize = AT_ONCE;
+/// And of one that has less than that at a time.
+const FEW: usize = 16 << 10;
 /// Records that are written on at once.
 const TOGETHER: usize = 4;
 
@@ -127,8 +138,13 @@ impl End {
     fn split(&mut self) -> (Reader<'_>, Writer<'_>) {
         match self {
             Self::Tcp(stream) => {
-                let stream = &*stream;
-                (Reader::Tcp(stream, BytesMut::new()), Writer::Tcp(stream))
+                let (tcp, writer) = stream.split();
+                let reader = TcpReader {
+                    tcp,
+                    buffer: BytesMut::new(),
+                    chunk: FEW,
+                };
+                (Reader::Tcp(reader), Writer::Tcp(writer))
             }
             Self::Stream { send, recv } => (Reader::Stream(recv), Writer::Stream(send)),
             Self::Fast(stream) => {
@@ -195,34 +211,53 @@ async fn pump(
 }
 
 enum Reader<'a> {
-    Tcp(&'a TcpStream, BytesMut),
+    Tcp(TcpReader<'a>),
     Stream(&'a mut RecvStream),
     Fast(FastReader<'a>),
+}
+
+struct TcpReader<'a> {
+    tcp: ReadHalf<'a>,
+    buffer: BytesMut,
+    /// What is read at once.
+    chunk: usize,
+}
+
+impl TcpReader<'_> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
+        // An idle connection keeps no buffer.
+        if self.tcp.as_ref().poll_read_ready(cx)?.is_pending() {
+            self.buffer = BytesMut::new();
+            return Poll::Pending;
+        }
+        self.buffer.reserve(self.chunk);
+        let room = self.buffer.capacity();
+        let read = match poll_read_buf(Pin::new(&mut self.tcp), cx, &mut self.buffer)? {
+            Poll::Ready(read) => read,
+            Poll::Pending => {
+                self.buffer = BytesMut::new();
+                return Poll::Pending;
+            }
+        };
+        self.chunk = if read == room { CHUNK } else { FEW };
+        Poll::Ready(Ok(match read {
+            0 => None,
+            // A few bytes must not keep a whole chunk while they are queued.
+            few if few < FEW / 4 => {
+                let few = Bytes::copy_from_slice(&self.buffer);
+                self.buffer.clear();
+                Some(few)
+            }
+            _ => Some(self.buffer.split().freeze()),
+        }))
+    }
 }
 
 impl Reader<'_> {
     /// The next bytes; `None` at an orderly end. Safe to cancel.
     async fn read(&mut self) -> io::Result<Option<Bytes>> {
         match self {
-            Self::Tcp(stream, buffer) => loop {
-                stream.readable().await?;
-                buffer.reserve(CHUNK);
-                match stream.try_read_buf(buffer) {
-                    Ok(0) => return Ok(None),
-                    // A few bytes must not keep a whole chunk while they are queued.
-                    Ok(read) if read < CHUNK / 4 => {
-                        let few = Bytes::copy_from_slice(buffer);
-                        buffer.clear();
-                        return Ok(Some(few));
-                    }
-                    Ok(_) => return Ok(Some(buffer.split().freeze())),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                        // Nor an idle connection.
-                        *buffer = BytesMut::new();
-                    }
-                    Err(error) => return Err(error),
-                }
-            },
+            Self::Tcp(tcp) => poll_fn(|cx| tcp.poll_read(cx)).await,
             Self::Stream(recv) => match recv.data().await {
                 None => Ok(None),
                 Some(chunk) => chunk.map(Some).map_err(from_h2),
@@ -252,7 +287,7 @@ impl Reader<'_> {
 }
 
 enum Writer<'a> {
-    Tcp(&'a TcpStream),
+    Tcp(WriteHalf<'a>),
     Stream(&'a mut SendStream<Bytes>),
     Fast(FastWriter<'a>),
 }
@@ -309,7 +344,7 @@ impl Writer<'_> {
     async fn finish(&mut self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => {
-                match socket2::SockRef::from(*stream).shutdown(std::net::Shutdown::Write) {
+                match socket2::SockRef::from(stream.as_ref()).shutdown(std::net::Shutdown::Write) {
                     // The peer has ended its side, too, and is gone already.
                     Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
                     result => result,
@@ -326,7 +361,7 @@ impl Writer<'_> {
     /// Returns when the peer has broken the connection, or no longer takes bytes.
     async fn broken(&mut self) -> io::Error {
         match self {
-            Self::Tcp(stream) => broken(stream).await,
+            Self::Tcp(stream) => broken(stream.as_ref()).await,
             Self::Fast(writer) => broken(writer.tcp()).await,
             Self::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
                 Ok(reason) => from_h2(reason.into()),

@@ -47,7 +47,7 @@ fn lab(rights: &str) -> Result<(Lab, Arc<ApiServer>)> {
 /// What is wrong with the rights, as `postern install-check` says.
 fn denied(lab: &Lab) -> Result<Vec<String>> {
     let checked = lab.nodes[0].postern(&["install-check"])?.output()?;
-    let said = text(&checked.stdout);
+    let said = text(&checked.stdout) + &text(&checked.stderr);
     let denied = said.lines().filter(|line| line.contains("not allowed"));
     let denied: Vec<String> = denied.map(|line| line.trim().to_owned()).collect();
     let whole = said.contains("may do all that the agent asks for");

@@ -96,7 +96,12 @@ fn the_agent_is_refused_nothing_that_it_asks() -> Result<()> {
     .with_context(|| format!("{:?}\n{}", api.forbidden(), lab.nodes[0].log()))?;
     assert_eq!(api.forbidden(), [""; 0]);
     assert_eq!(denied(&lab)?, [""; 0]);
-    assert_eq!(api.forbidden(), [""; 0], "to ask for rights is everybody's");
+    // It also looks for neighbours, as far as the asker may.
+    let refused = api.forbidden();
+    assert!(
+        refused.iter().all(|r| r.starts_with("daemonsets")),
+        "{refused:?}"
+    );
     // It was the account that asked, and for all kinds that the chart lets it ask for, but
     // the states of policies that there are none of.
     let asked: BTreeSet<String> = (api.requests().into_iter())

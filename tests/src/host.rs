@@ -72,7 +72,12 @@ pub fn ip(netns: &str, commands: &[impl AsRef<str>]) -> Result<()> {
 
 pub fn add_netns(name: &str) -> Result<()> {
     output(Command::new("ip").args(["netns", "add", name]))?;
-    ip(name, &["link set lo up"])
+    ip(name, &["link set lo up"])?;
+    // Where the machine's default is BBR, all connections would be paced, and its timers be
+    // what is measured. This one every kernel has, and allows in a namespace.
+    let mut set = Command::new("ip");
+    set.args(["netns", "exec", name, "sysctl", "-q", "-w"]);
+    output(set.arg("net.ipv4.tcp_congestion_control=reno")).map(drop)
 }
 
 pub fn netns_path(name: &str) -> PathBuf {

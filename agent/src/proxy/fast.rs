@@ -168,7 +168,7 @@ fn invalid(why: &'static str) -> io::Error {
 /// ours alone has, it is closed; before that, it is broken.
 pub struct FastStream {
     /// There until it is dropped.
-    records: Option<Records>,
+    records: Option<Box<Records>>,
     state: State,
     home: Option<Home>,
 }
@@ -187,11 +187,11 @@ pub enum Home {
     /// The source's: free for the next stream to where it leads.
     Pool(Place),
     /// The destination's: it waits for the next stream.
-    Serving(oneshot::Sender<Records>),
+    Serving(oneshot::Sender<Box<Records>>),
 }
 
 impl FastStream {
-    pub fn new(records: Records, home: Home) -> Self {
+    pub fn new(records: Box<Records>, home: Home) -> Self {
         Self {
             records: Some(records),
             state: State::default(),

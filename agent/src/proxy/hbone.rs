@@ -539,7 +539,7 @@ async fn establish(
     Ok(Established::Tunnel(Box::new(tunnel), Box::new(connection)))
 }
 
-type Driver = h2::client::Connection<Records, Bytes>;
+type Driver = h2::client::Connection<Box<Records>, Bytes>;
 
 /// Runs a tunnel until it breaks, its peer falls silent, or nobody uses it.
 async fn drive(proxy: Arc<Proxy>, key: Key, tunnel: Arc<Tunnel>, mut connection: Driver) {

@@ -159,7 +159,7 @@ async fn streams(
     proxy: Arc<Proxy>,
     pod: Arc<LocalPod>,
     caller: Caller,
-    mut records: Records,
+    mut records: Box<Records>,
     expired: Sleep,
     drain: Watcher,
 ) {
@@ -223,7 +223,7 @@ async fn hbone(
     proxy: Arc<Proxy>,
     pod: Arc<LocalPod>,
     caller: Caller,
-    records: Records,
+    records: Box<Records>,
     expired: Sleep,
     mut drain: Watcher,
 ) {

@@ -29,7 +29,7 @@ const MOST: usize = 64 << 10;
 
 /// What a finished handshake leaves.
 pub struct Shaken {
-    pub records: Records,
+    pub records: Box<Records>,
     pub session: Session,
     /// Of the other side; verified.
     pub leaf: CertificateDer<'static>,
@@ -55,7 +55,7 @@ pub async fn accept(tcp: TcpStream, config: Arc<ServerConfig>) -> io::Result<Sha
 
 /// Either side of a handshake.
 trait Handshake {
-    fn step<'c>(&'c mut self, incoming: &mut [u8]) -> (usize, Result<Step, rustls::Error>);
+    fn step(&mut self, incoming: &mut [u8]) -> (usize, Result<Step, rustls::Error>);
     fn common(&self) -> &rustls::CommonState;
     fn into_keys(self) -> Result<(rustls::ExtractedSecrets, Keys), rustls::Error>;
 }
@@ -79,7 +79,7 @@ pub enum Keys {
 macro_rules! handshake {
     ($connection:ty, $keys:path) => {
         impl Handshake for $connection {
-            fn step<'c>(&'c mut self, incoming: &mut [u8]) -> (usize, Result<Step, rustls::Error>) {
+            fn step(&mut self, incoming: &mut [u8]) -> (usize, Result<Step, rustls::Error>) {
                 let UnbufferedStatus { discard, state } = self.process_tls_records(incoming);
                 let step = match state {
                     Err(error) => return (discard, Err(error)),
@@ -171,7 +171,7 @@ async fn shake(mut tcp: TcpStream, mut side: impl Handshake) -> io::Result<Shake
     let (secrets, keys) = side.into_keys().map_err(io::Error::other)?;
     let records = Records::new(tcp, secrets, keys, incoming).map_err(io::Error::other)?;
     Ok(Shaken {
-        records,
+        records: Box::new(records),
         session,
         leaf: leaf.into_owned(),
         protocol,

@@ -50,7 +50,7 @@ pub struct Proven {
 }
 
 struct Idle {
-    records: Records,
+    records: Box<Records>,
     proven: Proven,
     room: Room,
     since: Instant,
@@ -82,7 +82,7 @@ pub struct Place {
 }
 
 impl Place {
-    pub(super) fn put(self, records: Records) {
+    pub(super) fn put(self, records: Box<Records>) {
         let idle = Idle {
             records,
             proven: self.proven,
@@ -95,7 +95,7 @@ impl Place {
 
 /// A connection that no stream is on.
 pub struct Fresh {
-    records: Records,
+    records: Box<Records>,
     proven: Proven,
     room: Room,
     /// There was one before.
@@ -103,7 +103,7 @@ pub struct Fresh {
 }
 
 impl Fresh {
-    pub fn new(records: Records, proven: Proven, room: Room) -> Self {
+    pub fn new(records: Box<Records>, proven: Proven, room: Room) -> Self {
         Self {
             records,
             proven,

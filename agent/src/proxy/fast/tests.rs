@@ -42,7 +42,7 @@ impl World {
     }
 
     /// A new connection: ours, and the destination's.
-    async fn connection(&self) -> (Fresh, Records) {
+    async fn connection(&self) -> (Fresh, Box<Records>) {
         let (near, far) = shaken().await;
         let proven = Proven {
             peer: self.peer.clone(),
@@ -64,7 +64,7 @@ impl World {
 }
 
 /// The destination's side of one stream, and where its connection comes back.
-async fn offered(mut records: Records) -> (FastStream, oneshot::Receiver<Records>) {
+async fn offered(mut records: Box<Records>) -> (FastStream, oneshot::Receiver<Box<Records>>) {
     let (kind, payload) = frame(&mut records).await.expect("stands").expect("a frame");
     assert_eq!((kind, Open::decode(&payload)), (Kind::Open, Some(OPEN)));
     let (home, back) = oneshot::channel();

@@ -82,9 +82,10 @@ impl Default for NodeOptions {
 
 /// How agents carry connections, where a whole run asks for it (POSTERN_LAB_FAST_PATH):
 /// by HBONE alone (`off`), or the second one so (`mixed`), as one would that is older.
-fn fast_path(node: &str) -> &'static str {
+fn fast_path(node: &str, more: &str) -> &'static str {
     let how = std::env::var("POSTERN_LAB_FAST_PATH").unwrap_or_default();
     match (how.as_str(), node) {
+        _ if more.contains("transport:") => "",
         ("off", _) | ("mixed", "node2") => "transport: {fastPath: false}\n",
         _ => "",
     }
@@ -244,7 +245,7 @@ impl Node {
             self.name,
             hooks.display(),
             self.pin.display(),
-            fast_path(&self.name),
+            fast_path(&self.name, more),
             if more.contains("identity:") {
                 String::new()
             } else {

@@ -20,6 +20,11 @@ use crate::{
 };
 use http::StatusCode;
 
+/// Free connections between a pod and a destination that are kept for long, on each thread.
+pub const KEPT: usize = 64;
+/// And how long others are.
+pub const SOON: Duration = Duration::from_secs(1);
+
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PoolKey {
     /// Whose runtime the connection is registered with.
@@ -190,11 +195,21 @@ impl Pool {
         }
     }
 
-    /// Closes what has been idle for this long, or is no longer good.
+    /// Closes what has been idle for this long, or is no longer good; and soon, what a burst
+    /// of streams has left.
     pub fn sweep(&self, limit: Duration) {
         let mut old = Vec::new();
         self.lock().retain(|_, idle| {
-            let ends = |idle: &mut Idle| idle.since.elapsed() >= limit || !idle.records.is_quiet();
+            // The oldest are in front: streams take the latest.
+            let mut surplus = idle.len().saturating_sub(KEPT);
+            let ends = |idle: &mut Idle| {
+                let limit = match surplus {
+                    0 => limit,
+                    _ => limit.min(SOON),
+                };
+                surplus = surplus.saturating_sub(1);
+                idle.since.elapsed() >= limit || !idle.records.is_quiet()
+            };
             old.extend(idle.extract_if(.., ends));
             !idle.is_empty()
         });

@@ -8,7 +8,10 @@ use bytes::Bytes;
 use http::StatusCode;
 use tokio::sync::oneshot;
 
-use super::{FastStream, Fresh, Home, Kind, NotOpened, Open, Pool, PoolKey, Proven, frame, leave};
+use super::{
+    FastStream, Fresh, Home, Kind, NotOpened, Open, Pool, PoolKey, Proven, frame, leave,
+    pool::{KEPT, SOON},
+};
 use crate::{
     identity::SpiffeId,
     proxy::tls::{Records, tests::shaken},
@@ -263,4 +266,30 @@ async fn what_nobody_uses_is_closed() {
     world.pool.sweep(Duration::ZERO);
     assert_eq!(world.pool.count(), 0);
     assert!(frame(&mut far).await.expect("in order").is_none());
+}
+
+#[tokio::test]
+async fn what_a_burst_has_left_is_closed_soon() {
+    let world = World::new(KEPT + 2);
+    let mut ends = Vec::new();
+    let mut free = Vec::new();
+    let mut held_open = Vec::new();
+    for _ in 0..KEPT + 2 {
+        let (fresh, far) = world.connection().await;
+        free.push(fresh);
+        ends.push(far);
+    }
+    for (fresh, far) in free.into_iter().zip(ends) {
+        let serve = async {
+            let (stream, back) = offered(far).await;
+            stream.refuse(StatusCode::FORBIDDEN);
+            back.await.expect("comes back")
+        };
+        let (refused, far) = tokio::join!(world.open(fresh, &[]), serve);
+        assert!(refused.is_err());
+        held_open.push(far);
+    }
+    tokio::time::sleep(SOON).await;
+    world.pool.sweep(Duration::from_secs(60));
+    assert_eq!(world.pool.count(), KEPT);
 }

@@ -47,7 +47,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use clap::{Parser, Subcommand};
 
 use field::Field;
@@ -208,15 +208,18 @@ fn bench(cli: &Cli) -> Result<()> {
     let mut field = Field::new(&systems, cli.seconds)?;
     field.check(&loads, &systems)?;
     eprintln!("all ways are what they are called");
-    let Measured { rows, repeated } =
-        rows::in_turns(&loads, systems.len(), cli.rounds, |load, column, _| {
-            let system = systems[column];
-            if !load.runs_in(system) {
-                return Ok(None);
-            }
-            let sample = field.measure(load, system).context(system.name())?;
-            Ok(Some((system.name(), sample)))
-        })?;
+    let Measured {
+        rows,
+        repeated,
+        failed,
+    } = rows::in_turns(&loads, systems.len(), cli.rounds, |load, column, _| {
+        let system = systems[column];
+        if !load.runs_in(system) {
+            return Ok(None);
+        }
+        let sample = field.measure(load, system).context(system.name())?;
+        Ok(Some((system.name(), sample)))
+    });
     if let Some(directory) = &cli.flamegraph {
         let carried = loads.iter().filter(|load| load.scene != Scene::Proxies);
         for load in carried.filter(|load| load.runs_in(System::Postern)) {
@@ -239,5 +242,7 @@ fn bench(cli: &Cli) -> Result<()> {
         policy,
     };
     println!("{report}");
-    cli.write("report", &report.json())
+    cli.write("report", &report.json())?;
+    ensure!(failed.is_empty(), "not measured: {}", failed.join("\n"));
+    Ok(())
 }

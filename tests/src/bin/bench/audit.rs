@@ -27,11 +27,15 @@ pub fn bench(rounds: u32, seconds: u32) -> Result<AuditReport> {
     let loads: Vec<_> = loads.collect();
     let grounds = [mesh(", enabled: false")?, mesh("")?];
     let tokens = Tokens::mint(grounds[0].lab.path())?;
-    let Measured { rows, repeated } =
-        in_turns(&loads, COLUMNS.len(), rounds, |load, column, _| {
-            let sample = drive::run(&grounds[column].way(), load.kind, &tokens, seconds)?;
-            Ok(Some((COLUMNS[column], sample)))
-        })?;
+    let Measured {
+        rows,
+        repeated,
+        failed,
+    } = in_turns(&loads, COLUMNS.len(), rounds, |load, column, _| {
+        let sample = drive::run(&grounds[column].way(), load.kind, &tokens, seconds)?;
+        Ok(Some((COLUMNS[column], sample)))
+    });
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
     let records = |ground: &Ground| -> Result<usize> {
         let nodes = ground.lab.nodes.iter();
         nodes.map(|node| Ok(node.audit()?.len())).sum()

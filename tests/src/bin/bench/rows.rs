@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::{
@@ -17,10 +17,12 @@ pub struct Row {
     values: BTreeMap<&'static str, Vec<f64>>,
 }
 
-/// All rows, and which measurements did not come to their end and were made again.
+/// All rows, which measurements did not come to their end and were made again, and which of
+/// these failed again: they are missing.
 pub struct Measured {
     pub rows: Vec<Row>,
     pub repeated: Vec<String>,
+    pub failed: Vec<String>,
 }
 
 /// Runs every load in every column that it has, round by round; none is always first.
@@ -29,9 +31,9 @@ pub fn in_turns(
     columns: usize,
     rounds: u32,
     mut measure: impl FnMut(&'static Load, usize, u32) -> Result<Option<(&'static str, Sample)>>,
-) -> Result<Measured> {
+) -> Measured {
     let mut rows: Vec<Row> = Vec::new();
-    let mut repeated = Vec::new();
+    let (mut repeated, mut failed) = (Vec::new(), Vec::new());
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
         for load in loads {
@@ -43,8 +45,15 @@ pub fn in_turns(
                     repeated.push(why);
                     measure(load, column, round)
                 });
-                let Some((name, sample)) = measured.context(load.key)? else {
-                    continue;
+                let (name, sample) = match measured {
+                    Ok(Some(measured)) => measured,
+                    Ok(None) => continue,
+                    Err(error) => {
+                        let why = format!("{}: {error:#}", load.key);
+                        eprintln!("failed: {why}");
+                        failed.push(why);
+                        continue;
+                    }
                 };
                 for (unit, value) in sample {
                     let of = |row: &Row| row.load.key == load.key && row.unit == unit;
@@ -59,7 +68,11 @@ pub fn in_turns(
     }
     // A unit that not all columns have may have come after another load's.
     rows.sort_by_key(|row| loads.iter().position(|load| load.key == row.load.key));
-    Ok(Measured { rows, repeated })
+    Measured {
+        rows,
+        repeated,
+        failed,
+    }
 }
 
 impl Row {

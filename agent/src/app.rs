@@ -41,8 +41,8 @@ use crate::{
     lifecycle::{Watcher, drain},
     policy::PolicySet,
     proxy::{
-        Choices, Connections, Enroller, Identities, Inherited, LocalPods, MAX_HANDSHAKES, Pool,
-        Proxy, Tunnels, Workers, sweep,
+        Choices, Connections, Enroller, Identities, Inherited, LocalPods, MAX_HANDSHAKES, Proxy,
+        Tunnels, Workers, sweep,
     },
     telemetry::{
         Certificate, Endpoints, LocalWorkload, LogHandle, Metrics, Policy, Status, StatusSource,
@@ -57,14 +57,6 @@ const SEND_AT_END: Duration = Duration::from_secs(5);
 
 /// How long the audit log is waited for at the end, and how long who fills it.
 pub const AUDIT_END: Duration = Duration::from_secs(5);
-
-/// Files that this process may have open.
-fn open_files() -> usize {
-    let limit = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE);
-    limit.map_or(1_024, |(soft, _)| {
-        usize::try_from(soft).unwrap_or(usize::MAX)
-    })
-}
 
 /// The agent is wrongly configured: exit code 2, and nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -229,10 +221,6 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         choices: Choices::default(),
         connections: Connections::default(),
         tunnels: Tunnels::default(),
-        fast: Arc::new(Pool::new(match config.transport.fast_path {
-            true => open_files() / 4,
-            false => 0,
-        })),
         workers: Workers::start().context("threads that carry connections")?,
         tokens,
         accepting: watch::Sender::new(false),

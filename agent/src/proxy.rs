@@ -60,7 +60,6 @@ pub use attach::describe;
 pub use choice::Choices;
 pub use connections::Connections;
 pub use enrol::Enroller;
-pub use fast::Pool;
 pub use hbone::{Tunnels, sweep};
 pub use identities::Identities;
 pub use listen::Inherited;
@@ -99,8 +98,6 @@ pub struct Proxy {
     pub choices: Choices,
     pub connections: Connections,
     pub tunnels: Tunnels,
-    /// Connections to other nodes' agents that carry one stream at a time.
-    pub fast: Arc<Pool>,
     /// Where connections are carried.
     pub workers: Workers,
     pub tokens: Arc<TokenClient>,

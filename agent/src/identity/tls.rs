@@ -28,7 +28,7 @@ use crate::jwt::SigningKey;
 pub(super) const H2: &[u8] = b"h2";
 
 /// And of the transport between two Postern agents.
-pub const FAST: &[u8] = b"postern/1";
+pub const FAST: &[u8] = b"postern/2";
 
 pub(super) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     let mut provider = aws_lc_rs::default_provider();

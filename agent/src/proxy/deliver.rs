@@ -36,7 +36,7 @@ pub enum Arrived {
         body: RecvStream,
         respond: SendResponse<Bytes>,
     },
-    /// The same, on a connection of its own.
+    /// The same, on a lane.
     Offered(FastStream),
 }
 
@@ -46,7 +46,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Arrived {
     /// Lets the other side begin.
-    fn open(self) -> io::Result<End> {
+    async fn open(self) -> io::Result<End> {
         match self {
             Self::Open(end) => Ok(end),
             Self::Asked { body, mut respond } => Ok(End::Stream {
@@ -56,7 +56,7 @@ impl Arrived {
                 recv: body,
             }),
             Self::Offered(mut stream) => {
-                stream.accept()?;
+                stream.accept().await?;
                 Ok(End::Fast(stream))
             }
         }
@@ -123,7 +123,7 @@ impl Delivery<'_> {
                 return self.unreachable(&error);
             }
         };
-        match arrived.open() {
+        match arrived.open().await {
             Ok(end) if self.attacher.is_some() => {
                 Box::pin(self.send(end, stream, client, permitted, live)).await
             }
@@ -193,7 +193,7 @@ impl Delivery<'_> {
                 }
             }
         }
-        let mut source = match arrived.open() {
+        let mut source = match arrived.open().await {
             Ok(end) => Io::new(end, BytesMut::new()),
             Err(error) => return Ending::Failed(Fault::Network, format!("the tunnel: {error}")),
         };

@@ -1,16 +1,12 @@
 //! To another node: mutual TLS 1.3 to port 15008 of the destination pod, from within the
 //! source pod's network namespace, so that network policy and the destination see the
-//! pod's own address. Another Postern gets a connection for each stream (`fast`), everybody
-//! else HBONE: HTTP/2 CONNECT, on tunnels that are pooled by source pod and destination
-//! address.
+//! pod's own address. With another Postern it is a lane (`fast`), with everybody else HBONE:
+//! HTTP/2 CONNECT. Both are tunnels, which are pooled by source pod and destination address.
 
 use std::{
     collections::HashMap,
     net::{IpAddr, SocketAddr},
-    sync::{
-        Arc, Mutex, MutexGuard,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -19,15 +15,16 @@ use h2::{PingPong, client::SendRequest};
 use http::{Method, Request, StatusCode, header::FORWARDED};
 use rustls::pki_types::ServerName;
 use tokio::{
-    sync::{Mutex as AsyncMutex, Semaphore},
+    sync::Mutex as AsyncMutex,
     time::{sleep, timeout},
 };
 
 use super::{
     HBONE_PORT, LocalPod, Proxy, dial,
-    fast::{self, Fresh, NotOpened, Open, Proven},
+    fast::{self, FastStream, Lane, NotOpened, Open},
     splice::End,
     tls::{self, Records},
+    workers,
 };
 use crate::{
     audit::Fault,
@@ -70,6 +67,17 @@ impl HboneError {
             Self::Denied(_) => Fault::Policy,
         }
     }
+
+    /// Whether the peer has not acted on the stream.
+    fn is_unseen(&self) -> bool {
+        match self {
+            Self::Broke(error) => {
+                error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM)
+            }
+            Self::Ended(_) => true,
+            _ => false,
+        }
+    }
 }
 
 /// What one stream may have waiting to be sent, bytes.
@@ -81,6 +89,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 struct Key {
+    /// A tunnel is used by the thread that has made it.
+    worker: usize,
     /// [`LocalPod::serial`]: pods may share an identity, never a source address.
     pod: u64,
     destination: IpAddr,
@@ -89,24 +99,8 @@ struct Key {
 #[derive(Default)]
 pub struct Tunnels(Mutex<HashMap<Key, Arc<Destination>>>);
 
-struct Destination {
-    slot: AsyncMutex<Slot>,
-    /// The agent there speaks as `fast` does; as far as is known.
-    fast: AtomicBool,
-    /// Handshakes with it at once, for streams that have found no free connection.
-    shaking: Semaphore,
-}
-
-impl Default for Destination {
-    fn default() -> Self {
-        const AT_ONCE: usize = 8;
-        Self {
-            slot: AsyncMutex::default(),
-            fast: AtomicBool::new(false),
-            shaking: Semaphore::new(AT_ONCE),
-        }
-    }
-}
+#[derive(Default)]
+struct Destination(AsyncMutex<Slot>);
 
 #[derive(Default)]
 struct Slot {
@@ -115,12 +109,18 @@ struct Slot {
 }
 
 struct Tunnel {
-    requests: SendRequest<Bytes>,
+    wire: Wire,
     peer: SpiffeId,
     session: Session,
     /// End of the certificate it was opened with: a renewed one opens a new tunnel.
     svid_until: SystemTime,
     use_: Mutex<Use>,
+}
+
+/// What both sides speak.
+enum Wire {
+    Hbone(SendRequest<Bytes>),
+    Lane(Arc<Lane>),
 }
 
 struct Use {
@@ -133,6 +133,17 @@ struct Use {
 pub struct Lease {
     tunnel: Arc<Tunnel>,
     proxy: Arc<Proxy>,
+}
+
+impl Lease {
+    /// Of a place that was taken.
+    fn new(proxy: &Arc<Proxy>, tunnel: Arc<Tunnel>) -> Self {
+        proxy.metrics.streams.inc();
+        Self {
+            tunnel,
+            proxy: proxy.clone(),
+        }
+    }
 }
 
 impl Drop for Lease {
@@ -148,14 +159,7 @@ impl Drop for Lease {
 pub struct Stream {
     pub end: End,
     pub session: Session,
-    /// Of a tunnel that it shares.
-    pub lease: Option<Lease>,
-}
-
-/// What a stream is carried by.
-enum Carrier {
-    Own(Fresh),
-    Tunnel(Lease),
+    pub lease: Lease,
 }
 
 /// Opens a stream to an address of a workload of this identity. `first`: what is sent on it
@@ -168,57 +172,54 @@ pub async fn open(
     client: SocketAddr,
     first: &[u8],
 ) -> Result<Stream, HboneError> {
-    // What carries it may end between being picked and being used; the peer has not acted
-    // on it then, so that a second try on a new one is safe.
+    // A tunnel may end between being picked and being used; the peer has not acted on the
+    // stream then, so that a second try on a new one is safe.
     let mut again = true;
     loop {
-        match carrier(proxy, pod, destination, expected, again).await? {
-            Carrier::Own(fresh) => match own(proxy, pod, fresh, destination, client, first).await {
-                Err((_, true)) if again => again = false,
-                Err((error, _)) => return Err(error),
-                Ok(stream) => return Ok(stream),
-            },
-            Carrier::Tunnel(lease) => {
-                let tunnel = lease.tunnel.clone();
-                match request(proxy, lease, destination, client, first).await {
-                    Err(HboneError::Broke(error)) if again && unprocessed(&error) => {
-                        // Old streams may go on for long on a tunnel that takes no new ones.
-                        tunnel.use_().closed = true;
-                        again = false;
-                    }
-                    result => return result,
-                }
+        let lease = lease(proxy, pod, destination, expected).await?;
+        let tunnel = lease.tunnel.clone();
+        let opened = match &tunnel.wire {
+            Wire::Lane(lane) => {
+                let open = Open {
+                    destination,
+                    client,
+                };
+                ride(proxy, lane, lease, open, first).await
             }
+            Wire::Hbone(requests) => {
+                let requests = requests.clone();
+                request(proxy, requests, lease, destination, client, first).await
+            }
+        };
+        match opened {
+            Err(error) if again && error.is_unseen() => {
+                // Old streams may go on for long on a tunnel that takes no new ones.
+                tunnel.use_().closed = true;
+                again = false;
+            }
+            result => return result,
         }
     }
 }
 
-/// Opens a stream that has a connection to itself. An error says whether the connection may
-/// have been stale, so that nobody has seen the stream.
-async fn own(
-    proxy: &Arc<Proxy>,
-    pod: &LocalPod,
-    fresh: Fresh,
-    destination: SocketAddr,
-    client: SocketAddr,
+/// Opens a stream of a lane.
+async fn ride(
+    proxy: &Proxy,
+    lane: &Arc<Lane>,
+    lease: Lease,
+    open: Open,
     first: &[u8],
-) -> Result<Stream, (HboneError, bool)> {
+) -> Result<Stream, HboneError> {
     let limit = proxy.transport.connect_timeout.0;
-    let key = fast::PoolKey::new(pod.serial, destination.ip());
-    let open = Open {
-        destination,
-        client,
-    };
-    let answered = timeout(limit, proxy.fast.open(key, fresh, open, first));
-    match answered.await {
-        Ok(Ok(opened)) => Ok(Stream {
-            end: End::Fast(opened.stream),
-            session: (*opened.proven.session).clone(),
-            lease: None,
+    match timeout(limit, FastStream::open(lane, open, first)).await {
+        Ok(Ok(stream)) => Ok(Stream {
+            end: End::Fast(stream),
+            session: lease.tunnel.session.clone(),
+            lease,
         }),
-        Ok(Err(NotOpened::Refused(status))) => Err((refusal(status), false)),
-        Ok(Err(NotOpened::Broke { error, reused })) => Err((HboneError::Ended(error), reused)),
-        Err(_elapsed) => Err((HboneError::Silent, false)),
+        Ok(Err(NotOpened::Refused(status))) => Err(refusal(status)),
+        Ok(Err(NotOpened::Broke(error))) => Err(HboneError::Ended(error)),
+        Err(_elapsed) => Err(HboneError::Silent),
     }
 }
 
@@ -229,12 +230,9 @@ fn refusal(status: StatusCode) -> HboneError {
     }
 }
 
-fn unprocessed(error: &h2::Error) -> bool {
-    error.is_go_away() || error.reason() == Some(h2::Reason::REFUSED_STREAM)
-}
-
 async fn request(
-    proxy: &Arc<Proxy>,
+    proxy: &Proxy,
+    requests: SendRequest<Bytes>,
     lease: Lease,
     destination: SocketAddr,
     client: SocketAddr,
@@ -248,7 +246,7 @@ async fn request(
         .body(())
         .expect("an address is an authority");
     let answered = timeout(limit, async {
-        let mut requests = lease.tunnel.requests.clone().ready().await?;
+        let mut requests = requests.ready().await?;
         let (response, send) = requests.send_request(request, false)?;
         Ok::<_, h2::Error>((response.await?, send))
     });
@@ -265,37 +263,31 @@ async fn request(
             Ok(Stream {
                 end,
                 session: lease.tunnel.session.clone(),
-                lease: Some(lease),
+                lease,
             })
         }
         status => Err(refusal(status)),
     }
 }
 
-/// A connection of its own, or a place on a tunnel; one that stands, or a new one.
-async fn carrier(
+/// A place on a tunnel that stands, or on a new one. One at a time per destination.
+async fn lease(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     destination: SocketAddr,
     expected: &SpiffeId,
-    reuse: bool,
-) -> Result<Carrier, HboneError> {
+) -> Result<Lease, HboneError> {
+    let refused = |reason| HboneError::Tunnel {
+        destination,
+        reason,
+    };
     let svid_until = pod.credentials.not_after();
     if svid_until <= SystemTime::now() {
-        let reason = "the workload's certificate has expired and could not be renewed".into();
-        return Err(HboneError::Tunnel {
-            destination,
-            reason,
-        });
-    }
-    let free = || {
-        let key = fast::PoolKey::new(pod.serial, destination.ip());
-        (proxy.fast.take(key, expected, svid_until)).map(Carrier::Own)
-    };
-    if reuse && let Some(free) = free() {
-        return Ok(free);
+        let reason = "the workload's certificate has expired and could not be renewed";
+        return Err(refused(reason.into()));
     }
     let key = Key {
+        worker: workers::current(),
         pod: pod.serial,
         destination: destination.ip(),
     };
@@ -303,88 +295,28 @@ async fn carrier(
         let mut all = proxy.tunnels.0.lock().expect("no panic while it is held");
         all.entry(key).or_default().clone()
     };
-    if to.fast.load(Ordering::Relaxed)
-        && let Some(room) = proxy.fast.join()
-    {
-        let _turn = to.shaking.acquire().await.expect("never closed");
-        if reuse && let Some(free) = free() {
-            return Ok(free);
-        }
-        return match establish(proxy, pod, destination, expected, Some(room)).await {
-            Ok(Established::Own(fresh)) => Ok(Carrier::Own(fresh)),
-            // Another agent is there now.
-            Ok(Established::Tunnel(tunnel, driver)) => {
-                to.fast.store(false, Ordering::Relaxed);
-                let mut slot = to.slot.lock().await;
-                Ok(Carrier::Tunnel(slot.add(proxy, key, *tunnel, *driver)))
-            }
-            Err(error) => {
-                // The next ones learn together what is there.
-                to.fast.store(false, Ordering::Relaxed);
-                Err(error)
-            }
-        };
-    }
-    lease(proxy, pod, destination, expected, (key, &to)).await
-}
-
-/// A place on a tunnel that stands, or on a new one; or, of an agent that was not known
-/// before, a connection. One at a time per destination.
-async fn lease(
-    proxy: &Arc<Proxy>,
-    pod: &Arc<LocalPod>,
-    destination: SocketAddr,
-    expected: &SpiffeId,
-    (key, to): (Key, &Arc<Destination>),
-) -> Result<Carrier, HboneError> {
-    let mut slot = to.slot.lock().await;
-    let room = match to.fast.load(Ordering::Relaxed) {
-        // It has turned out meanwhile.
-        true => proxy.fast.join(),
-        false => None,
-    };
-    if let Some(room) = room {
-        drop(slot);
-        let _turn = to.shaking.acquire().await.expect("never closed");
-        return match establish(proxy, pod, destination, expected, Some(room)).await? {
-            Established::Own(fresh) => Ok(Carrier::Own(fresh)),
-            Established::Tunnel(tunnel, driver) => {
-                let mut slot = to.slot.lock().await;
-                Ok(Carrier::Tunnel(slot.add(proxy, key, *tunnel, *driver)))
-            }
-        };
-    }
+    let mut slot = to.0.lock().await;
     slot.tunnels.retain(|tunnel| !tunnel.use_().closed);
-    let svid_until = pod.credentials.not_after();
     for tunnel in &slot.tunnels {
         if tunnel.peer == *expected
             && tunnel.svid_until == svid_until
             && tunnel.join(proxy.transport.streams_per_tunnel.0)
         {
-            proxy.metrics.streams.inc();
-            return Ok(Carrier::Tunnel(Lease {
-                tunnel: tunnel.clone(),
-                proxy: proxy.clone(),
-            }));
+            return Ok(Lease::new(proxy, tunnel.clone()));
         }
     }
-    let refused = |reason| HboneError::Tunnel {
-        destination,
-        reason,
-    };
     if let Some((at, reason)) = &slot.failed
         && at.elapsed() < RETRY_AFTER
     {
         return Err(refused(reason.clone()));
     }
-    match establish(proxy, pod, destination, expected, proxy.fast.join()).await {
-        Ok(Established::Own(fresh)) => {
+    match establish(proxy, pod, destination, expected).await {
+        Ok((tunnel, driver)) => {
             slot.failed = None;
-            to.fast.store(true, Ordering::Relaxed);
-            Ok(Carrier::Own(fresh))
-        }
-        Ok(Established::Tunnel(tunnel, driver)) => {
-            Ok(Carrier::Tunnel(slot.add(proxy, key, *tunnel, *driver)))
+            let tunnel = Arc::new(tunnel);
+            tokio::spawn(Box::pin(drive(proxy.clone(), key, tunnel.clone(), driver)));
+            slot.tunnels.push(tunnel.clone());
+            Ok(Lease::new(proxy, tunnel))
         }
         Err(error) => {
             if let HboneError::Tunnel { reason, .. } = &error {
@@ -393,21 +325,6 @@ async fn lease(
             drop(slot);
             proxy.tunnels.forget(key);
             Err(error)
-        }
-    }
-}
-
-impl Slot {
-    /// A tunnel whose first stream is its caller's.
-    fn add(&mut self, proxy: &Arc<Proxy>, key: Key, tunnel: Tunnel, driver: Driver) -> Lease {
-        self.failed = None;
-        let tunnel = Arc::new(tunnel);
-        tokio::spawn(drive(proxy.clone(), key, tunnel.clone(), driver));
-        self.tunnels.push(tunnel.clone());
-        proxy.metrics.streams.inc();
-        Lease {
-            tunnel,
-            proxy: proxy.clone(),
         }
     }
 }
@@ -421,8 +338,13 @@ impl Tunnel {
     fn join(&self, most: u32) -> bool {
         let mut use_ = self.use_();
         // The peer may allow fewer than we would open.
-        let allowed = self.requests.current_max_send_streams();
-        let most = most.min(u32::try_from(allowed).unwrap_or(u32::MAX));
+        let most = match &self.wire {
+            Wire::Hbone(requests) => {
+                let allowed = requests.current_max_send_streams();
+                most.min(u32::try_from(allowed).unwrap_or(u32::MAX))
+            }
+            Wire::Lane(_) => most,
+        };
         let room = !use_.closed && use_.streams < most;
         if room {
             use_.streams += 1;
@@ -450,21 +372,13 @@ impl Tunnel {
     }
 }
 
-/// What a new connection is, as both sides agreed.
-enum Established {
-    Own(Fresh),
-    Tunnel(Box<Tunnel>, Box<Driver>),
-}
-
-/// Connects, shakes hands and makes sure who answered. Joined by its caller. `room`: it may
-/// be a connection for one stream at a time.
+/// Connects, shakes hands and makes sure who answered. Joined by its caller.
 async fn establish(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     destination: SocketAddr,
     expected: &SpiffeId,
-    room: Option<fast::Room>,
-) -> Result<Established, HboneError> {
+) -> Result<(Tunnel, Driver), HboneError> {
     let refused = |reason: String| HboneError::Tunnel {
         destination,
         reason,
@@ -475,9 +389,9 @@ async fn establish(
         .await
         .map_err(|e| refused(e.to_string()))?;
     let svid_until = pod.credentials.not_after();
-    let config = match room {
-        Some(_) => &pod.credentials.fast_client,
-        None => &pod.credentials.client,
+    let config = match proxy.transport.fast_path {
+        true => &pod.credentials.fast_client,
+        false => &pod.credentials.client,
     };
     let began = Instant::now();
     // The name is not sent and not checked: the SPIFFE ID is, below.
@@ -503,51 +417,81 @@ async fn establish(
             found: peer.map_or_else(|| "unknown".into(), |id| id.to_string()),
         });
     }
-    let session = shaken.session;
-    if let Some(room) = room
-        && shaken.protocol.as_deref() == Some(FAST)
-    {
-        fast::keep_alive(&shaken.records, &proxy.transport);
-        let proven = Proven {
-            peer: expected.clone(),
-            session: Arc::new(session),
-            svid_until,
-        };
-        return Ok(Established::Own(Fresh::new(shaken.records, proven, room)));
-    }
-    let (requests, connection) = h2::client::Builder::new()
-        .initial_window_size(proxy.transport.stream_window.0)
-        .initial_connection_window_size(proxy.transport.tunnel_window())
-        .max_frame_size(64 << 10)
-        .max_send_buffer_size(SEND_BUFFER)
-        .enable_push(false)
-        .handshake(shaken.records)
-        .await
-        .map_err(|e| refused(e.to_string()))?;
+    let (wire, driver) = match shaken.protocol.as_deref() == Some(FAST) {
+        true => {
+            let lane = Lane::new(&proxy.transport);
+            let driver = fast::Driver::dialled(lane.clone(), shaken.records);
+            (Wire::Lane(lane.clone()), Driver::Lane(lane, driver))
+        }
+        false => {
+            let (requests, connection) = h2::client::Builder::new()
+                .initial_window_size(proxy.transport.stream_window.0)
+                .initial_connection_window_size(proxy.transport.tunnel_window())
+                .max_frame_size(64 << 10)
+                .max_send_buffer_size(SEND_BUFFER)
+                .enable_push(false)
+                .handshake(shaken.records)
+                .await
+                .map_err(|e| refused(e.to_string()))?;
+            (Wire::Hbone(requests), Driver::Hbone(Box::new(connection)))
+        }
+    };
     let use_ = Mutex::new(Use {
         streams: 1,
         idle_since: Instant::now(),
         closed: false,
     });
     let tunnel = Tunnel {
-        requests,
+        wire,
         peer: expected.clone(),
-        session,
+        session: shaken.session,
         svid_until,
         use_,
     };
-    Ok(Established::Tunnel(Box::new(tunnel), Box::new(connection)))
+    Ok((tunnel, driver))
 }
 
-type Driver = h2::client::Connection<Box<Records>, Bytes>;
+/// The connection below a tunnel.
+enum Driver {
+    Hbone(Box<h2::client::Connection<Box<Records>, Bytes>>),
+    Lane(Arc<Lane>, fast::Driver),
+}
+
+impl Driver {
+    /// Runs it until it ends, and says why.
+    async fn run(self, tunnel: &Tunnel, transport: &Transport) -> String {
+        const SILENT: &str = "keepalive was not answered";
+        match self {
+            Self::Lane(lane, driver) => tokio::select! {
+                reason = ridden(driver, tunnel) => reason,
+                () = lane.silent(transport) => SILENT.into(),
+            },
+            Self::Hbone(mut connection) => {
+                let pings = connection.ping_pong().expect("taken once");
+                tokio::select! {
+                    result = connection => result.err().map_or("closed".into(), |e| e.to_string()),
+                    () = keepalive(pings, transport) => SILENT.into(),
+                }
+            }
+        }
+    }
+}
+
+async fn ridden(mut driver: fast::Driver, tunnel: &Tunnel) -> String {
+    loop {
+        match driver.run().await {
+            Ok(fast::Event::Leaves) => tunnel.use_().closed = true,
+            Ok(_) => return "the destination has left".into(),
+            Err(error) => return error.to_string(),
+        }
+    }
+}
 
 /// Runs a tunnel until it breaks, its peer falls silent, or nobody uses it.
-async fn drive(proxy: Arc<Proxy>, key: Key, tunnel: Arc<Tunnel>, mut connection: Driver) {
-    let pings = connection.ping_pong().expect("taken once");
+async fn drive(proxy: Arc<Proxy>, key: Key, tunnel: Arc<Tunnel>, driver: Driver) {
     proxy.metrics.tunnels.inc();
     let reason = tokio::select! {
-        result = connection => result.err().map_or("closed".into(), |e| e.to_string()),
-        () = keepalive(pings, &proxy.transport) => "keepalive was not answered".into(),
+        reason = driver.run(&tunnel, &proxy.transport) => reason,
         () = tunnel.idle(proxy.transport.idle_timeout.0) => "idle".into(),
     };
     tracing::debug!(peer = %tunnel.peer, destination = %key.destination, reason, "tunnel ended");
@@ -576,23 +520,19 @@ impl Destination {
     fn is_unused(self: &Arc<Self>) -> bool {
         // One that is in use is learnt anew, if it must be.
         Arc::strong_count(self) == 1
-            && self.slot.try_lock().is_ok_and(|mut slot| {
+            && self.0.try_lock().is_ok_and(|mut slot| {
                 slot.tunnels.retain(|tunnel| !tunnel.use_().closed);
                 slot.tunnels.is_empty()
             })
     }
 }
 
-/// Closes connections that nobody has used for long. Ends with the agent.
+/// Forgets destinations. Ends with the agent.
 pub async fn sweep(proxy: Arc<Proxy>) {
-    const EVERY: Duration = Duration::from_secs(1);
-    const FORGET_EVERY: u32 = 60;
-    for round in 1_u32.. {
+    const EVERY: Duration = Duration::from_secs(60);
+    loop {
         sleep(EVERY).await;
-        proxy.fast.sweep(proxy.transport.idle_timeout.0);
-        if round % FORGET_EVERY == 0 {
-            proxy.tunnels.forget_unused();
-        }
+        proxy.tunnels.forget_unused();
     }
 }
 

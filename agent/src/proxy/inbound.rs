@@ -1,21 +1,20 @@
 //! What comes to a pod from outside its node's mesh: HBONE on 15008 and plaintext
 //! on every other port, handed here by `sk_lookup`.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{Method, Request, StatusCode, header::FORWARDED};
 use tokio::{
     net::TcpStream,
-    sync::oneshot,
     time::{Sleep, sleep, timeout},
 };
 
 use super::{
     LocalPod, Proxy,
     deliver::{Arrived, Delivery},
-    fast::{self, FastStream, Home, Kind, Open},
+    fast::{Driver, Event, Lane},
     hbone::{SEND_BUFFER, keepalive},
     is_agent_port, look, reset,
     splice::End,
@@ -149,73 +148,70 @@ pub async fn tunnel(
         address: client,
     };
     match shaken.protocol.as_deref() == Some(FAST) {
-        true => streams(proxy, pod, caller, shaken.records, expired, drain).await,
+        true => Box::pin(lane(proxy, pod, caller, shaken.records, expired, drain)).await,
         false => Box::pin(hbone(proxy, pod, caller, shaken.records, expired, drain)).await,
     }
 }
 
-/// Serves a connection that carries one stream at a time.
-async fn streams(
+/// Serves a lane.
+async fn lane(
     proxy: Arc<Proxy>,
     pod: Arc<LocalPod>,
     caller: Caller,
-    mut records: Box<Records>,
+    records: Box<Records>,
     expired: Sleep,
-    drain: Watcher,
+    mut drain: Watcher,
 ) {
     /// How long a stream may still come that was on its way when this side left.
     const CROSSING: Duration = Duration::from_millis(100);
-    fast::keep_alive(&records, &proxy.transport);
-    // The source closes what it does not use; one that never does is not waited for.
-    let unused = proxy.transport.idle_timeout.0 * 2;
-    tokio::pin!(expired);
-    let mut leaving = drain.clone();
+    let caller = Arc::new(caller);
+    let lane = Lane::new(&proxy.transport);
+    let mut driver = Driver::accepted(lane.clone(), records);
+    let silent = lane.silent(&proxy.transport);
+    tokio::pin!(silent, expired);
     let mut left = false;
     loop {
-        let limit = if left { CROSSING } else { unused };
-        let frame = tokio::select! {
-            frame = fast::frame(&mut records) => frame,
-            () = sleep(limit) => return,
+        let event = tokio::select! {
+            event = driver.run() => event,
+            () = &mut silent => return,
+            // The source ends it, as soon as its streams have ended; or does not.
+            () = lane.unused(CROSSING), if left => return,
             () = async { tokio::select! {
                 () = &mut expired => {}
-                () = leaving.triggered() => {}
+                () = drain.triggered() => {}
             }}, if !left => {
+                lane.leave();
                 left = true;
-                if fast::leave(&mut records).await.is_err() {
-                    return;
-                }
                 continue;
             }
         };
-        let open = match frame {
-            Ok(Some((Kind::Open, payload))) => Open::decode(&payload),
-            // Sent on a stream that was refused: nobody's.
-            Ok(Some((Kind::Data | Kind::End, _))) => continue,
-            Ok(Some((kind, _))) => {
-                tracing::debug!(client = %caller.address, ?kind, "a frame that is not for now");
-                return;
+        match event {
+            Ok(Event::Offered(stream, open)) => {
+                let (proxy, pod, caller) = (proxy.clone(), pod.clone(), caller.clone());
+                let offer = Offer {
+                    destination: Some(canonical(open.destination)),
+                    asked: open.destination.to_string(),
+                    client: Some(canonical(open.client)),
+                    arrived: Arrived::Offered(stream),
+                };
+                let watcher = drain.clone();
+                let serve = Box::pin(async move {
+                    stream_of(&proxy, &pod, &caller, offer, watcher).await;
+                });
+                tokio::spawn(held(drain.clone(), serve));
             }
-            Ok(None) => return,
+            Ok(Event::Leaves | Event::Over) => return,
             Err(error) => {
-                tracing::debug!(client = %caller.address, %error, "connection ended");
+                tracing::debug!(client = %caller.address, %error, "lane ended");
                 return;
             }
-        };
-        let Some(open) = open else { return };
-        let (home, back) = oneshot::channel();
-        let stream = FastStream::new(records, Home::Serving(home));
-        let offer = Offer {
-            destination: Some(canonical(open.destination)),
-            asked: open.destination.to_string(),
-            client: Some(canonical(open.client)),
-            arrived: Arrived::Offered(stream),
-        };
-        // A task of its own would be one more to wake.
-        Box::pin(stream_of(&proxy, &pod, &caller, offer, drain.clone())).await;
-        // Not if it was broken.
-        let Ok(next) = back.await else { return };
-        records = next;
+        }
     }
+}
+
+/// On the heap from the beginning: it is large, and a task's future is moved about.
+async fn held(drain: Watcher, serving: Pin<Box<impl Future<Output = ()>>>) {
+    drain.hold(serving).await;
 }
 
 /// Serves one tunnel.

@@ -69,7 +69,7 @@ pub struct Opened {
 
 /// Held, not looked at.
 pub enum Guard {
-    Lease(#[expect(dead_code, reason = "it is what its drop does")] Option<hbone::Lease>),
+    Lease(#[expect(dead_code, reason = "it is what its drop does")] hbone::Lease),
     Client(#[expect(dead_code, reason = "it is what its drop does")] ClientEntry),
     None,
 }

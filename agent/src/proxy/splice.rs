@@ -199,7 +199,7 @@ async fn pump(
         let mut length = chunk.len();
         chunks.push_back(chunk);
         while chunks.len() < TOGETHER
-            && let Some(more) = reader.received().map_err(Failed::Read)?
+            && let Some(more) = reader.received()
         {
             length += more.len();
             chunks.push_back(more);
@@ -267,9 +267,9 @@ impl Reader<'_> {
     }
 
     /// More bytes, if they have come already.
-    fn received(&mut self) -> io::Result<Option<Bytes>> {
+    fn received(&mut self) -> Option<Bytes> {
         match self {
-            Self::Tcp(..) | Self::Stream(_) => Ok(None),
+            Self::Tcp(..) | Self::Stream(_) => None,
             Self::Fast(reader) => reader.received(),
         }
     }
@@ -329,12 +329,8 @@ impl Writer<'_> {
             }
             Self::Fast(writer) => {
                 for mut chunk in chunks.drain(..) {
-                    while !chunk.is_empty() {
-                        let sealed = poll_fn(|cx| writer.poll_seal(cx, &chunk)).await?;
-                        chunk.advance(sealed);
-                    }
+                    poll_fn(|cx| writer.poll_write(cx, &mut chunk)).await?;
                 }
-                poll_fn(|cx| writer.poll_flush(cx)).await?;
             }
         }
         Ok(())
@@ -352,7 +348,7 @@ impl Writer<'_> {
             }
             Self::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
             Self::Fast(writer) => {
-                writer.end()?;
+                writer.end();
                 poll_fn(|cx| writer.poll_flush(cx)).await
             }
         }
@@ -362,7 +358,7 @@ impl Writer<'_> {
     async fn broken(&mut self) -> io::Error {
         match self {
             Self::Tcp(stream) => broken(stream.as_ref()).await,
-            Self::Fast(writer) => broken(writer.tcp()).await,
+            Self::Fast(writer) => writer.broken().await,
             Self::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
                 Ok(reason) => from_h2(reason.into()),
                 Err(error) => from_h2(error),

@@ -22,7 +22,7 @@ use tokio::{
 
 use crate::identity::Session;
 
-pub use record::{Incoming, MOST_PLAIN, Outgoing, Records};
+pub use record::{MOST_PLAIN, Outgoing, Records};
 
 /// A handshake message is no longer than this, and rustls asks for no more.
 const MOST: usize = 64 << 10;

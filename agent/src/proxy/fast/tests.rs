@@ -1,97 +1,109 @@
 use std::{
     future::poll_fn,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use http::StatusCode;
-use tokio::sync::oneshot;
+use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 
-use super::{
-    FastStream, Fresh, Home, Kind, NotOpened, Open, Pool, PoolKey, Proven, frame, leave,
-    pool::{KEPT, SOON},
-};
+use super::{Driver, Event, FastStream, Frame, Kind, Lane, MOST, NO_STREAM, NotOpened, Open};
 use crate::{
-    identity::SpiffeId,
-    proxy::tls::{Records, tests::shaken},
+    config::{Count, Span, Transport, Window},
+    proxy::tls::{
+        Records,
+        tests::{flush, next, shaken},
+    },
 };
 
 const OPEN: Open = Open {
-    destination: std::net::SocketAddr::new(
-        std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)),
-        80,
-    ),
-    client: std::net::SocketAddr::new(std::net::IpAddr::V6(std::net::Ipv6Addr::LOCALHOST), 40_000),
+    destination: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, 1)), 80),
+    client: SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), 40_000),
 };
+const SOON: Duration = Duration::from_millis(50);
 
+/// A lane between two tasks.
 struct World {
-    pool: Arc<Pool>,
-    key: PoolKey,
-    peer: SpiffeId,
-    until: SystemTime,
+    near: Arc<Lane>,
+    far: Arc<Lane>,
+    offers: mpsc::UnboundedReceiver<FastStream>,
+    /// How each side ends.
+    source: JoinHandle<io::Result<()>>,
+    destination: JoinHandle<io::Result<()>>,
+}
+
+async fn drive(mut driver: Driver, offers: mpsc::UnboundedSender<FastStream>) -> io::Result<()> {
+    loop {
+        match driver.run().await? {
+            Event::Offered(stream, open) => {
+                assert_eq!(open, OPEN);
+                offers.send(stream).expect("the test goes on");
+            }
+            Event::Leaves => {}
+            Event::Over => return Ok(()),
+        }
+    }
 }
 
 impl World {
-    fn new(most: usize) -> Self {
+    async fn new() -> Self {
+        Self::with(&Transport::default()).await
+    }
+
+    async fn with(transport: &Transport) -> Self {
+        let (near, far) = shaken().await;
+        let (source, destination) = (Lane::new(transport), Lane::new(transport));
+        let (to, offers) = mpsc::unbounded_channel();
         Self {
-            pool: Arc::new(Pool::new(most)),
-            key: PoolKey::new(1, OPEN.destination.ip()),
-            peer: "spiffe://cluster.local/ns/shop/sa/web"
-                .parse()
-                .expect("valid"),
-            until: SystemTime::now(),
+            near: source.clone(),
+            far: destination.clone(),
+            offers,
+            source: tokio::spawn(drive(
+                Driver::dialled(source, near.records),
+                mpsc::unbounded_channel().0,
+            )),
+            destination: tokio::spawn(drive(Driver::accepted(destination, far.records), to)),
         }
     }
 
-    /// A new connection: ours, and the destination's.
-    async fn connection(&self) -> (Fresh, Box<Records>) {
-        let (near, far) = shaken().await;
-        let proven = Proven {
-            peer: self.peer.clone(),
-            session: Arc::new(near.session),
-            svid_until: self.until,
+    /// A stream that stands: ours, and the destination's.
+    async fn stream(&mut self, first: &[u8]) -> (FastStream, FastStream) {
+        let serve = async {
+            let mut far = self.offers.recv().await.expect("offered");
+            far.accept().await.expect("sent");
+            far
         };
-        let room = self.pool.join().expect("room");
-        (Fresh::new(near.records, proven, room), far.records)
+        let (near, far) = tokio::join!(FastStream::open(&self.near, OPEN, first), serve);
+        (near.ok().expect("accepted"), far)
     }
-
-    fn take(&self) -> Option<Fresh> {
-        self.pool.take(self.key, &self.peer, self.until)
-    }
-
-    async fn open(&self, fresh: Fresh, first: &[u8]) -> Result<FastStream, NotOpened> {
-        let opened = self.pool.open(self.key, fresh, OPEN, first).await;
-        opened.map(|opened| opened.stream)
-    }
-}
-
-/// The destination's side of one stream, and where its connection comes back.
-async fn offered(mut records: Box<Records>) -> (FastStream, oneshot::Receiver<Box<Records>>) {
-    let (kind, payload) = frame(&mut records).await.expect("stands").expect("a frame");
-    assert_eq!((kind, Open::decode(&payload)), (Kind::Open, Some(OPEN)));
-    let (home, back) = oneshot::channel();
-    (FastStream::new(records, Home::Serving(home)), back)
 }
 
 async fn say(stream: &mut FastStream, bytes: &[u8], last: bool) {
     let (_, mut writer) = stream.split();
-    let mut left = bytes;
-    while !left.is_empty() {
-        let sealed = poll_fn(|cx| writer.poll_seal(cx, left))
-            .await
-            .expect("sealed");
-        left = &left[sealed..];
-    }
+    let mut bytes = Bytes::copy_from_slice(bytes);
+    let written = poll_fn(|cx| writer.poll_write(cx, &mut bytes));
+    written.await.expect("written");
     if last {
-        writer.end().expect("sealed");
+        writer.end();
     }
     poll_fn(|cx| writer.poll_flush(cx)).await.expect("sent");
 }
 
-async fn hear(stream: &mut FastStream) -> std::io::Result<Option<Bytes>> {
+async fn hear(stream: &mut FastStream) -> io::Result<Option<Bytes>> {
     let (mut reader, _) = stream.split();
     poll_fn(|cx| reader.poll_read(cx)).await
+}
+
+/// All of them, to an orderly end.
+async fn hear_all(stream: &mut FastStream) -> Vec<u8> {
+    let mut all = Vec::new();
+    while let Some(bytes) = hear(stream).await.expect("whole") {
+        all.extend_from_slice(&bytes);
+    }
+    all
 }
 
 #[test]
@@ -101,195 +113,332 @@ fn what_a_stream_is_opened_with_survives_the_way() {
     assert_eq!(Open::decode(&[0; 37]), None);
 }
 
-#[tokio::test]
-async fn a_connection_carries_one_stream_after_another() {
-    let world = World::new(4);
-    let (mut fresh, mut far) = world.connection().await;
-    for round in 0..3_u8 {
-        let serve = async {
-            let (mut stream, back) = offered(far).await;
-            stream.accept().expect("sent");
-            assert_eq!(
-                hear(&mut stream).await.expect("whole").as_deref(),
-                Some(&[round; 5][..])
-            );
-            assert_eq!(hear(&mut stream).await.expect("in order"), None);
-            say(&mut stream, &[round; 40_000], true).await;
-            drop(stream);
-            back.await.expect("comes back")
-        };
-        let ask = async {
-            let mut stream = world.open(fresh, &[round; 5]).await.ok().expect("accepted");
-            say(&mut stream, &[], true).await;
-            let mut got = 0;
-            while let Some(bytes) = hear(&mut stream).await.expect("whole") {
-                assert!(bytes.iter().all(|byte| *byte == round));
-                got += bytes.len();
-            }
-            assert_eq!(got, 40_000);
-        };
-        (far, ()) = tokio::join!(serve, ask);
-        fresh = world.take().expect("it is free again");
+#[test]
+fn a_record_is_read_from_its_end() {
+    let frame =
+        |stream, kind, payload: &[u8]| Frame::new(stream, kind, Bytes::copy_from_slice(payload));
+    let frames = [
+        frame(1, Kind::Data, b"some"),
+        frame(2, Kind::End, b""),
+        frame(1, Kind::Data, &[9; 300]),
+    ];
+    let mut bytes = Vec::new();
+    for frame in &frames {
+        bytes.extend_from_slice(&frame.payload);
+        bytes.extend_from_slice(&frame.trailer());
     }
-    drop(fresh);
-    assert_eq!(world.pool.count(), 0);
+    let mut record = Bytes::from(bytes.clone());
+    for frame in frames.iter().rev() {
+        let split = Frame::split_off(&mut record).expect("whole");
+        assert_eq!(split.as_ref(), Some(frame));
+    }
+    assert_eq!(Frame::split_off(&mut record).expect("whole"), None);
+    for wrong in [&bytes[..3], &[0, 9, 0, 0, 0, 1, 0], &[0, 0, 0, 0, 0, 1, 99]] {
+        let mut record = Bytes::copy_from_slice(wrong);
+        assert!(Frame::split_off(&mut record).is_err(), "{wrong:?}");
+    }
+}
+
+#[tokio::test]
+async fn streams_are_carried_side_by_side() {
+    let mut world = World::new().await;
+    let mut carried = Vec::new();
+    for number in 0..8_u8 {
+        let (mut near, mut far) = world.stream(&[number; 5]).await;
+        carried.push(tokio::spawn(async move {
+            let there = async {
+                say(&mut near, &vec![number; 200_000], true).await;
+                let heard = hear_all(&mut near).await;
+                assert!(heard == vec![number; 300_000]);
+            };
+            let back = async {
+                let heard = hear_all(&mut far).await;
+                assert!(heard == vec![number; 200_005]);
+                say(&mut far, &vec![number; 300_000], true).await;
+            };
+            tokio::join!(there, back);
+        }));
+    }
+    for stream in carried {
+        stream.await.expect("carried");
+    }
+    assert!(world.near.is_unused() && world.far.is_unused());
+    assert!(!world.source.is_finished() && !world.destination.is_finished());
+}
+
+#[tokio::test]
+async fn what_is_small_leaves_together() {
+    let (near, mut far) = shaken().await;
+    let lane = Lane::new(&Transport::default());
+    let mut driver = Driver::dialled(lane.clone(), near.records);
+    let _streams = [lane.begin(OPEN, b"one"), lane.begin(OPEN, b"two")];
+    let large = lane.begin(OPEN, &[7; MOST]);
+    assert!(timeout(SOON, driver.run()).await.is_err(), "nothing came");
+    let record = next(&mut far.records).await.expect("whole");
+    let mut record = record.expect("a record");
+    let mut kinds = Vec::new();
+    while let Some(frame) = Frame::split_off(&mut record).expect("whole") {
+        kinds.insert(0, (frame.stream, frame.kind));
+    }
+    let pair = |stream| [(stream, Kind::Open), (stream, Kind::Data)];
+    let mut expected = [pair(1), pair(2)].concat();
+    expected.push((3, Kind::Open));
+    assert_eq!(kinds, expected);
+    let record = next(&mut far.records).await.expect("whole");
+    let mut record = record.expect("a record");
+    let frame = Frame::split_off(&mut record).expect("whole");
+    assert_eq!(frame.map(|frame| frame.payload.len()), Some(MOST));
+    assert!(large.is_some() && record.is_empty());
 }
 
 #[tokio::test]
 async fn a_refusal_has_a_reason_and_ends_the_stream_only() {
-    let world = World::new(1);
-    let (fresh, far) = world.connection().await;
-    let serve = async {
-        let (stream, back) = offered(far).await;
+    let mut world = World::new().await;
+    let refuse = async {
+        let stream = world.offers.recv().await.expect("offered");
         stream.refuse(StatusCode::FORBIDDEN);
-        let mut records = back.await.expect("comes back");
-        // What had been sent at once is in front of the next stream.
-        let (kind, _) = frame(&mut records).await.expect("stands").expect("a frame");
-        assert_eq!(kind, Kind::Data);
-        let (mut stream, _) = offered(records).await;
-        stream.accept().expect("sent");
-        stream
     };
-    let ask = async {
-        match world.open(fresh, b"let me in").await {
-            Err(NotOpened::Refused(StatusCode::FORBIDDEN)) => {}
-            _ => panic!("not refused"),
-        }
-        let again = world.take().expect("it is free again");
-        world.open(again, &[]).await.ok().expect("accepted")
-    };
-    let (_far, _near) = tokio::join!(serve, ask);
+    let ask = FastStream::open(&world.near, OPEN, b"let me in");
+    let (refused, ()) = tokio::join!(ask, refuse);
+    assert!(matches!(
+        refused,
+        Err(NotOpened::Refused(StatusCode::FORBIDDEN))
+    ));
+    assert!(world.near.is_unused() && world.far.is_unused());
+    world.stream(b"and now?").await;
 }
 
 #[tokio::test]
-async fn what_ends_in_the_midst_is_broken() {
-    let world = World::new(1);
-    let (fresh, far) = world.connection().await;
-    let serve = async {
-        let (mut stream, back) = offered(far).await;
-        stream.accept().expect("sent");
-        say(&mut stream, b"half of it", false).await;
-        (stream, back)
+async fn there_are_only_so_many_streams() {
+    let transport = Transport {
+        streams_per_tunnel: Count(2),
+        ..Transport::default()
     };
-    let (near, (far, back)) = tokio::join!(world.open(fresh, &[]), serve);
-    let mut near = near.ok().expect("accepted");
+    let mut world = World::with(&transport).await;
+    let (_one, _two) = (world.stream(b"").await, world.stream(b"").await);
+    assert!(matches!(
+        FastStream::open(&world.near, OPEN, b"a third").await,
+        Err(NotOpened::Refused(StatusCode::SERVICE_UNAVAILABLE))
+    ));
+}
+
+#[tokio::test]
+async fn what_ends_in_the_midst_is_broken_and_breaks_nothing_else() {
+    let mut world = World::new().await;
+    let (mut other, mut others) = world.stream(b"").await;
+    let (mut near, mut far) = world.stream(b"").await;
+    say(&mut far, b"half of it", false).await;
     assert_eq!(
         hear(&mut near).await.expect("whole").as_deref(),
         Some(&b"half of it"[..])
     );
-    drop(far);
+    let broken = async { near.split().1.broken().await };
+    let (_, ()) = tokio::join!(broken, async { drop(far) });
     assert!(hear(&mut near).await.is_err());
-    assert!(back.await.is_err(), "no other stream comes on it");
+    let (_, mut writer) = near.split();
+    let mut more = Bytes::from_static(b"more");
+    assert!(
+        poll_fn(|cx| writer.poll_write(cx, &mut more))
+            .await
+            .is_err()
+    );
+    say(&mut other, b"goes on", true).await;
+    assert_eq!(hear_all(&mut others).await, b"goes on");
+}
+
+#[tokio::test]
+async fn who_has_ended_and_goes_breaks_what_still_comes() {
+    let mut world = World::new().await;
+    let (mut near, mut far) = world.stream(b"").await;
+    say(&mut near, b"the last word", true).await;
     drop(near);
-    assert!(world.take().is_none());
-    assert_eq!(world.pool.count(), 0);
+    let broken = far.split().1.broken().await;
+    assert_eq!(broken.kind(), io::ErrorKind::ConnectionReset);
+    assert_eq!(hear_all(&mut far).await, b"the last word");
 }
 
 #[tokio::test]
-async fn who_leaves_gets_no_other_stream() {
-    let world = World::new(2);
-    // While it is idle:
-    let (fresh, far) = world.connection().await;
-    let serve = async {
-        let (mut stream, back) = offered(far).await;
-        stream.accept().expect("sent");
-        say(&mut stream, &[], true).await;
-        assert_eq!(hear(&mut stream).await.expect("in order"), None);
-        drop(stream);
-        back.await.expect("comes back")
-    };
-    let ask = async {
-        let mut stream = world.open(fresh, &[]).await.ok().expect("accepted");
-        say(&mut stream, &[], true).await;
-        assert_eq!(hear(&mut stream).await.expect("in order"), None);
-    };
-    let (mut far, ()) = tokio::join!(serve, ask);
-    leave(&mut far).await.expect("sent");
-    tokio::time::sleep(Duration::from_millis(20)).await;
-    assert!(world.take().is_none());
-    // And while a stream was on its way, which is served all the same:
-    let (fresh, mut far) = world.connection().await;
-    leave(&mut far).await.expect("sent");
-    let serve = async {
-        let (mut stream, _back) = offered(far).await;
-        stream.accept().expect("sent");
-        say(&mut stream, b"served", true).await;
-        stream
-    };
-    let ask = async {
-        let mut stream = world.open(fresh, &[]).await.ok().expect("accepted");
-        assert_eq!(
-            hear(&mut stream).await.expect("whole").as_deref(),
-            Some(&b"served"[..])
-        );
-        assert_eq!(hear(&mut stream).await.expect("in order"), None);
-        say(&mut stream, &[], true).await;
-    };
-    let (_far, ()) = tokio::join!(serve, ask);
-    assert!(world.take().is_none());
-}
-
-#[tokio::test]
-async fn only_what_fits_is_taken_and_only_so_many_are_open() {
-    let world = World::new(1);
-    let (fresh, mut far) = world.connection().await;
-    assert!(world.pool.join().is_none(), "there is room for one");
-    let serve = async {
-        let (stream, back) = offered(far).await;
-        stream.refuse(StatusCode::FORBIDDEN);
-        back.await.expect("comes back")
-    };
-    let (refused, back) = tokio::join!(world.open(fresh, &[]), serve);
-    far = back;
-    assert!(refused.is_err());
-    let other = "spiffe://cluster.local/ns/shop/sa/other"
-        .parse()
-        .expect("valid");
-    assert!(world.pool.take(world.key, &other, world.until).is_none());
-    assert_eq!(world.pool.count(), 0, "who is someone else now is not kept");
-    assert!(frame(&mut far).await.expect("in order").is_none());
-}
-
-#[tokio::test]
-async fn what_nobody_uses_is_closed() {
-    let world = World::new(1);
-    let (fresh, far) = world.connection().await;
-    let serve = async {
-        let (stream, back) = offered(far).await;
-        stream.refuse(StatusCode::FORBIDDEN);
-        back.await.expect("comes back")
-    };
-    let (refused, mut far) = tokio::join!(world.open(fresh, &[]), serve);
-    assert!(refused.is_err());
-    world.pool.sweep(Duration::from_secs(60));
-    assert_eq!(world.pool.count(), 1);
-    world.pool.sweep(Duration::ZERO);
-    assert_eq!(world.pool.count(), 0);
-    assert!(frame(&mut far).await.expect("in order").is_none());
-}
-
-#[tokio::test]
-async fn what_a_burst_has_left_is_closed_soon() {
-    let world = World::new(KEPT + 2);
-    let mut ends = Vec::new();
-    let mut free = Vec::new();
-    let mut held_open = Vec::new();
-    for _ in 0..KEPT + 2 {
-        let (fresh, far) = world.connection().await;
-        free.push(fresh);
-        ends.push(far);
+async fn who_does_not_read_holds_up_nobody_else() {
+    let mut world = World::new().await;
+    let (mut stalled, mut deaf) = world.stream(b"").await;
+    let bytes = vec![3; 1 << 20];
+    let full = timeout(SOON, say(&mut stalled, &bytes, false)).await;
+    assert!(full.is_err(), "there is room for a window");
+    let (mut near, mut far) = world.stream(b"").await;
+    say(&mut near, &bytes[..200], true).await;
+    assert_eq!(hear_all(&mut far).await.len(), 200);
+    let mut heard = 0;
+    while let Ok(more) = timeout(SOON, hear(&mut deaf)).await {
+        heard += more.expect("stands").expect("goes on").len();
     }
-    for (fresh, far) in free.into_iter().zip(ends) {
-        let serve = async {
-            let (stream, back) = offered(far).await;
-            stream.refuse(StatusCode::FORBIDDEN);
-            back.await.expect("comes back")
-        };
-        let (refused, far) = tokio::join!(world.open(fresh, &[]), serve);
-        assert!(refused.is_err());
-        held_open.push(far);
+    assert_eq!(heard, 64 << 10, "and no more than that is kept");
+}
+
+#[tokio::test]
+async fn the_window_of_who_keeps_up_grows() {
+    let mut world = World::new().await;
+    let (mut near, mut far) = world.stream(b"").await;
+    let sent = vec![1; 16 << 20];
+    let there = async { say(&mut near, &sent, true).await };
+    let (heard, ()) = tokio::join!(hear_all(&mut far), there);
+    assert!(heard == sent);
+    let (mut near, mut far) = world.stream(b"").await;
+    let kept_up = async {
+        for _ in 0..200 {
+            hear(&mut far).await.expect("stands").expect("goes on");
+        }
+    };
+    {
+        let saying = say(&mut near, &sent, false);
+        tokio::pin!(saying);
+        tokio::select! {
+            () = &mut saying => panic!("it is more than was heard"),
+            () = kept_up => {}
+        }
+        assert!(timeout(SOON, saying).await.is_err(), "nobody reads");
     }
+    let mut kept = 0;
+    while let Ok(more) = timeout(SOON, hear(&mut far)).await {
+        kept += more.expect("stands").expect("goes on").len();
+    }
+    let Window(most) = Transport::default().stream_window;
+    assert!(
+        kept > 64 << 10 && kept <= 2 * most as usize,
+        "{kept} of at most {most} bytes"
+    );
+}
+
+#[tokio::test]
+async fn who_leaves_gets_no_other_lane_and_streams_go_on() {
+    let mut world = World::new().await;
+    let (mut near, mut far) = world.stream(b"").await;
+    world.far.leave();
     tokio::time::sleep(SOON).await;
-    world.pool.sweep(Duration::from_secs(60));
-    assert_eq!(world.pool.count(), KEPT);
+    say(&mut near, b"still here", true).await;
+    assert_eq!(hear_all(&mut far).await, b"still here");
+    assert!(!world.source.is_finished());
+    say(&mut far, b"and I", true).await;
+    assert_eq!(hear_all(&mut near).await, b"and I");
+    drop((near, far));
+    assert!(world.source.await.expect("no panic").is_ok());
+    assert!(
+        world.destination.await.expect("no panic").is_err(),
+        "closed"
+    );
+}
+
+#[tokio::test]
+async fn a_lane_that_ends_breaks_its_streams() {
+    let mut world = World::new().await;
+    let (mut near, _far) = world.stream(b"").await;
+    world.destination.abort();
+    assert!(hear(&mut near).await.is_err());
+    assert!(world.source.await.expect("no panic").is_err());
+    assert!(matches!(
+        FastStream::open(&world.near, OPEN, b"").await,
+        Err(NotOpened::Broke(_))
+    ));
+}
+
+#[tokio::test]
+async fn a_peer_without_a_word_is_noticed() {
+    let transport = Transport {
+        keepalive_interval: Span(SOON),
+        keepalive_timeout: Span(SOON),
+        ..Transport::default()
+    };
+    // One that answers is waited for,
+    let world = World::with(&transport).await;
+    let silent = world.near.silent(&transport);
+    assert!(timeout(SOON * 6, silent).await.is_err());
+    // one that does not is not.
+    let (near, _far) = shaken().await;
+    let lane = Lane::new(&transport);
+    let mut driver = Driver::dialled(lane.clone(), near.records);
+    tokio::select! {
+        _ = driver.run() => panic!("nothing was sent"),
+        () = lane.silent(&transport) => {}
+    }
+}
+
+/// What a destination makes of a record with these frames.
+async fn told(frames: &[Frame]) -> io::Result<Event> {
+    let (mut near, far) = shaken().await;
+    let mut record = Vec::new();
+    for frame in frames {
+        record.extend_from_slice(&frame.payload);
+        record.extend_from_slice(&frame.trailer());
+    }
+    send(&mut near.records, &record).await;
+    let lane = Lane::new(&Transport::default());
+    let mut driver = Driver::accepted(lane, far.records);
+    let mut kept = Vec::new();
+    loop {
+        match timeout(SOON, driver.run()).await {
+            Ok(Ok(Event::Offered(stream, _))) => kept.push(stream),
+            Ok(event) => return event,
+            Err(_elapsed) => return Ok(Event::Over),
+        }
+    }
+}
+
+async fn send(records: &mut Records, plain: &[u8]) {
+    let (_, mut outgoing) = records.split();
+    outgoing.seal(plain, &[23]).expect("sealed");
+    flush(records).await.expect("sent");
+}
+
+#[tokio::test]
+async fn what_a_peer_may_not_say_ends_the_lane() {
+    let open = |stream| Frame::new(stream, Kind::Open, OPEN.encode());
+    let frame = |stream, kind, payload: &'static [u8]| {
+        Frame::new(stream, kind, Bytes::from_static(payload))
+    };
+    for (why, frames) in [
+        ("a stream again", vec![open(1), open(1)]),
+        ("a stream of old", vec![open(2), open(1)]),
+        ("no stream", vec![open(NO_STREAM)]),
+        ("a stream to nowhere", vec![frame(1, Kind::Open, b"?")]),
+        (
+            "bytes behind their end",
+            vec![
+                open(1),
+                frame(1, Kind::End, b""),
+                frame(1, Kind::Data, b"and"),
+            ],
+        ),
+        (
+            "credit without end",
+            vec![open(1), frame(1, Kind::Credit, &[0xff; 4])],
+        ),
+        (
+            "a credit that is none",
+            vec![open(1), frame(1, Kind::Credit, b"1")],
+        ),
+    ] {
+        assert!(told(&frames).await.is_err(), "{why}");
+    }
+    // What is of a stream that has been is nobody's.
+    assert!(told(&[frame(9, Kind::Data, b"late")]).await.is_ok());
+}
+
+#[tokio::test]
+async fn who_sends_more_than_there_is_room_for_ends_the_lane() {
+    let (mut near, far) = shaken().await;
+    let mut driver = Driver::accepted(Lane::new(&Transport::default()), far.records);
+    let first = Frame::new(1, Kind::Open, OPEN.encode());
+    let mut record = first.payload.to_vec();
+    record.extend_from_slice(&first.trailer());
+    send(&mut near.records, &record).await;
+    let Ok(Event::Offered(_stream, _)) = driver.run().await else {
+        panic!("not offered");
+    };
+    let data = Frame::new(1, Kind::Data, Bytes::from_static(&[0; 16_000]));
+    let record = [&data.payload[..], &data.trailer()].concat();
+    for _ in 0..4 {
+        send(&mut near.records, &record).await;
+        assert!(timeout(SOON, driver.run()).await.is_err(), "there is room");
+    }
+    send(&mut near.records, &record).await;
+    assert!(driver.run().await.is_err());
 }

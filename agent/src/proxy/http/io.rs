@@ -243,7 +243,7 @@ impl Writer<'_> {
                     Err(error) => return Err(error),
                 },
                 Sink::Stream(send) => poll_fn(|cx| poll_send(send, cx, bytes)).await?,
-                Sink::Fast(writer) => poll_fn(|cx| writer.poll_seal(cx, bytes)).await?,
+                Sink::Fast(writer) => poll_fn(|cx| writer.poll_copy(cx, bytes)).await?,
             };
             if let Some(counters) = self.counters {
                 counters.add_received(written);
@@ -274,7 +274,10 @@ impl Writer<'_> {
                 }
             }
             Sink::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
-            Sink::Fast(writer) => writer.end(),
+            Sink::Fast(writer) => {
+                writer.end();
+                Ok(())
+            }
         }
     }
 
@@ -282,7 +285,7 @@ impl Writer<'_> {
     pub(super) async fn broken(&mut self) -> io::Error {
         match &mut self.sink {
             Sink::Tcp(stream) => broken(stream).await,
-            Sink::Fast(writer) => broken(writer.tcp()).await,
+            Sink::Fast(writer) => writer.broken().await,
             Sink::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
                 Ok(reason) => from_h2(reason.into()),
                 Err(error) => from_h2(error),
@@ -372,7 +375,8 @@ impl AsyncWrite for Io {
             End::Tcp(stream) => ready!(Pin::new(stream).poll_write(cx, bytes))?,
             End::Stream { .. } if bytes.is_empty() => 0,
             End::Stream { send, .. } => ready!(poll_send(send, cx, bytes))?,
-            End::Fast(stream) => ready!(stream.split().1.poll_seal(cx, bytes))?,
+            End::Fast(_) if bytes.is_empty() => 0,
+            End::Fast(stream) => ready!(stream.split().1.poll_copy(cx, bytes))?,
         };
         if let Some(counters) = &this.counters {
             counters.add_received(written);

@@ -2,9 +2,7 @@
 //! into the buffer that is sent, and opened in the buffer that was received.
 
 use std::{
-    future::poll_fn,
     io,
-    mem::MaybeUninit,
     ops::Range,
     pin::Pin,
     sync::{
@@ -19,7 +17,6 @@ use aws_lc_rs::aead::{
 };
 use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
-use socket2::SockRef;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{
@@ -240,24 +237,6 @@ impl Records {
         };
         (incoming, outgoing)
     }
-
-    pub fn tcp(&self) -> &TcpStream {
-        &self.tcp
-    }
-
-    /// Whether something is sealed that is not sent.
-    pub fn is_sending(&self) -> bool {
-        !self.send.sealed.is_empty()
-    }
-
-    /// Whether nothing has come, and the connection still stands. Does not wait.
-    pub fn is_quiet(&self) -> bool {
-        let nothing = self.receive.buffer.is_empty() && !self.receive.ended;
-        // The kernel is asked: the runtime may not have heard of it yet.
-        let mut byte = [MaybeUninit::uninit()];
-        let peeked = SockRef::from(&self.tcp).peek(&mut byte);
-        nothing && peeked.is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
-    }
 }
 
 #[cfg(test)]
@@ -388,19 +367,9 @@ impl Receive {
 }
 
 impl Incoming<'_> {
-    /// The next record's plaintext; `None` at an orderly end. Safe to cancel.
-    pub async fn next(&mut self) -> io::Result<Option<Bytes>> {
-        poll_fn(|cx| self.poll_next(cx)).await
-    }
-
-    /// The same.
+    /// The next record's plaintext; `None` at an orderly end.
     pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         self.receive.poll_next(&mut self.tcp, self.shared, cx)
-    }
-
-    /// The next one, of what has come already.
-    pub fn received(&mut self) -> io::Result<Option<Bytes>> {
-        self.receive.open(self.shared)
     }
 }
 
@@ -411,29 +380,8 @@ impl Outgoing<'_> {
     }
 
     /// Sends what is sealed.
-    pub async fn flush(&mut self) -> io::Result<()> {
-        poll_fn(|cx| self.poll_flush(cx)).await
-    }
-
-    /// The same.
     pub fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.send.poll_flush(&mut self.tcp, cx)
-    }
-
-    pub fn tcp(&self) -> &TcpStream {
-        self.tcp.as_ref()
-    }
-
-    /// Sends what can be sent without waiting.
-    pub fn try_flush(&mut self) -> io::Result<()> {
-        while !self.send.sealed.is_empty() {
-            match self.tcp.try_write(self.send.unsent()) {
-                Ok(written) => self.send.sent(written),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
     }
 
     /// What is sealed and not sent, bytes.

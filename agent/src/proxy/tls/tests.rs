@@ -1,8 +1,10 @@
 use std::{
+    future::poll_fn,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
+use bytes::Bytes;
 use rustls::pki_types::ServerName;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -10,7 +12,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::{Shaken, accept, connect};
+use super::{Records, Shaken, accept, connect};
 use crate::{
     config::Config,
     identity::{Authority, Bundle, Credentials, FAST, peer_identity},
@@ -87,6 +89,14 @@ async fn a_peer_of_another_root_is_refused_and_told() {
 }
 
 /// Records of other lengths than ours, in both directions, against rustls' own.
+pub async fn next(records: &mut Records) -> std::io::Result<Option<Bytes>> {
+    poll_fn(|cx| records.split().0.poll_next(cx)).await
+}
+
+pub async fn flush(records: &mut Records) -> std::io::Result<()> {
+    poll_fn(|cx| records.split().1.poll_flush(cx)).await
+}
+
 #[tokio::test]
 async fn records_are_those_of_rustls() {
     let (own, _) = credentials();
@@ -157,8 +167,8 @@ async fn a_record_that_was_changed_breaks_the_connection() {
         outgoing.seal(b"the bytes", &[DATA]).expect("sealed");
     }
     near.spoil();
-    near.split().1.flush().await.expect("sent");
-    let error = far.split().0.next().await.expect_err("not its sender's");
+    flush(&mut near).await.expect("sent");
+    let error = next(&mut far).await.expect_err("not its sender's");
     assert_eq!(error.kind(), std::io::ErrorKind::InvalidData);
 }
 
@@ -167,7 +177,7 @@ async fn an_end_without_a_word_is_none() {
     let (near, far) = shaken().await;
     let mut far = far.records;
     drop(near);
-    let error = far.split().0.next().await.expect_err("cut off");
+    let error = next(&mut far).await.expect_err("cut off");
     assert_eq!(error.kind(), std::io::ErrorKind::UnexpectedEof);
 }
 
@@ -178,14 +188,11 @@ async fn an_idle_connection_keeps_no_buffers() {
     for length in [1, 9_000, 16_000] {
         let (_, mut outgoing) = near.split();
         outgoing.seal(&vec![7; length], &[DATA]).expect("sealed");
-        outgoing.flush().await.expect("sent");
-        let got = far.split().0.next().await.expect("a record");
+        flush(&mut near).await.expect("sent");
+        let got = next(&mut far).await.expect("a record");
         assert_eq!(got.map(|got| got.len()), Some(length));
     }
-    let waiting = async {
-        let (mut incoming, _) = far.split();
-        tokio::time::timeout(Duration::from_millis(20), incoming.next()).await
-    };
+    let waiting = tokio::time::timeout(Duration::from_millis(20), next(&mut far));
     assert!(waiting.await.is_err(), "nothing was sent");
     assert_eq!((near.held(), far.held()), (0, 0));
 }

@@ -106,17 +106,16 @@ impl Delivery<'_> {
         }
         let identity = Some(self.pod.identity());
         self.story.told = selected.told(&self.facts, Layer::Opaque);
-        let judged = (self.proxy.judge)
-            .connection(&selected, &self.facts, identity, self.client)
-            .await;
-        let permitted = match judged {
+        // What judging and dialling take is not to be kept as long as the connection lasts.
+        let judged = (self.proxy.judge).connection(&selected, &self.facts, identity, self.client);
+        let permitted = match Box::pin(judged).await {
             Ok(permitted) => permitted,
             Err(denial) => {
                 arrived.refuse(StatusCode::FORBIDDEN);
                 return Ending::Denied(denial);
             }
         };
-        let (stream, client) = match self.dial(&permitted).await {
+        let (stream, client) = match Box::pin(self.dial(&permitted)).await {
             Ok(opened) => opened,
             Err(error) => {
                 arrived.refuse(StatusCode::SERVICE_UNAVAILABLE);

@@ -45,7 +45,7 @@ pub use stream::{FastReader, FastStream, FastWriter, NotOpened};
 /// Largest payload of a frame, bytes.
 pub const MOST: usize = MOST_PLAIN - TRAILER;
 /// What is best written at once, bytes.
-pub const AT_ONCE: usize = 4 * MOST;
+pub const AT_ONCE: usize = 16 * MOST;
 /// Behind each payload.
 const TRAILER: usize = 7;
 /// Of frames that are the lane's.

@@ -359,7 +359,7 @@ async fn stream_of(
     );
     story.tls = Some(caller.session.clone());
     story.source.identity = Some(caller.peer.clone());
-    story.source.workload = look::client(proxy, client.ip()).await;
+    story.source.workload = Box::pin(look::client(proxy, client.ip())).await;
     story.destination.identity = Some(pod.identity().clone());
     story.destination.workload = Some(pod.workload.load_full());
     if !proxy.trust_domains.contains(&caller.peer.trust_domain) {

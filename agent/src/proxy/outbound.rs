@@ -2,9 +2,8 @@
 //! to go. What the kernel did not steer (a process that dials the port itself) is
 //! reset: there is no destination to carry it to.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{mem::MaybeUninit, net::SocketAddr, sync::Arc};
 
-use bytes::BytesMut;
 use socket2::SockRef;
 use tokio::{net::TcpStream, sync::watch};
 
@@ -71,7 +70,7 @@ pub async fn carry(
     story.source.process = Some(process);
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
-    let judged = match route(&proxy, &mut story, address, client).await {
+    let judged = match Box::pin(route(&proxy, &mut story, address, client)).await {
         Ok(outside @ Route::Outside(..)) => Ok(outside),
         Ok(route) => match may_connect(&proxy, pod, program.as_deref(), &story) {
             Ok(()) => Ok(route),
@@ -201,14 +200,12 @@ async fn route(
 }
 
 /// What has come already. Does not wait.
-fn waiting(stream: &TcpStream) -> BytesMut {
-    let mut first = BytesMut::with_capacity(fast::MOST);
+fn waiting(stream: &TcpStream) -> Vec<u8> {
+    let mut room = [MaybeUninit::uninit(); fast::MOST];
     // The runtime does not know yet whether there is something: it is not asked.
-    let spare = &mut first.spare_capacity_mut()[..fast::MOST];
-    let read = SockRef::from(stream).recv(spare).unwrap_or(0);
+    let read = SockRef::from(stream).recv(&mut room).unwrap_or(0);
     // Safety: so many bytes were written.
-    unsafe { first.set_len(read) };
-    first
+    unsafe { room[..read].assume_init_ref() }.to_vec()
 }
 
 #[expect(clippy::too_many_arguments, reason = "it is the rest of `carry`")]
@@ -256,15 +253,14 @@ async fn run(
         },
     };
     // Applications that speak first have done so by now.
-    let mut first = BytesMut::new();
-    if let (Upstream::Tunnel { .. }, None, End::Tcp(stream)) = (&upstream, &attacher, &source) {
-        first = waiting(stream);
-    }
-    let opened = match upstream.open(&first).await {
-        Ok(opened) => {
-            story.counters.add_sent(first.len());
-            opened
-        }
+    let first = match (&upstream, &attacher, &source) {
+        (Upstream::Tunnel { .. }, None, End::Tcp(stream)) => waiting(stream),
+        _ => Vec::new(),
+    };
+    story.counters.add_sent(first.len());
+    // What opening takes is not to be kept as long as the connection lasts.
+    let opened = match Box::pin(upstream.open(first)).await {
+        Ok(opened) => opened,
         Err(ending) => {
             source.reset();
             return ending;

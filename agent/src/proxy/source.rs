@@ -76,7 +76,7 @@ pub enum Guard {
 
 impl Upstream {
     /// `first`: bytes of the source that are sent on at once, to another node.
-    pub async fn open(&self, first: &[u8]) -> Result<Opened, Ending> {
+    pub async fn open(&self, first: Vec<u8>) -> Result<Opened, Ending> {
         match self {
             Self::Tunnel {
                 proxy,
@@ -84,7 +84,7 @@ impl Upstream {
                 address,
                 expected,
                 client,
-            } => match hbone::open(proxy, pod, *address, expected, *client, first).await {
+            } => match hbone::open(proxy, pod, *address, expected, *client, &first).await {
                 Ok(hbone::Stream {
                     end,
                     session,
@@ -320,7 +320,7 @@ impl Gate for SourceGate {
     }
 
     async fn dial(&self, (): &()) -> io::Result<Io> {
-        let opened = self.upstream.open(&[]).await;
+        let opened = self.upstream.open(Vec::new()).await;
         let Opened { end, guard, .. } = opened.map_err(|ending| match ending {
             Ending::Refused(_, why) | Ending::Failed(_, why) => io::Error::other(why),
             _ => io::ErrorKind::ConnectionRefused.into(),

@@ -4,11 +4,11 @@
 //! that cannot be written.
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
     fmt,
     future::poll_fn,
     io,
-    pin::Pin,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
     task::{Context, Poll},
 };
@@ -22,7 +22,6 @@ use tokio::{
         tcp::{ReadHalf, WriteHalf},
     },
 };
-use tokio_util::io::poll_read_buf;
 
 use super::fast::{AT_ONCE, FastReader, FastStream, FastWriter};
 use crate::audit::Bytes as Count;
@@ -32,7 +31,7 @@ const CHUNK: usize = AT_ONCE;
 /// And of one that has less than that at a time.
 const FEW: usize = 16 << 10;
 /// Records that are written on at once.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 16;
 
 pub enum End {
     Tcp(TcpStream),
@@ -142,7 +141,7 @@ impl End {
                 let reader = TcpReader {
                     tcp,
                     buffer: BytesMut::new(),
-                    chunk: FEW,
+                    has_much: false,
                 };
                 (Reader::Tcp(reader), Writer::Tcp(writer))
             }
@@ -218,38 +217,55 @@ enum Reader<'a> {
 
 struct TcpReader<'a> {
     tcp: ReadHalf<'a>,
+    /// Of one that has much at a time.
     buffer: BytesMut,
-    /// What is read at once.
-    chunk: usize,
+    has_much: bool,
+}
+
+thread_local! {
+    /// What few bytes are read into: connections have no buffer of their own for them.
+    static ROOM: RefCell<[u8; FEW]> = const { RefCell::new([0; FEW]) };
 }
 
 impl TcpReader<'_> {
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
-        // An idle connection keeps no buffer.
-        if self.tcp.as_ref().poll_read_ready(cx)?.is_pending() {
-            self.buffer = BytesMut::new();
-            return Poll::Pending;
-        }
-        self.buffer.reserve(self.chunk);
-        let room = self.buffer.capacity();
-        let read = match poll_read_buf(Pin::new(&mut self.tcp), cx, &mut self.buffer)? {
-            Poll::Ready(read) => read,
-            Poll::Pending => {
+        loop {
+            if self.tcp.as_ref().poll_read_ready(cx)?.is_pending() {
                 self.buffer = BytesMut::new();
                 return Poll::Pending;
             }
-        };
-        self.chunk = if read == room { CHUNK } else { FEW };
-        Poll::Ready(Ok(match read {
-            0 => None,
-            // A few bytes must not keep a whole chunk while they are queued.
-            few if few < FEW / 4 => {
-                let few = Bytes::copy_from_slice(&self.buffer);
-                self.buffer.clear();
-                Some(few)
+            let read = match self.has_much {
+                true => self.read_much(),
+                false => self.read_few(),
+            };
+            match read {
+                Ok(bytes) if bytes.is_empty() => return Poll::Ready(Ok(None)),
+                Ok(bytes) => return Poll::Ready(Ok(Some(bytes))),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Poll::Ready(Err(error)),
             }
-            _ => Some(self.buffer.split().freeze()),
-        }))
+        }
+    }
+
+    fn read_few(&mut self) -> io::Result<Bytes> {
+        ROOM.with_borrow_mut(|room| {
+            let read = self.tcp.try_read(room)?;
+            self.has_much = read == FEW;
+            Ok(Bytes::copy_from_slice(&room[..read]))
+        })
+    }
+
+    fn read_much(&mut self) -> io::Result<Bytes> {
+        self.buffer.reserve(CHUNK);
+        let read = self.tcp.try_read_buf(&mut self.buffer)?;
+        if read < FEW / 4 {
+            // They must not keep a whole chunk while they are queued.
+            self.has_much = false;
+            let few = Bytes::copy_from_slice(&self.buffer);
+            self.buffer = BytesMut::new();
+            return Ok(few);
+        }
+        Ok(self.buffer.split().freeze())
     }
 }
 

@@ -18,12 +18,14 @@ use crate::{
     proxy::tls::{MOST_PLAIN, Outgoing, Records},
 };
 
-/// What may be sent on a new stream, bytes.
+/// What may be sent on a new stream before there is credit, bytes.
 const WINDOW: usize = 64 << 10;
-/// And on any, at most: as much as a window may be.
+/// How much larger the window of a stream becomes whose receiver keeps up.
+const GROWTH: usize = 8;
+/// And what may be sent on any, at most.
 const MOST_CREDIT: usize = 1 << 30;
 /// What streams may have waiting to be sealed, bytes, before they wait themselves.
-const QUEUE: usize = 256 << 10;
+const QUEUE: usize = 512 << 10;
 /// A payload of this size is sealed from where it lies, and kept as it was received.
 const LARGE: usize = 4 << 10;
 /// Records that are received before others have their turn.
@@ -35,8 +37,8 @@ pub struct Lane {
     state: Mutex<State>,
     /// Streams that the peer may have open.
     most_streams: usize,
-    /// How far the window of a stream grows whose receiver keeps up.
-    most_window: usize,
+    /// What the peer may send on a stream before it is read, bytes.
+    window: usize,
 }
 
 #[derive(Default)]
@@ -65,8 +67,11 @@ pub(super) struct State {
 /// One stream.
 pub(super) struct Stream {
     chunks: VecDeque<Bytes>,
+    /// Bytes in there.
+    waiting: usize,
     /// The peer may send so many bytes before it must be given more.
     room: usize,
+    /// What the peer may send in all before it is read.
     window: usize,
     /// Taken, and not given back to the peer's credit.
     taken: usize,
@@ -90,6 +95,7 @@ impl Stream {
     fn new() -> Self {
         Self {
             chunks: VecDeque::new(),
+            waiting: 0,
             room: WINDOW,
             window: WINDOW,
             taken: 0,
@@ -109,6 +115,11 @@ impl Stream {
     /// Both directions have ended, and nothing is left to read.
     pub(super) fn is_over(&self) -> bool {
         self.sent_end.is_some() && self.received_end && self.chunks.is_empty()
+    }
+
+    /// Its reader does: it is what the sender waits for.
+    fn keeps_up(&self) -> bool {
+        self.since >= 2 * self.window && self.waiting < self.window / 2
     }
 
     fn wake_all(&mut self) {
@@ -135,7 +146,7 @@ impl Lane {
         Arc::new(Self {
             state: Mutex::default(),
             most_streams: transport.streams_per_tunnel.0 as usize,
-            most_window: (transport.stream_window.0 as usize).max(WINDOW),
+            window: (transport.stream_window.0 as usize).max(WINDOW),
         })
     }
 
@@ -143,8 +154,9 @@ impl Lane {
         self.state.lock().expect("no panic while it is held")
     }
 
+    /// A stream's largest window.
     pub(super) fn most_window(&self) -> usize {
-        self.most_window
+        self.window * GROWTH
     }
 
     /// A new stream to the peer, with its first bytes. `None`: the connection has ended.
@@ -161,6 +173,7 @@ impl Lane {
             state.push(Frame::new(id, Kind::Data, Bytes::copy_from_slice(part)));
         }
         state.streams.insert(id, stream);
+        state.grant(id, 0, self.window - WINDOW);
         drop(state);
         Some(FastStream::new(self.clone(), id))
     }
@@ -249,26 +262,31 @@ impl State {
     pub(super) fn received(&mut self, id: u32, most_window: usize) -> Option<Bytes> {
         let stream = self.stream(id);
         let chunk = stream.chunks.pop_front()?;
+        stream.waiting -= chunk.len();
         stream.taken += chunk.len();
         stream.since += chunk.len();
         if stream.taken >= stream.window / 2 && !stream.received_end {
-            let mut grant = std::mem::take(&mut stream.taken);
-            // Its reader keeps up: it is what the sender waits for.
-            if stream.chunks.is_empty() && stream.since >= 4 * stream.window {
-                let more = stream.window.min(most_window - stream.window);
-                stream.window += more;
-                stream.since = 0;
-                grant += more;
-            }
-            stream.room += grant;
-            let grant = u32::try_from(grant).expect("no more than two windows");
-            self.push(Frame::new(
-                id,
-                Kind::Credit,
-                Bytes::copy_from_slice(&grant.to_be_bytes()),
-            ));
+            let more = match stream.keeps_up() {
+                true => stream.window.min(most_window - stream.window),
+                false => 0,
+            };
+            let taken = std::mem::take(&mut stream.taken);
+            self.grant(id, taken, more);
         }
         Some(chunk)
+    }
+
+    /// The peer may send what was taken once more, and `more`.
+    fn grant(&mut self, id: u32, taken: usize, more: usize) {
+        let stream = self.stream(id);
+        if more > 0 {
+            stream.window += more;
+            stream.since = 0;
+        }
+        stream.room += taken + more;
+        let credit = u32::try_from(taken + more).expect("no more than two windows");
+        let credit = Bytes::copy_from_slice(&credit.to_be_bytes());
+        self.push(Frame::new(id, Kind::Credit, credit));
     }
 
     /// How much of a payload of this length can be sent on a stream now.
@@ -385,6 +403,7 @@ impl State {
                     payload = Bytes::copy_from_slice(&payload);
                 }
                 if !payload.is_empty() {
+                    stream.waiting += payload.len();
                     stream.chunks.push_back(payload);
                 }
                 wake(&mut stream.reader);
@@ -397,6 +416,7 @@ impl State {
                 stream.reset = true;
                 if !stream.received_end {
                     stream.chunks.clear();
+                    stream.waiting = 0;
                 }
                 stream.wake_all();
             }
@@ -534,6 +554,7 @@ impl Driver {
                     } else {
                         state.opened = id;
                         state.streams.insert(id, Stream::new());
+                        state.grant(id, 0, self.lane.window - WINDOW);
                         let stream = FastStream::new(self.lane.clone(), id);
                         self.offers.push_back((stream, open));
                     }

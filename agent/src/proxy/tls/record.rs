@@ -35,7 +35,7 @@ pub const MOST_PLAIN: usize = 16 << 10;
 /// Largest record on the wire, with its header.
 const MOST_WIRE: usize = HEADER + MOST_PLAIN + 256;
 /// Read at once of a connection that has more than a record at a time.
-const BULK: usize = 4 * MOST_WIRE;
+const BULK: usize = 16 * MOST_WIRE;
 /// What is sealed before it is sent.
 const SEALED: usize = 64 << 10;
 /// Records of one key (RFC 8446 5.5); ChaCha20-Poly1305 has no bound, and is renewed with

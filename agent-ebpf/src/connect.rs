@@ -110,6 +110,8 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         forget(cookie);
         return pass;
     };
+    // Whatever becomes of it now, it is not what it was steered to before.
+    forget(cookie);
     // SAFETY: a helper of this program type; the context outlives the call.
     let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     let cgroup = match caller(config, netns) {
@@ -137,7 +139,6 @@ fn decide(ctx: &SockAddrContext, destination: Address) -> Decision {
         sockets::refused(config, netns, cookie, destination, u32::from(port));
         return refuse;
     }
-    forget(cookie);
     let tgid = (bpf_get_current_pid_tgid() >> 32) as u32;
     let dial = dial(netns, cgroup, tgid, cookie, destination, u32::from(port));
     if DIALS.insert(cookie, dial, 0).is_err() {

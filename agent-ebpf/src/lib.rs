@@ -251,5 +251,5 @@ sizes! {
     Bucket = 24,
     Limits = 16,
     Call = 16,
-    Offsets = 168,
+    Offsets = 172,
 }

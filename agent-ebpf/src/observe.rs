@@ -9,6 +9,8 @@ pub mod datagrams;
 pub mod processes;
 pub mod sockets;
 
+use core::ffi::c_void;
+
 use aya_ebpf::{
     helpers::generated::{bpf_get_current_cgroup_id, bpf_get_current_task, bpf_ktime_get_ns},
     helpers::{
@@ -58,6 +60,7 @@ pub static OFFSETS: Offsets = Offsets {
     cgroup_kn: 0,
     kernfs_id: 0,
     cgroup_parent: 0,
+    css_cgroup: 0,
     task_nsproxy: 0,
     nsproxy_net: 0,
     task_flags: 0,
@@ -109,6 +112,20 @@ unsafe fn field<T>(base: u64, offset: u32) -> Option<T> {
     unsafe { bpf_probe_read_kernel((base + u64::from(offset)) as *const T) }.ok()
 }
 
+/// Reads a field of a structure whose type the verifier knows: a plain load, where
+/// [`field`] is a call. What is not there reads as zero.
+///
+/// # Safety
+/// `T` is what lies at `offset` of the structure at `base`.
+#[inline(always)]
+unsafe fn typed<T: Copy>(base: *const c_void, offset: u32) -> T {
+    // SAFETY: the kernel passes over a fault; the caller promises the type.
+    unsafe {
+        let at = base.cast::<u8>().add(offset as usize);
+        at.cast::<T>().read_volatile()
+    }
+}
+
 /// The pod that an event is about.
 #[derive(Clone, Copy)]
 pub struct Subject {
@@ -140,21 +157,17 @@ fn socket_netns(sk: u64) -> Option<u64> {
     }
 }
 
-/// The cgroup that a socket was made in; an accepted one has its listener's.
-#[inline(always)]
-fn socket_cgroup(sk: u64) -> Option<u64> {
-    // SAFETY: as above.
-    unsafe { field(sk, offset!(sock_cgroup)) }
-}
-
+/// 0: there is none.
+///
 /// # Safety
-/// `cgroup` is the address of a cgroup.
+/// `cgroup` is a cgroup to the verifier.
 #[inline(always)]
-unsafe fn cgroup_id(cgroup: u64) -> Option<u64> {
-    // SAFETY: as above, and the caller's promise.
+unsafe fn cgroup_id(cgroup: *const c_void) -> u64 {
+    // SAFETY: offsets and types are those of the running kernel's BTF, and the caller's
+    // promise.
     unsafe {
-        let node: u64 = field(cgroup, offset!(cgroup_kn))?;
-        field(node, offset!(kernfs_id))
+        let node: *const c_void = typed(cgroup, offset!(cgroup_kn));
+        typed(node, offset!(kernfs_id))
     }
 }
 
@@ -162,13 +175,18 @@ unsafe fn cgroup_id(cgroup: u64) -> Option<u64> {
 /// made itself, and one more.
 const LEVELS_ABOVE: usize = 4;
 
-/// The enrolled pod that a socket belongs to, whoever runs: softirq is nobody.
+/// The enrolled pod that a socket belongs to, whoever runs: softirq is nobody. The socket
+/// is one to the verifier.
 #[inline(always)]
-fn owner(config: &Config, sk: u64) -> Option<(Subject, Agents)> {
-    let netns = socket_netns(sk)?;
-    let mut at = socket_cgroup(sk)?;
-    // SAFETY: what `sk_cgrp_data` points to is a cgroup.
-    let own = unsafe { cgroup_id(at)? };
+fn owner(config: &Config, sk: *const c_void) -> Option<(Subject, Agents)> {
+    // SAFETY: offsets and types are those of the running kernel's BTF. What `sk_cgrp_data`
+    // points to is the cgroup that the socket was made in; an accepted one has its
+    // listener's.
+    let (netns, mut at, own) = unsafe {
+        let net: *const c_void = typed(sk, offset!(sock_net));
+        let at: *const c_void = typed(sk, offset!(sock_cgroup));
+        (typed(net, offset!(net_cookie)), at, cgroup_id(at))
+    };
     let agents = Agents::tell(config, own);
     if matches!(agents, Agents::Yes) {
         return None;
@@ -181,10 +199,16 @@ fn owner(config: &Config, sk: u64) -> Option<(Subject, Agents)> {
         }
     }
     for _ in 0..LEVELS_ABOVE {
-        // SAFETY: a cgroup begins with its `cgroup_subsys_state`, as its parent does.
-        at = unsafe { field(at, offset!(cgroup_parent))? };
-        // SAFETY: as above; zero above the root, which reads as nothing.
-        let cgroup = unsafe { cgroup_id(at)? };
+        // SAFETY: a cgroup begins with its `cgroup_subsys_state`, whose parent is of the
+        // same kind and knows its cgroup.
+        let cgroup = unsafe {
+            let above: *const c_void = typed(at, offset!(cgroup_parent));
+            at = typed(above, offset!(css_cgroup));
+            cgroup_id(at)
+        };
+        if cgroup == 0 {
+            return None; // above the root
+        }
         // SAFETY: the map's values are only replaced whole, by the agent.
         if let Some(workload) = unsafe { CGROUPS.get(cgroup) } {
             return (workload.enrolled == 1).then_some((Subject { netns, cgroup }, agents));
@@ -303,6 +327,49 @@ fn ends(sk: u64) -> Option<(At, At)> {
             port: u32::from(u16::from_be(port)),
         };
         Some((at(local, near), at(remote, far)))
+    }
+}
+
+/// As [`ends`], of a socket that is an `inet_sock`, or what has one in it, to the verifier.
+#[inline(always)]
+fn typed_ends(sk: *const c_void) -> Option<(At, At)> {
+    // SAFETY: offsets and types are those of the running kernel's BTF.
+    unsafe {
+        let (local, remote) = match typed(sk, offset!(sock_family)) {
+            AF_INET => (
+                mapped(typed(sk, offset!(sock_rcv_saddr))),
+                mapped(typed(sk, offset!(sock_daddr))),
+            ),
+            AF_INET6 => (
+                typed_address(sk, offset!(sock_v6_rcv_saddr)),
+                typed_address(sk, offset!(sock_v6_daddr)),
+            ),
+            _ => return None,
+        };
+        let (near, far): (u16, u16) = (
+            typed(sk, offset!(inet_sport)),
+            typed(sk, offset!(sock_dport)),
+        );
+        let at = |address, port| At {
+            address,
+            port: u32::from(u16::from_be(port)),
+        };
+        Some((at(local, near), at(remote, far)))
+    }
+}
+
+/// # Safety
+/// An IPv6 address lies at `offset` of the structure at `base`.
+#[inline(always)]
+unsafe fn typed_address(base: *const c_void, offset: u32) -> Address {
+    // SAFETY: the caller's promise.
+    unsafe {
+        [
+            typed(base, offset),
+            typed(base, offset + 4),
+            typed(base, offset + 8),
+            typed(base, offset + 12),
+        ]
     }
 }
 

@@ -225,6 +225,8 @@ pub struct Offsets {
     pub kernfs_id: u32,
     /// Of a cgroup's parent, which is a `cgroup_subsys_state` as it begins itself.
     pub cgroup_parent: u32,
+    /// Of the cgroup that a `cgroup_subsys_state` is of.
+    pub css_cgroup: u32,
     pub task_nsproxy: u32,
     pub nsproxy_net: u32,
     pub task_flags: u32,

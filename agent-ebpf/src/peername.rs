@@ -11,6 +11,7 @@ use postern_ebpf::{Address, Client, Endpoint};
 
 use crate::{
     context::{is_mapped, mapped, read_address, write_address},
+    lookup::is_loopback,
     maps::{CLIENTS, DIALS},
     observe::sockets,
 };
@@ -52,6 +53,10 @@ fn real_peer(ctx: &SockAddrContext, seen: Address) -> Option<Client> {
     // SAFETY: a helper of this program type; the context outlives the call.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     sockets::asked(cookie);
+    if !is_loopback(seen) {
+        // What is steered goes to loopback, and the agent's last hop comes from there.
+        return None;
+    }
     // SAFETY: the entry is copied out; it is written once, before the connect.
     if let Some(dial) = unsafe { DIALS.get(cookie) } {
         return Some(Client {

@@ -10,7 +10,9 @@ use aya_ebpf::{
 use postern_ebpf::{Address, Counter, Endpoint, Probe};
 
 use crate::{
+    connect::IPPROTO_TCP,
     context::{mapped, read_address},
+    lookup::is_loopback,
     maps::{DIALS, FLOWS, ORIGINS, PROBES, count},
 };
 
@@ -31,7 +33,11 @@ pub fn connecting(ctx: &SockOpsContext) -> u32 {
     }
     // SAFETY: a helper of this program type; the context outlives the call.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    if let Some(dial) = DIALS.get_ptr_mut(cookie) {
+    // What is steered goes to loopback, and nothing else is in `DIALS`.
+    if is_loopback(remote(ctx)) {
+        let Some(dial) = DIALS.get_ptr_mut(cookie) else {
+            return IGNORED;
+        };
         // SAFETY: a helper of this program type; the context outlives the call.
         let netns = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
         let flow = Endpoint {
@@ -69,17 +75,39 @@ pub fn connecting(ctx: &SockOpsContext) -> u32 {
 
 #[inline(always)]
 pub fn released(ctx: &SockContext) -> i32 {
+    let sock = ctx.sock;
+    // SAFETY: the context's own fields, all read before any is looked at.
+    let (protocol, family, state, port, v4, v6) = unsafe {
+        (
+            (&raw const (*sock).protocol).read_volatile(),
+            (&raw const (*sock).family).read_volatile(),
+            (&raw const (*sock).state).read_volatile(),
+            (&raw const (*sock).dst_port).read_volatile(),
+            (&raw const (*sock).dst_ip4).read_volatile(),
+            read_address((&raw const (*sock).dst_ip6).cast()),
+        )
+    };
+    if protocol != IPPROTO_TCP {
+        return PASS;
+    }
+    let remote = if family == AF_INET { mapped(v4) } else { v6 };
+    if port != 0 && !is_loopback(remote) {
+        // Connected, or it was, and not to the agent; what was known of a try before that
+        // is forgotten since then.
+        return PASS;
+    }
     // SAFETY: a helper of this program type; the context outlives the call.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    // SAFETY: the context's own fields.
-    let state = unsafe { (&raw const (*ctx.sock).state).read_volatile() };
     if state == TCP_CLOSE || state == TCP_SYN_SENT {
         // It never came to be: the agent will not ask for it.
         forget(cookie);
     } else {
         // The agent may not have accepted it yet, and the peer's bytes are on their
         // way: what it was dialled as stays in FLOWS.
-        let _absent = DIALS.remove(cookie);
+        // SAFETY: only whether it is there: a removal takes a lock also where it is not.
+        if unsafe { DIALS.get(cookie) }.is_some() {
+            let _there = DIALS.remove(cookie);
+        }
     }
     PASS
 }

@@ -13,7 +13,7 @@ use postern_ebpf::{Address, Config, EVENT_DATAGRAM, EVENT_PACKET, EVENT_RAW, Flo
 
 use super::{
     AF_INET, AF_INET6, At, Kind, Subject, calling, config, ends, field, header, now, offset, room,
-    sockaddr, socket_netns, task,
+    sockaddr, socket_netns, task, typed,
 };
 use crate::{
     context::{is_mapped, mapped, read_address},
@@ -86,14 +86,17 @@ pub fn hooked(ctx: &SockAddrContext, remote: Address) -> Option<()> {
 #[inline(always)]
 pub fn sent(sk: *mut c_void, length: i32) -> Option<()> {
     let at = sk as u64;
-    // SAFETY: offsets and types are those of the running kernel's BTF.
-    let (kind, family, protocol): (u16, u16, u16) = unsafe {
-        let kind = field(at, offset!(sock_type))?;
-        if kind == SOCK_STREAM || length < 0 {
-            return None;
-        }
-        let family = field(at, offset!(sock_family))?;
-        (kind, family, field(at, offset!(sock_protocol))?)
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let kind: u16 = unsafe { typed(sk, offset!(sock_type)) };
+    if kind == SOCK_STREAM || length < 0 {
+        return None;
+    }
+    // SAFETY: as above.
+    let (family, protocol): (u16, u16) = unsafe {
+        (
+            typed(sk, offset!(sock_family)),
+            typed(sk, offset!(sock_protocol)),
+        )
     };
     // SAFETY: the tracepoint's own argument; a helper that takes it.
     let cookie = || unsafe { bpf_get_socket_cookie(sk) };

@@ -5,7 +5,7 @@
 use core::ffi::c_void;
 
 use aya_ebpf::helpers::generated::{
-    bpf_get_current_cgroup_id, bpf_get_current_task, bpf_get_socket_cookie,
+    bpf_get_current_cgroup_id, bpf_get_current_task_btf, bpf_get_socket_cookie, bpf_skc_to_tcp_sock,
 };
 use postern_ebpf::{
     ACCEPTED, Address, ClosedEvent, Config, Counter, DIALLED, EVENT_CLOSED, EVENT_FAILED,
@@ -13,11 +13,12 @@ use postern_ebpf::{
 };
 
 use super::{
-    Agents, At, Kind, Subject, calling, config, cookie, ends, field, header, now, offset, owner,
-    room, sockaddr, socket_netns, task,
+    Agents, At, Kind, Subject, calling, config, cookie, field, header, now, offset, owner, room,
+    sockaddr, socket_netns, task, typed, typed_ends,
 };
 use crate::{
     context::is_agent,
+    lookup::is_loopback,
     maps::{DIALS, SOCKETS, TOLD, count},
 };
 
@@ -52,39 +53,55 @@ mod errno {
 /// `sock:inet_sock_set_state`: before the state changes.
 #[inline(always)]
 pub fn state(sk: *mut c_void, old: u32, new: u32) -> Option<()> {
-    let at = sk as u64;
-    if protocol(at)? != IPPROTO_TCP {
+    // Half of all changes are none of these.
+    let change = match (old, new) {
+        (tcp::CLOSE, tcp::SYN_SENT) => Change::Dialling,
+        (tcp::CLOSE, tcp::LISTEN) => Change::Listening,
+        (_, tcp::ESTABLISHED) => Change::Established,
+        (tcp::LISTEN | tcp::CLOSE, _) => return None,
+        (_, tcp::CLOSE) => Change::Closed,
+        _ => return None,
+    };
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let protocol: u16 = unsafe { typed(sk, offset!(sock_protocol)) };
+    if protocol != IPPROTO_TCP {
         return None;
     }
     let config = config()?;
-    match (old, new) {
-        (tcp::CLOSE, tcp::SYN_SENT) => dialling(config, sk),
-        (tcp::CLOSE, tcp::LISTEN) => listening(config, sk),
-        (_, tcp::ESTABLISHED) => established(config, sk, old),
-        (tcp::LISTEN | tcp::CLOSE, _) => None,
-        (_, tcp::CLOSE) => closed(config, at, old),
-        _ => None,
+    match change {
+        Change::Dialling => dialling(config, sk),
+        Change::Listening => listening(config, sk),
+        Change::Established => established(config, sk, old),
+        Change::Closed => closed(config, sk, old),
     }
+}
+
+enum Change {
+    Dialling,
+    Listening,
+    Established,
+    Closed,
 }
 
 /// Within `connect`, or a kernel thread's doing (MPTCP's further subflows).
 #[inline(always)]
 fn dialling(config: &Config, sk: *mut c_void) -> Option<()> {
-    let (subject, agents) = owner(config, sk as u64)?;
+    let (subject, agents) = owner(config, sk)?;
     if matches!(agents, Agents::Unsure) && is_agent(config) {
         return None;
     }
     // SAFETY: the tracepoint's own argument; a helper that takes it.
     let cookie = unsafe { bpf_get_socket_cookie(sk) };
-    let _absent = TOLD.remove(cookie);
-    // The hook before has changed where it goes.
+    forget_told(cookie);
+    // The hook before has changed where it goes, if it is to the agent.
+    let steered = matches!(tcp_ends(sk), Some((_, remote)) if is_loopback(remote.address));
     // SAFETY: the entry is copied out; it is written once, before.
-    let (dialled, dialled_port) = match unsafe { DIALS.get(cookie) } {
+    let (dialled, dialled_port) = match steered.then(|| unsafe { DIALS.get(cookie) }).flatten() {
         Some(dial) => (dial.destination, dial.destination_port),
         None => ([0; 4], 0),
     };
     // SAFETY: offset and type are those of the running kernel's BTF.
-    let flags: u32 = unsafe { field(bpf_get_current_task(), offset!(task_flags))? };
+    let flags: u32 = unsafe { typed(bpf_get_current_task_btf().cast(), offset!(task_flags)) };
     let tracked = Tracked {
         task: if flags & PF_KTHREAD == 0 {
             task()
@@ -107,7 +124,7 @@ fn dialling(config: &Config, sk: *mut c_void) -> Option<()> {
 /// In softirq, where it is a child of a listener.
 #[inline(always)]
 fn established(config: &Config, sk: *mut c_void, old: u32) -> Option<()> {
-    let known = cookie(sk as u64);
+    let known = typed_cookie(sk);
     if known != 0
         && let Some(tracked) = SOCKETS.get_ptr_mut(known)
     {
@@ -118,7 +135,7 @@ fn established(config: &Config, sk: *mut c_void, old: u32) -> Option<()> {
     if old != tcp::SYN_RECV {
         return None;
     }
-    let (subject, _) = owner(config, sk as u64)?;
+    let (subject, _) = owner(config, sk)?;
     // SAFETY: the tracepoint's own argument; a helper that takes it.
     let cookie = unsafe { bpf_get_socket_cookie(sk) };
     track(cookie, &accepted(subject.netns, subject.cgroup, NOBODY));
@@ -169,11 +186,11 @@ pub fn accept(sk: u64) -> Option<()> {
 
 #[inline(always)]
 fn listening(config: &Config, sk: *mut c_void) -> Option<()> {
-    let (subject, agents) = owner(config, sk as u64)?;
+    let (subject, agents) = owner(config, sk)?;
     if matches!(agents, Agents::Unsure) && is_agent(config) {
         return None;
     }
-    let (local, _) = ends(sk as u64)?;
+    let (local, _) = tcp_ends(sk)?;
     // SAFETY: the tracepoint's own argument; a helper that takes it.
     let cookie = unsafe { bpf_get_socket_cookie(sk) };
     let mut entry = room::<SocketEvent>(config, subject, Kind::Socket)?;
@@ -193,16 +210,23 @@ fn listening(config: &Config, sk: *mut c_void) -> Option<()> {
 }
 
 #[inline(always)]
-fn closed(config: &Config, sk: u64, old: u32) -> Option<()> {
-    let cookie = cookie(sk);
-    let tracked = match SOCKETS.get_ptr_mut(cookie) {
-        // SAFETY: copied out before it is removed.
-        Some(tracked) => unsafe { *tracked },
-        None => untracked(config, sk, old)?,
+fn closed(config: &Config, sk: *mut c_void, old: u32) -> Option<()> {
+    let cookie = typed_cookie(sk);
+    let known = match cookie {
+        0 => None, // nobody has asked for it
+        _ => SOCKETS.get_ptr_mut(cookie),
     };
-    let _absent = SOCKETS.remove(cookie);
-    // SAFETY: as above.
-    let left: u32 = unsafe { field(sk, offset!(tcp_segs_out))? };
+    let tracked = if let Some(known) = known {
+        // SAFETY: copied out before it is removed.
+        let tracked = unsafe { *known };
+        let _there = SOCKETS.remove(cookie);
+        tracked
+    } else {
+        untracked(config, sk, old)?
+    };
+    let tcp = tcp_sock(sk)?;
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    let left: u32 = unsafe { typed(tcp, offset!(tcp_segs_out)) };
     if old == tcp::SYN_SENT && left == 0 {
         // `connect` has not returned yet, and only it knows why.
         return None;
@@ -218,12 +242,12 @@ fn closed(config: &Config, sk: u64, old: u32) -> Option<()> {
         // Nobody accepted it: it may have been for the agent.
         return None;
     }
-    tell(config, sk, cookie, &tracked)
+    tell(config, tcp, cookie, &tracked)
 }
 
 /// The close of a socket that is not in `SOCKETS`. Its end is known all the same.
 #[inline(always)]
-fn untracked(config: &Config, sk: u64, old: u32) -> Option<Tracked> {
+fn untracked(config: &Config, sk: *mut c_void, old: u32) -> Option<Tracked> {
     if old == tcp::SYN_RECV {
         return None; // it never came to be
     }
@@ -231,7 +255,7 @@ fn untracked(config: &Config, sk: u64, old: u32) -> Option<Tracked> {
     if matches!(agents, Agents::Unsure) {
         return None;
     }
-    let (local, remote) = ends(sk)?;
+    let (local, remote) = tcp_ends(sk)?;
     let mut tracked = accepted(subject.netns, subject.cgroup, NOBODY);
     tracked.opened = 0;
     // A guess: servers have the lower ports.
@@ -243,22 +267,22 @@ fn untracked(config: &Config, sk: u64, old: u32) -> Option<Tracked> {
 }
 
 #[inline(always)]
-fn tell(config: &Config, sk: u64, cookie: u64, tracked: &Tracked) -> Option<()> {
+fn tell(config: &Config, tcp: *const c_void, cookie: u64, tracked: &Tracked) -> Option<()> {
     let subject = Subject {
         netns: tracked.netns,
         cgroup: tracked.cgroup,
     };
-    let (local, remote) = ends(sk)?;
+    let (local, remote) = typed_ends(tcp)?;
     // SAFETY: offsets and types are those of the running kernel's BTF.
     let (flags, sent, again, received, retransmits, srtt, errno) = unsafe {
         (
-            field::<u64>(sk, offset!(sock_flags))?,
-            field::<u64>(sk, offset!(tcp_bytes_sent))?,
-            field::<u64>(sk, offset!(tcp_bytes_retrans))?,
-            field::<u64>(sk, offset!(tcp_bytes_received))?,
-            field::<u32>(sk, offset!(tcp_total_retrans))?,
-            field::<u32>(sk, offset!(tcp_srtt_us))?,
-            field::<u32>(sk, offset!(sock_err))?,
+            typed::<u64>(tcp, offset!(sock_flags)),
+            typed::<u64>(tcp, offset!(tcp_bytes_sent)),
+            typed::<u64>(tcp, offset!(tcp_bytes_retrans)),
+            typed::<u64>(tcp, offset!(tcp_bytes_received)),
+            typed::<u32>(tcp, offset!(tcp_total_retrans)),
+            typed::<u32>(tcp, offset!(tcp_srtt_us)),
+            typed::<u32>(tcp, offset!(sock_err)),
         )
     };
     let mut entry = room::<ClosedEvent>(config, subject, Kind::Socket)?;
@@ -307,7 +331,7 @@ pub fn connect(sk: u64, address: u64, returned: i32) -> Option<()> {
     if protocol(sk)? != IPPROTO_TCP {
         return None;
     }
-    if TOLD.remove(cookie).is_ok() {
+    if forget_told(cookie) {
         return None;
     }
     let subject = calling(config, socket_netns(sk)?)?;
@@ -363,6 +387,34 @@ pub fn asked(cookie: u64) {
         // SAFETY: as above.
         unsafe { (*tracked).task = task() };
     }
+}
+
+/// Whether the end of a socket's connect was told. A look-up takes no lock, a removal does
+/// also where there is nothing.
+#[inline(always)]
+fn forget_told(cookie: u64) -> bool {
+    // SAFETY: a plain number.
+    unsafe { TOLD.get(cookie) }.is_some() && TOLD.remove(cookie).is_ok()
+}
+
+/// As [`cookie`], of a socket that is one to the verifier.
+#[inline(always)]
+fn typed_cookie(sk: *const c_void) -> u64 {
+    // SAFETY: offset and type are those of the running kernel's BTF.
+    unsafe { typed(sk, offset!(sock_cookie)) }
+}
+
+/// A TCP socket with all its fields.
+#[inline(always)]
+fn tcp_sock(sk: *mut c_void) -> Option<*const c_void> {
+    // SAFETY: a helper that takes what the verifier knows to be a socket.
+    let tcp = unsafe { bpf_skc_to_tcp_sock(sk) };
+    (!tcp.is_null()).then_some(tcp.cast_const().cast())
+}
+
+#[inline(always)]
+fn tcp_ends(sk: *mut c_void) -> Option<(At, At)> {
+    typed_ends(tcp_sock(sk)?)
 }
 
 #[inline(always)]

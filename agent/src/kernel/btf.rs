@@ -174,6 +174,7 @@ pub fn offsets(btf: &Btf) -> Result<Offsets, String> {
         cgroup_kn: of("cgroup", "kn")?,
         kernfs_id: of("kernfs_node", "id")?,
         cgroup_parent: of("cgroup_subsys_state", "parent")?,
+        css_cgroup: of("cgroup_subsys_state", "cgroup")?,
         task_nsproxy: of("task_struct", "nsproxy")?,
         nsproxy_net: of("nsproxy", "net_ns")?,
         task_flags: of("task_struct", "flags")?,

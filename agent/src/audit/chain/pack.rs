@@ -11,7 +11,7 @@ use std::{
 
 use super::{key::sync_directory, segment::Segment};
 
-const LEVEL: i32 = 3;
+const LEVEL: i32 = 1;
 
 pub enum Job {
     Pack(Segment),

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Error, Result, bail};
 use arc_swap::ArcSwap;
 use postern_ebpf::Counter;
 use tokio::{
@@ -88,6 +88,8 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .and_then(|()| std::fs::set_permissions(&config.state, Permissions::from_mode(0o700)))
         .with_context(|| format!("{}", config.state.display()))?;
 
+    // Meanwhile the rest begins.
+    let mut reading = Some(tokio::task::spawn_blocking(kernel::Types::read));
     // Whatever can be wrong with files is found before the kernel is touched.
     let cluster = Cluster::connect(&config)
         .await
@@ -130,13 +132,17 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     };
 
     // Beside an agent that runs, all is prepared before that one steps back.
-    let load = |start| {
-        let events = config.audit.events;
-        Kernel::load(&config.kernel, &cgroup, &config.state, events, start)
+    let mut load = async |start| {
+        let types = match reading.take() {
+            Some(reading) => reading.await.context("the kernel's types")?,
+            None => kernel::Types::read(),
+        };
+        let (state, events) = (&config.state, config.audit.events);
+        Kernel::load(&config.kernel, &cgroup, state, events, start, types).map_err(Error::from)
     };
     let (mut beside, mut taken) = (None, None);
     if let Some(taking) = handover::begin(&config, &own).await {
-        beside = Some(load(Start::Beside)?);
+        beside = Some(load(Start::Beside).await?);
         let known = match &cluster {
             Some(cluster) if cluster.has_workloads() => cluster::ahead(cluster, &config).await,
             _ => None,
@@ -191,7 +197,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
 
     let kernel = match beside {
         Some(kernel) => kernel,
-        None => load(Start::Alone)?,
+        None => load(Start::Alone).await?,
     };
     let elders = Arc::new(Elders::default());
     if let Some(taken) = &mut taken {

@@ -11,7 +11,7 @@ use std::{
     error::Error,
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::Duration,
 };
 
@@ -79,10 +79,15 @@ pub struct Answer {
     pub body: Bytes,
 }
 
+/// Made when it is first needed.
+type Lazy<T> = LazyLock<T, Box<dyn FnOnce() -> T + Send>>;
+
+type HttpsClient = Client<HttpsConnector<HttpConnector<Vetted>>, Full<Bytes>>;
+
 /// One connection a request; clones share the roots.
 #[derive(Clone, Debug)]
 pub struct Fetcher {
-    client: Client<HttpsConnector<HttpConnector<Vetted>>, Full<Bytes>>,
+    client: Arc<Lazy<HttpsClient>>,
 }
 
 impl Fetcher {
@@ -116,28 +121,11 @@ impl Fetcher {
         certificate: Option<Arc<dyn ResolvesClientCert>>,
         names: Vetted,
     ) -> Self {
-        let provider = Arc::new(aws_lc_rs::default_provider());
-        let tls = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .expect("the provider has suites of both versions")
-            .with_root_certificates(trust.0.clone());
-        let tls = match certificate {
-            Some(certificate) => tls.with_client_cert_resolver(certificate),
-            None => tls.with_no_client_auth(),
-        };
-        let mut tcp = HttpConnector::new_with_resolver(names);
-        tcp.enforce_http(false);
-        let connector = HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(tcp);
-        // Minutes pass between two fetches: no connection is kept.
-        let client = Client::builder(TokioExecutor::new())
-            .pool_max_idle_per_host(0)
-            .http1_max_buf_size(MAX_HEAD)
-            .build(connector);
-        Self { client }
+        let trust = trust.clone();
+        let make = move || client(&trust, certificate, names);
+        Self {
+            client: Arc::new(Lazy::new(Box::new(make))),
+        }
     }
 
     /// Fetches one document; `limit` is for all of it, name lookup included.
@@ -247,26 +235,66 @@ impl Fetcher {
     }
 }
 
+fn client(
+    trust: &Trust,
+    certificate: Option<Arc<dyn ResolvesClientCert>>,
+    names: Vetted,
+) -> HttpsClient {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let tls = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .expect("the provider has suites of both versions")
+        .with_root_certificates(trust.roots());
+    let tls = match certificate {
+        Some(certificate) => tls.with_client_cert_resolver(certificate),
+        None => tls.with_no_client_auth(),
+    };
+    let mut tcp = HttpConnector::new_with_resolver(names);
+    tcp.enforce_http(false);
+    let connector = HttpsConnectorBuilder::new()
+        .with_tls_config(tls)
+        .https_or_http()
+        .enable_http1()
+        .wrap_connector(tcp);
+    // Minutes pass between two fetches: no connection is kept.
+    Client::builder(TokioExecutor::new())
+        .pool_max_idle_per_host(0)
+        .http1_max_buf_size(MAX_HEAD)
+        .build(connector)
+}
+
 /// The roots that servers are trusted under.
 #[derive(Clone, Debug)]
-pub struct Trust(Arc<RootCertStore>);
+pub struct Trust(Arc<Lazy<Arc<RootCertStore>>>);
 
 impl Trust {
     /// The system's roots, or Mozilla's where the system has none, and those of a PEM
-    /// file besides.
+    /// file besides. The system's are read when they are first needed.
     pub fn new(more: Option<&Path>) -> Result<Self, RootsError> {
-        roots(more).map(|store| Self(Arc::new(store)))
+        let mut own = RootCertStore::empty();
+        if let Some(path) = more {
+            add_file(&mut own, path)?;
+        }
+        Ok(Self::made(move || {
+            let mut store = system_roots();
+            store.extend(own.roots.iter().cloned());
+            store
+        }))
     }
 
     /// Those of a PEM file and no others.
     pub fn only(path: &Path) -> Result<Self, RootsError> {
         let mut store = RootCertStore::empty();
         add_file(&mut store, path)?;
-        Ok(Self(Arc::new(store)))
+        Ok(Self::made(move || store))
+    }
+
+    fn made(make: impl FnOnce() -> RootCertStore + Send + 'static) -> Self {
+        Self(Arc::new(Lazy::new(Box::new(|| Arc::new(make())))))
     }
 
     pub fn roots(&self) -> Arc<RootCertStore> {
-        self.0.clone()
+        Arc::clone(&self.0)
     }
 }
 
@@ -310,7 +338,7 @@ fn checked(url: &str) -> Result<Uri, FetchError> {
     }
 }
 
-fn roots(more: Option<&Path>) -> Result<RootCertStore, RootsError> {
+fn system_roots() -> RootCertStore {
     let mut store = RootCertStore::empty();
     let native = rustls_native_certs::load_native_certs();
     for error in native.errors {
@@ -321,10 +349,7 @@ fn roots(more: Option<&Path>) -> Result<RootCertStore, RootsError> {
     if store.is_empty() {
         store.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
     }
-    if let Some(path) = more {
-        add_file(&mut store, path)?;
-    }
-    Ok(store)
+    store
 }
 
 /// Adds the certificates of a PEM file; at least one.

@@ -32,7 +32,7 @@ pub use cgroup::{
 pub use container::read_in_pod;
 pub use events::{Event, EventKind, Role, SocketLife, Task, decode, errno_name, text};
 pub use guard::guard;
-pub use load::{Kernel, KernelError, Start, cleanup, own_cgroup, shape};
+pub use load::{Kernel, KernelError, Start, Types, cleanup, own_cgroup, shape};
 pub use maps::{ClientEntry, from_abi, monotonic, to_abi};
 pub use netns::{Netns, addresses as netns_addresses, namespace_inode};
 pub use observers::{Attached, Blind};

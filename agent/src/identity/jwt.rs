@@ -115,7 +115,10 @@ impl JwtIssuer {
         let mut published = self.published.lock().expect("no panic while it is held");
         let period = period(now);
         if *published != Some(period) {
-            write_new(&self.file, self.jwks(now)?.to_string().as_bytes(), 0o644)?;
+            let keys = self.jwks(now)?.to_string();
+            if !std::fs::read(&self.file).is_ok_and(|held| held == keys.as_bytes()) {
+                write_new(&self.file, keys.as_bytes(), 0o644)?;
+            }
             *published = Some(period);
         }
         Ok(())

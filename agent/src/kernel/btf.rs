@@ -12,6 +12,9 @@ const MAGIC: u16 = 0xeb9f;
 mod kind {
     pub const STRUCT: u32 = 4;
     pub const UNION: u32 = 5;
+    pub const FORWARD: u32 = 7;
+    pub const TYPEDEF: u32 = 8;
+    pub const FUNCTION: u32 = 12;
 
     pub fn extra(kind: u32, vlen: usize) -> Option<usize> {
         Some(match kind {
@@ -83,6 +86,34 @@ impl Btf {
             }
         }
         found
+    }
+
+    /// The same types with nothing but the names of these, where they are functions or
+    /// types of their own: as BTF, and a small part of what all of it takes to read.
+    pub fn only(&self, names: &[&str]) -> Vec<u8> {
+        let mut strings = vec![0u8];
+        let mut types: Vec<u8> = Vec::with_capacity(12 * self.types.len());
+        for at in self.types.iter().skip(1) {
+            let mut record = [0, kind::FORWARD << 24, 0];
+            if let Some(kind @ (kind::FUNCTION | kind::TYPEDEF)) = self.kind(*at)
+                && let Some(name) = word(&self.data, *at).map(|offset| self.name(offset))
+                && names.iter().any(|wanted| wanted.as_bytes() == name)
+            {
+                record[..2].copy_from_slice(&[strings.len() as u32, kind << 24]);
+                strings.extend(name);
+                strings.push(0);
+            }
+            types.extend(record.map(u32::to_ne_bytes).as_flattened());
+        }
+        let length = types.len() as u32;
+        // Magic number, version and flags; the header's length, and where both parts lie.
+        let mut all = MAGIC.to_ne_bytes().to_vec();
+        all.extend([1, 0]);
+        let lengths = [24, 0, length, length, strings.len() as u32];
+        all.extend(lengths.map(u32::to_ne_bytes).as_flattened());
+        all.extend(types);
+        all.extend(strings);
+        all
     }
 
     fn kind(&self, at: usize) -> Option<u32> {
@@ -235,5 +266,35 @@ mod tests {
         assert_eq!(btf.member(at, "skc_family"), Some(10));
         assert_eq!(btf.member(at, "skc_net"), None);
         assert!(Btf::parse(vec![1, 2, 3]).is_none());
+    }
+
+    #[test]
+    fn ids_stay_where_names_are_left_out() {
+        let strings = b"\0aside\0wanted\0";
+        let types = [
+            [1, kind::TYPEDEF << 24, 0],
+            [7, kind::TYPEDEF << 24, 1],
+            [7, kind::FUNCTION << 24, 1],
+        ];
+        let types = types.as_flattened();
+        let length = size_of_val(types) as u32;
+        let mut data = MAGIC.to_le_bytes().to_vec();
+        data.extend([1, 0]);
+        let sizes = [24, 0, length, length, strings.len() as u32];
+        data.extend(sizes.iter().chain(types).flat_map(|w| w.to_le_bytes()));
+        data.extend(strings);
+        let only = Btf::parse(data).expect("valid").only(&["wanted"]);
+        aya::Btf::parse(&only, aya::Endianness::default()).expect("as aya reads it");
+        let only = Btf::parse(only).expect("valid");
+        let seen = only.types.iter().skip(1).map(|at| {
+            let name = word(&only.data, *at).map(|offset| only.name(offset));
+            (only.kind(*at).expect("a kind"), name.expect("a name"))
+        });
+        let wanted: [(u32, &[u8]); 3] = [
+            (kind::FORWARD, b""),
+            (kind::TYPEDEF, b"wanted"),
+            (kind::FUNCTION, b"wanted"),
+        ];
+        assert!(seen.eq(wanted));
     }
 }

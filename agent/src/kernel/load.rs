@@ -13,6 +13,7 @@ use std::{
     os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
+    thread,
 };
 
 use aya::{
@@ -20,11 +21,11 @@ use aya::{
     maps::{MapData, MapError, RingBuf},
     pin::PinError,
     programs::{
-        CgroupAttachMode, CgroupSock, CgroupSockAddr, ProgramError, SkLookup, SockOps,
+        CgroupAttachMode, CgroupSock, CgroupSockAddr, Program, ProgramError, SkLookup, SockOps,
         links::{FdLink, LinkError},
     },
 };
-use postern_ebpf::{ABI, Config, RANGES};
+use postern_ebpf::{ABI, Config, Offsets, RANGES};
 
 use super::{
     btf::{self, Btf},
@@ -131,6 +132,43 @@ pub(super) const SOCK_ADDR: [&str; 4] = [
 const SOCK_OPS: &str = "postern_sockops";
 const RELEASE: &str = "postern_release";
 const LOOKUP: &str = "postern_lookup";
+/// All that carry; the others observe.
+const HOOKS: [&str; 7] = [
+    SOCK_ADDR[0],
+    SOCK_ADDR[1],
+    SOCK_ADDR[2],
+    SOCK_ADDR[3],
+    SOCK_OPS,
+    RELEASE,
+    LOOKUP,
+];
+
+/// By name; taken apart, they can be loaded at the same time.
+pub(super) type Programs<'a> = HashMap<&'a str, &'a mut Program>;
+
+/// What the kernel says of its own types. Reading it takes long and touches nothing.
+pub struct Types {
+    /// Where fields lie, and what observers are attached to.
+    read: Result<(Offsets, aya::Btf), String>,
+    /// It reads them, too, if only to leave them.
+    loader: EbpfLoader<'static>,
+}
+
+impl Types {
+    pub fn read() -> Self {
+        let mut loader = EbpfLoader::new();
+        loader.btf(None);
+        let read = || {
+            let btf = Btf::of_kernel().map_err(|e| e.to_string())?;
+            Ok((btf::offsets(&btf)?, observers::types(&btf)?))
+        };
+        Self {
+            read: read(),
+            loader,
+        }
+    }
+}
+
 impl Kernel {
     /// Loads the programs and attaches them to the cgroup, taking over what an
     /// earlier agent left pinned.
@@ -140,6 +178,7 @@ impl Kernel {
         state: &Path,
         observe: bool,
         start: Start,
+        types: Types,
     ) -> Result<Arc<Self>, KernelError> {
         let lock = match start {
             Start::Alone => Some(lock(state)?),
@@ -154,15 +193,12 @@ impl Kernel {
                 source,
             })?;
         }
-        let offsets = Btf::of_kernel()
-            .map_err(|e| e.to_string())
-            .and_then(|b| btf::offsets(&b));
-        let known = offsets.as_ref().copied().unwrap_or_default();
+        let Types { read, mut loader } = types;
+        let offsets = (read.as_ref()).map_or_else(|_| Offsets::default(), |(offsets, _)| *offsets);
         let limits = observers::limits(config, observe);
         let observer = super::pids::own();
-        let mut loader = EbpfLoader::new();
         loader
-            .override_global("OFFSETS", &known, true)
+            .override_global("OFFSETS", &offsets, true)
             .override_global("LIMITS", &limits, true)
             .override_global("OBSERVER", &observer, true)
             .map_max_entries("MESH", config.max_destinations)
@@ -214,21 +250,32 @@ impl Kernel {
                 })?;
             }
         }
-        // Hooks of other maps know nothing of these: own ones stand beside them, so that
-        // what is dialled meanwhile is found in one or the other.
-        kernel.attach_hooks(&root, before.agent_tgid != 0)?;
-        if observe {
-            if start == Start::Alone {
-                kernel.inherit_sockets();
-            }
-            let ebpf = kernel.ebpf.get_mut();
-            let ebpf = ebpf.expect("no panic while programs are held");
-            let attached = match offsets {
-                Ok(_known) => observers::attach(ebpf, &root, config.probes),
-                Err(why) => observers::all_blind(&why),
-            };
-            kernel.blind = attached.into_iter().filter_map(|a| a.blind).collect();
+        if observe && start == Start::Alone {
+            kernel.inherit_sockets();
         }
+        let ebpf = kernel.ebpf.get_mut();
+        let ebpf = ebpf.expect("no panic while programs are held");
+        let hook = |name: &&str| HOOKS.contains(name);
+        let (mut hooks, mut others): (Programs<'_>, Programs<'_>) =
+            ebpf.programs_mut().partition(|(name, _)| hook(name));
+        // The kernel takes milliseconds to check a program: it can check two at a time.
+        let (hooked, observers) = thread::scope(|scope| {
+            let observing = observe.then(|| {
+                scope.spawn(|| match &read {
+                    Ok((_, btf)) => observers::attach(&mut others, btf, &root, config.probes),
+                    Err(why) => observers::all_blind(why),
+                })
+            });
+            // Hooks of other maps know nothing of these: own ones stand beside them, so that
+            // what is dialled meanwhile is found in one or the other.
+            let (links, place) = (&kernel.links, kernel.root);
+            let hooked = attach_hooks(&mut hooks, &root, links, place, before.agent_tgid != 0);
+            (hooked, observing.map(|observing| observing.join()))
+        });
+        hooked?;
+        let observers = observers.map(|joined| joined.expect("it does not panic"));
+        let attached = observers.into_iter().flatten();
+        kernel.blind = attached.filter_map(|a| a.blind).collect();
         Ok(Arc::new(kernel))
     }
 
@@ -253,21 +300,20 @@ impl Kernel {
         config: &config::Kernel,
         cgroup: &Path,
     ) -> Result<Vec<Attached>, KernelError> {
-        let offsets = Btf::of_kernel()
-            .map_err(|e| e.to_string())
-            .and_then(|b| btf::offsets(&b));
-        let known = match offsets {
-            Ok(known) => known,
+        let Types { read, mut loader } = Types::read();
+        let (offsets, btf) = match read {
+            Ok(read) => read,
             Err(why) => return Ok(observers::all_blind(&why)),
         };
         let root = File::open(cgroup).map_err(|source| KernelError::Path {
             path: cgroup.to_owned(),
             source,
         })?;
-        let mut ebpf = EbpfLoader::new()
-            .override_global("OFFSETS", &known, true)
+        let mut ebpf = loader
+            .override_global("OFFSETS", &offsets, true)
             .load(PROGRAMS)?;
-        Ok(observers::attach(&mut ebpf, &root, config.probes))
+        let mut programs = ebpf.programs_mut().collect();
+        Ok(observers::attach(&mut programs, &btf, &root, config.probes))
     }
 
     /// Puts this agent's hooks in the place of an earlier one's, once the maps say all
@@ -321,80 +367,6 @@ impl Kernel {
         *super::maps::hold(&self.lock) = lock;
     }
 
-    fn attach_hooks(&mut self, root: &File, same_maps: bool) -> Result<(), KernelError> {
-        // Links always stand beside others; they take no flags (bpf_link_create).
-        let multi = CgroupAttachMode::Single;
-        let (links, place) = (self.links.clone(), self.root);
-        // One that stands there gets this agent's program when all is ready.
-        let stands = |name: &str| {
-            let _stale = fs::remove_file(fresh(name, &links));
-            same_maps && link::stands(&links.join(name), place)
-        };
-        let ebpf = self
-            .ebpf
-            .get_mut()
-            .expect("no panic while programs are held");
-        // What finds the way back comes before what steers.
-        let program: &mut SockOps = program(ebpf, SOCK_OPS)?;
-        let fail = |source| KernelError::Program {
-            name: SOCK_OPS,
-            source,
-        };
-        program.load().map_err(fail)?;
-        if !stands(SOCK_OPS) {
-            let id = program.attach(root, multi).map_err(fail)?;
-            let link = program.take_link(id).map_err(fail)?;
-            pin(
-                SOCK_OPS,
-                &links,
-                FdLink::try_from(link).map_err(|source| KernelError::Link {
-                    name: SOCK_OPS,
-                    source,
-                })?,
-            )?;
-        }
-
-        let program: &mut CgroupSock = self::program(ebpf, RELEASE)?;
-        let fail = |source| KernelError::Program {
-            name: RELEASE,
-            source,
-        };
-        program.load().map_err(fail)?;
-        if !stands(RELEASE) {
-            let id = program.attach(root, multi).map_err(fail)?;
-            let link = program.take_link(id).map_err(fail)?;
-            pin(
-                RELEASE,
-                &links,
-                FdLink::try_from(link).map_err(|source| KernelError::Link {
-                    name: RELEASE,
-                    source,
-                })?,
-            )?;
-        }
-
-        for name in SOCK_ADDR.iter().rev() {
-            let program: &mut CgroupSockAddr = self::program(ebpf, name)?;
-            let fail = |source| KernelError::Program { name, source };
-            program.load().map_err(fail)?;
-            if stands(name) {
-                continue;
-            }
-            let id = program.attach(root, multi).map_err(fail)?;
-            let link = program.take_link(id).map_err(fail)?;
-            pin(
-                name,
-                &links,
-                FdLink::try_from(link).map_err(|source| KernelError::Link { name, source })?,
-            )?;
-        }
-        let program: &mut SkLookup = self::program(ebpf, LOOKUP)?;
-        program.load().map_err(|source| KernelError::Program {
-            name: LOOKUP,
-            source,
-        })
-    }
-
     /// Hands a pod's inbound connections to the agent from now on.
     pub fn attach_lookup(&self, netns: &Netns) -> Result<(), KernelError> {
         let mut ebpf = self.ebpf.lock().expect("no panic while programs are held");
@@ -442,6 +414,81 @@ impl Kernel {
     }
 }
 
+fn attach_hooks(
+    programs: &mut Programs<'_>,
+    root: &File,
+    links: &Path,
+    place: Place,
+    same_maps: bool,
+) -> Result<(), KernelError> {
+    // Links always stand beside others; they take no flags (bpf_link_create).
+    let multi = CgroupAttachMode::Single;
+    // One that stands there gets this agent's program when all is ready.
+    let stands = |name: &str| {
+        let _stale = fs::remove_file(fresh(name, links));
+        same_maps && link::stands(&links.join(name), place)
+    };
+    // What finds the way back comes before what steers.
+    let program: &mut SockOps = one_of(programs, SOCK_OPS)?;
+    let fail = |source| KernelError::Program {
+        name: SOCK_OPS,
+        source,
+    };
+    program.load().map_err(fail)?;
+    if !stands(SOCK_OPS) {
+        let id = program.attach(root, multi).map_err(fail)?;
+        let link = program.take_link(id).map_err(fail)?;
+        pin(
+            SOCK_OPS,
+            links,
+            FdLink::try_from(link).map_err(|source| KernelError::Link {
+                name: SOCK_OPS,
+                source,
+            })?,
+        )?;
+    }
+
+    let program: &mut CgroupSock = one_of(programs, RELEASE)?;
+    let fail = |source| KernelError::Program {
+        name: RELEASE,
+        source,
+    };
+    program.load().map_err(fail)?;
+    if !stands(RELEASE) {
+        let id = program.attach(root, multi).map_err(fail)?;
+        let link = program.take_link(id).map_err(fail)?;
+        pin(
+            RELEASE,
+            links,
+            FdLink::try_from(link).map_err(|source| KernelError::Link {
+                name: RELEASE,
+                source,
+            })?,
+        )?;
+    }
+
+    for name in SOCK_ADDR.iter().rev() {
+        let program: &mut CgroupSockAddr = one_of(programs, name)?;
+        let fail = |source| KernelError::Program { name, source };
+        program.load().map_err(fail)?;
+        if stands(name) {
+            continue;
+        }
+        let id = program.attach(root, multi).map_err(fail)?;
+        let link = program.take_link(id).map_err(fail)?;
+        pin(
+            name,
+            links,
+            FdLink::try_from(link).map_err(|source| KernelError::Link { name, source })?,
+        )?;
+    }
+    let program: &mut SkLookup = one_of(programs, LOOKUP)?;
+    program.load().map_err(|source| KernelError::Program {
+        name: LOOKUP,
+        source,
+    })
+}
+
 fn lookup_name(cookie: u64) -> String {
     format!("lookup-{cookie}")
 }
@@ -451,9 +498,29 @@ pub(super) fn program<'a, T>(
     name: &'static str,
 ) -> Result<&'a mut T, KernelError>
 where
-    &'a mut T: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
 {
-    ebpf.program_mut(name)
+    typed(ebpf.program_mut(name), name)
+}
+
+pub(super) fn one_of<'a, T>(
+    programs: &'a mut Programs<'_>,
+    name: &'static str,
+) -> Result<&'a mut T, KernelError>
+where
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    typed(programs.get_mut(name).map(|program| &mut **program), name)
+}
+
+fn typed<'a, T>(
+    program: Option<&'a mut Program>,
+    name: &'static str,
+) -> Result<&'a mut T, KernelError>
+where
+    &'a mut T: TryFrom<&'a mut Program, Error = ProgramError>,
+{
+    program
         .ok_or(KernelError::NoProgram(name))?
         .try_into()
         .map_err(|source| KernelError::Program { name, source })

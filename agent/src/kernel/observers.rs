@@ -5,12 +5,15 @@
 use std::fs::File;
 
 use aya::{
-    Btf, Ebpf, EbpfError,
+    Btf, Endianness,
     programs::{BtfTracePoint, CgroupAttachMode, CgroupSockAddr, FEntry, FExit, KProbe},
 };
 use postern_ebpf::Limits;
 
-use super::load::{KernelError, program};
+use super::{
+    btf,
+    load::{KernelError, Programs, one_of},
+};
 use crate::config::{self, Probes};
 
 /// A part that is missing or sees less than it could, and why.
@@ -201,14 +204,28 @@ pub struct Attached {
     pub blind: Option<Blind>,
 }
 
+/// Of the kernel's types what programs of all parts are attached to.
+pub(super) fn types(kernel: &btf::Btf) -> Result<Btf, String> {
+    let ways = PARTS.iter().flat_map(|part| part.ways);
+    let programs = ways.flat_map(|way| way.programs);
+    let names = programs.map(|(kind, _, target)| match kind {
+        Kind::Tracepoint => format!("btf_trace_{target}"),
+        _ => (*target).to_owned(),
+    });
+    let names: Vec<String> = names.collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    Btf::parse(&kernel.only(&names), Endianness::default()).map_err(|error| error.to_string())
+}
+
 /// Attaches all parts, hooks to this cgroup.
-pub(super) fn attach(ebpf: &mut Ebpf, cgroup: &File, probes: Probes) -> Vec<Attached> {
-    let btf = match Btf::from_sys_fs().map_err(EbpfError::from) {
-        Ok(btf) => btf,
-        Err(error) => return all_blind(&error.to_string()),
-    };
+pub(super) fn attach(
+    programs: &mut Programs<'_>,
+    btf: &Btf,
+    cgroup: &File,
+    probes: Probes,
+) -> Vec<Attached> {
     let mut attaching = Attaching {
-        ebpf,
+        programs,
         btf,
         cgroup,
         done: Vec::new(),
@@ -239,15 +256,15 @@ impl Part {
     }
 }
 
-struct Attaching<'a> {
-    ebpf: &'a mut Ebpf,
-    btf: Btf,
+struct Attaching<'a, 'p> {
+    programs: &'a mut Programs<'p>,
+    btf: &'a Btf,
     cgroup: &'a File,
     /// Programs that are attached: some are of two parts, or of two ways.
     done: Vec<&'static str>,
 }
 
-impl Attaching<'_> {
+impl Attaching<'_, '_> {
     fn part(&mut self, part: &Part, probes: Probes) -> Attached {
         let mut why = Vec::new();
         for way in part.ways.iter().filter(|way| way.wanted.contains(&probes)) {
@@ -285,30 +302,30 @@ impl Attaching<'_> {
         target: &'static str,
     ) -> Result<(), KernelError> {
         let fail = |source| KernelError::Program { name, source };
-        let (ebpf, btf) = (&mut *self.ebpf, &self.btf);
+        let (programs, btf) = (&mut *self.programs, self.btf);
         match kind {
             Kind::Tracepoint => {
-                let program: &mut BtfTracePoint = program(ebpf, name)?;
+                let program: &mut BtfTracePoint = one_of(programs, name)?;
                 program.load(target, btf).map_err(fail)?;
                 program.attach().map_err(fail)?;
             }
             Kind::Fentry => {
-                let program: &mut FEntry = program(ebpf, name)?;
+                let program: &mut FEntry = one_of(programs, name)?;
                 program.load(target, btf).map_err(fail)?;
                 program.attach().map_err(fail)?;
             }
             Kind::Fexit => {
-                let program: &mut FExit = program(ebpf, name)?;
+                let program: &mut FExit = one_of(programs, name)?;
                 program.load(target, btf).map_err(fail)?;
                 program.attach().map_err(fail)?;
             }
             Kind::Kprobe => {
-                let program: &mut KProbe = program(ebpf, name)?;
+                let program: &mut KProbe = one_of(programs, name)?;
                 program.load().map_err(fail)?;
                 program.attach(target, 0).map_err(fail)?;
             }
             Kind::Hook => {
-                let program: &mut CgroupSockAddr = program(ebpf, name)?;
+                let program: &mut CgroupSockAddr = one_of(programs, name)?;
                 program.load().map_err(fail)?;
                 let mode = CgroupAttachMode::Single;
                 program.attach(self.cgroup, mode).map_err(fail)?;

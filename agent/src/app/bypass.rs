@@ -18,7 +18,7 @@ use super::observe::tell::{NOT_HANDED_OVER, NOT_STEERED, in_mesh};
 use crate::{
     audit::{Direction, Flow, FlowEvent, FlowProtocol, Record, Socket},
     config::Bypass,
-    kernel::diag::{TcpSocket, destroy, tcp_listeners, tcp_sockets},
+    kernel::diag::{TcpSocket, destroy, tcp_connections, tcp_listeners},
     lifecycle::Watcher,
     proxy::{LocalPod, Proxy},
     workload::{Found, Table, Target},
@@ -86,7 +86,7 @@ fn look(
     seen: &mut Known,
 ) -> HashSet<IpAddr> {
     let mut strangers = HashSet::new();
-    let listed = tcp_sockets(&pod.netns).and_then(|s| Ok((s, tcp_listeners(&pod.netns)?)));
+    let listed = tcp_connections(&pod.netns).and_then(|s| Ok((s, tcp_listeners(&pod.netns)?)));
     let (sockets, listeners) = match listed {
         Ok(listed) => listed,
         Err(error) => {

@@ -24,7 +24,7 @@ use tell::{EARLY, Teller};
 
 /// Between two looks at an empty ring: of what comes meanwhile, only the first event wakes
 /// this agent.
-const REST: Duration = Duration::from_millis(2);
+const REST: Duration = Duration::from_millis(10);
 /// What the kernel counts as lost, and why. Their order is the ledger's.
 const LOSSES: [(Counter, Lost, &str); 10] = [
     (Counter::LostSocket, Lost::KernelSocket, "ring"),

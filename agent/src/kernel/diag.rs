@@ -37,6 +37,7 @@ pub struct TcpSocket {
 
 const LISTEN: u32 = 10;
 const ALL_BUT_LISTEN: u32 = !(1 << LISTEN);
+const ESTABLISHED: u32 = 1;
 /// `include/uapi/linux/sock_diag.h`.
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
@@ -45,26 +46,30 @@ const PATIENCE: TimeVal = TimeVal::new(2, 0);
 
 /// All TCP sockets in a namespace, both families, but those that listen.
 pub fn tcp_sockets(netns: &Netns) -> io::Result<Vec<TcpSocket>> {
-    let socket = open(netns)?;
-    let mut found = Vec::new();
-    for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
-        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
-        let wanted = request(SOCK_DIAG_BY_FAMILY, flags, family, ALL_BUT_LISTEN, None);
-        exchange(&socket, &wanted, &mut found)?;
-    }
-    Ok(found)
+    list(netns, ALL_BUT_LISTEN)
+}
+
+/// TCP connections that stand in a namespace, both families. Of a pod that dials and
+/// leaves all the time they are few beside what is left of those before.
+pub fn tcp_connections(netns: &Netns) -> io::Result<Vec<TcpSocket>> {
+    list(netns, 1 << ESTABLISHED)
 }
 
 /// Ports that something listens on in a namespace.
 pub fn tcp_listeners(netns: &Netns) -> io::Result<HashSet<u16>> {
+    let found = list(netns, 1 << LISTEN)?;
+    Ok(found.iter().map(|socket| socket.local.port()).collect())
+}
+
+fn list(netns: &Netns, states: u32) -> io::Result<Vec<TcpSocket>> {
     let socket = open(netns)?;
     let mut found = Vec::new();
     for family in [libc::AF_INET as u8, libc::AF_INET6 as u8] {
         let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
-        let wanted = request(SOCK_DIAG_BY_FAMILY, flags, family, 1 << LISTEN, None);
+        let wanted = request(SOCK_DIAG_BY_FAMILY, flags, family, states, None);
         exchange(&socket, &wanted, &mut found)?;
     }
-    Ok(found.iter().map(|socket| socket.local.port()).collect())
+    Ok(found)
 }
 
 /// Ends a connection: its owner sees ECONNABORTED, its peer a reset. Fails with

@@ -273,6 +273,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         let events = observe::kernel_events(proxy.clone(), commands);
         (observer, tokio::spawn(events))
     });
+    tokio::spawn(bypass::forget_missed(proxy.clone(), watcher.clone()));
     tokio::spawn(bypass::watch(
         proxy.clone(),
         config.enforce.bypass,

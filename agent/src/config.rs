@@ -255,13 +255,14 @@ pub struct Transport {
     pub keepalive_interval: Span,
     /// A tunnel whose ping is not answered in this time is closed.
     pub keepalive_timeout: Span,
-    /// Whether agents of this kind carry each stream on a connection of its own, instead of
-    /// in HTTP/2.
+    /// Whether agents of this kind speak a transport of their own with each other (lanes),
+    /// instead of HTTP/2.
     pub fast_path: bool,
     /// Streams on one tunnel: more open another, and a peer may open no more.
     pub streams_per_tunnel: Count,
-    /// HTTP/2 window of a stream, bytes. A tunnel's is as large as all its streams'
-    /// together, so that receivers that stop reading never stop the others.
+    /// Window of a stream, bytes. A tunnel's is as large as all its streams' together in
+    /// HTTP/2, and a lane has none, so that receivers that stop reading never stop the
+    /// others. On a lane it grows eightfold for a receiver that keeps up.
     pub stream_window: Window,
 }
 

@@ -22,6 +22,17 @@ use postern::{
     inspect, kernel, telemetry,
 };
 
+/// A connection is many small allocations on the thread that carries it: with this allocator
+/// they cost a fraction of what they do with the C library's.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// How it is set: memory that is not in use goes back to the system within a second, and
+/// not each thread has an arena of its own.
+#[unsafe(export_name = "_rjem_malloc_conf")]
+static ALLOCATOR_CONFIGURATION: &[u8; 78] =
+    b"background_thread:true,max_background_threads:1,narenas:4,dirty_decay_ms:1000\0";
+
 /// Node agent: mutual TLS, identity, policy and audit for every pod of a node.
 #[derive(Parser)]
 #[command(version, about)]

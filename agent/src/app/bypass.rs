@@ -34,6 +34,22 @@ const ANSWERED: Duration = Duration::from_secs(60);
 /// `include/net/tcp_states.h`.
 const ESTABLISHED: u8 = 1;
 
+/// Forgets sockets whose end nobody has seen.
+pub async fn forget_missed(proxy: Arc<Proxy>, mut stop: Watcher) {
+    const EVERY: Duration = Duration::from_secs(30);
+    let mut tick = tokio::time::interval(EVERY);
+    loop {
+        tokio::select! {
+            _ = tick.tick() => {}
+            () = stop.triggered() => return,
+        }
+        let pods = proxy.pods.load_full();
+        let own = pods.all.iter();
+        let own = own.filter(|pod| !pod.workload.load().host_network);
+        tokio::task::block_in_place(|| proxy.kernel.forget_missed(own.map(|pod| &*pod.netns)));
+    }
+}
+
 pub async fn watch(proxy: Arc<Proxy>, enforce: Bypass, mut stop: Watcher) {
     let mut known: HashMap<u64, Known> = HashMap::new();
     let mut asked: HashMap<IpAddr, Instant> = HashMap::new();

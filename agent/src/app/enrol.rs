@@ -141,12 +141,6 @@ fn started(state: &State, enroller: &Enroller, last: Last) {
         detail,
     });
     tracing::info!(node = state.proxy.audit.node(), "ready");
-    // What only the start took.
-    #[cfg(target_env = "gnu")]
-    // SAFETY: it takes the allocator's locks itself, and no pointer.
-    unsafe {
-        libc::malloc_trim(0)
-    };
 }
 
 /// What enrolment remembers from one round to the next.

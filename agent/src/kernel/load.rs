@@ -7,7 +7,7 @@
 //! hook missing.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs::{self, File, TryLockError},
     io,
     os::fd::AsFd,
@@ -89,6 +89,8 @@ pub struct Kernel {
     /// Sockets that an earlier agent followed, by namespace, until it is known which of
     /// them are still open.
     pub(super) inherited: Mutex<HashMap<u64, Vec<u64>>>,
+    /// Sockets that were followed and not open when they were looked for last.
+    pub(super) missed: Mutex<HashSet<u64>>,
     /// Where the hooks hang.
     root: Place,
     /// Released when the agent ends, however it ends. `None`: an agent that is still in
@@ -227,6 +229,7 @@ impl Kernel {
             maps_dir: pins,
             blind: Vec::new(),
             inherited: Mutex::default(),
+            missed: Mutex::default(),
             root: Place::Cgroup(
                 super::cgroup::id(cgroup).map_err(|source| KernelError::Path {
                     path: cgroup.to_owned(),

@@ -150,6 +150,8 @@ pub fn cross(profile: Profile, program: &Path) -> Result<()> {
         "CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUSTFLAGS",
         format!("-C {STATIC} -C {STRIP}"),
     );
+    // The allocator must know the largest page that a kernel there may have: 64 KiB.
+    build.env("JEMALLOC_SYS_WITH_LG_PAGE", "16");
     cmd::run(&mut build)?;
     let built = cmd::target().join(CROSS);
     let built = built.join(profile.name()).join("postern");

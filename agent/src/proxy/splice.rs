@@ -9,19 +9,21 @@ use std::{
     fmt,
     future::poll_fn,
     io,
+    pin::Pin,
     sync::atomic::{AtomicU32, AtomicU64, Ordering},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Buf as _, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use tokio::{
-    io::Interest,
+    io::{AsyncRead as _, Interest, ReadBuf},
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
 };
+use tokio_util::io::poll_read_buf;
 
 use super::fast::{AT_ONCE, FastReader, FastStream, FastWriter};
 use crate::audit::Bytes as Count;
@@ -229,43 +231,37 @@ thread_local! {
 
 impl TcpReader<'_> {
     fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
-        loop {
-            if self.tcp.as_ref().poll_read_ready(cx)?.is_pending() {
-                self.buffer = BytesMut::new();
-                return Poll::Pending;
-            }
-            let read = match self.has_much {
-                true => self.read_much(),
-                false => self.read_few(),
-            };
-            match read {
-                Ok(bytes) if bytes.is_empty() => return Poll::Ready(Ok(None)),
-                Ok(bytes) => return Poll::Ready(Ok(Some(bytes))),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Poll::Ready(Err(error)),
-            }
-        }
+        let bytes = match self.has_much {
+            true => ready!(self.poll_much(cx))?,
+            false => ready!(self.poll_few(cx))?,
+        };
+        Poll::Ready(Ok((!bytes.is_empty()).then_some(bytes)))
     }
 
-    fn read_few(&mut self) -> io::Result<Bytes> {
+    fn poll_few(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
         ROOM.with_borrow_mut(|room| {
-            let read = self.tcp.try_read(room)?;
-            self.has_much = read == FEW;
-            Ok(Bytes::copy_from_slice(&room[..read]))
+            let mut room = ReadBuf::new(room);
+            ready!(Pin::new(&mut self.tcp).poll_read(cx, &mut room))?;
+            self.has_much = room.remaining() == 0;
+            Poll::Ready(Ok(Bytes::copy_from_slice(room.filled())))
         })
     }
 
-    fn read_much(&mut self) -> io::Result<Bytes> {
+    fn poll_much(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Bytes>> {
+        if self.tcp.as_ref().poll_read_ready(cx)?.is_pending() {
+            self.buffer = BytesMut::new();
+            return Poll::Pending;
+        }
         self.buffer.reserve(CHUNK);
-        let read = self.tcp.try_read_buf(&mut self.buffer)?;
+        let read = ready!(poll_read_buf(Pin::new(&mut self.tcp), cx, &mut self.buffer))?;
         if read < FEW / 4 {
             // They must not keep a whole chunk while they are queued.
             self.has_much = false;
             let few = Bytes::copy_from_slice(&self.buffer);
             self.buffer = BytesMut::new();
-            return Ok(few);
+            return Poll::Ready(Ok(few));
         }
-        Ok(self.buffer.split().freeze())
+        Poll::Ready(Ok(self.buffer.split().freeze()))
     }
 }
 

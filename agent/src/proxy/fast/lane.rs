@@ -35,7 +35,8 @@ const DATA_RECORD: u8 = 23;
 
 pub struct Lane {
     state: Mutex<State>,
-    /// Streams that the peer may have open.
+    /// Streams that there may be here: twice as many as the peer may have open, for what has
+    /// ended there may not have been let go here.
     most_streams: usize,
     /// What the peer may send on a stream before it is read, bytes.
     window: usize,
@@ -145,7 +146,7 @@ impl Lane {
     pub fn new(transport: &Transport) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::default(),
-            most_streams: transport.streams_per_tunnel.0 as usize,
+            most_streams: 2 * transport.streams_per_tunnel.0 as usize,
             window: (transport.stream_window.0 as usize).max(WINDOW),
         })
     }
@@ -546,9 +547,8 @@ impl Driver {
                     let open = open.ok_or_else(|| invalid("a stream to nowhere"))?;
                     let id = frame.stream;
                     if state.streams.len() >= self.lane.most_streams {
-                        let status = StatusCode::SERVICE_UNAVAILABLE.as_u16().to_be_bytes();
-                        let status = Bytes::copy_from_slice(&status);
-                        state.push(Frame::new(id, Kind::Refused, status));
+                        // It has not been: the peer may open it on another lane.
+                        state.push(Frame::new(id, Kind::Reset, Bytes::new()));
                     } else if id <= state.opened {
                         return Err(invalid("a stream that has been"));
                     } else {

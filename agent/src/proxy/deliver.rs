@@ -46,7 +46,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 impl Arrived {
     /// Lets the other side begin.
-    async fn open(self) -> io::Result<End> {
+    async fn open(self, limit: Duration) -> io::Result<End> {
         match self {
             Self::Open(end) => Ok(end),
             Self::Asked { body, mut respond } => Ok(End::Stream {
@@ -56,7 +56,8 @@ impl Arrived {
                 recv: body,
             }),
             Self::Offered(mut stream) => {
-                stream.accept().await?;
+                // A peer that takes no answer does not want the stream.
+                timeout(limit, stream.accept()).await??;
                 Ok(End::Fast(stream))
             }
         }
@@ -100,6 +101,7 @@ impl Delivery<'_> {
             arrived.refuse(StatusCode::FORBIDDEN);
             return Ending::Denied(denial);
         }
+        let limit = self.proxy.transport.connect_timeout.0;
         if selected.needs_request(&self.facts).is_some() {
             live.reads_requests();
             return Box::pin(self.read(arrived, live, &selected)).await;
@@ -122,7 +124,7 @@ impl Delivery<'_> {
                 return self.unreachable(&error);
             }
         };
-        match arrived.open().await {
+        match arrived.open(limit).await {
             Ok(end) if self.attacher.is_some() => {
                 Box::pin(self.send(end, stream, client, permitted, live)).await
             }
@@ -178,6 +180,7 @@ impl Delivery<'_> {
     /// Looks at the first bytes, and carries HTTP request by request. What is not
     /// HTTP is judged without a request.
     async fn read(mut self, arrived: Arrived, mut live: Registered, selected: &Selected) -> Ending {
+        let limit = self.proxy.transport.connect_timeout.0;
         // What may pass unread may come from a server that speaks first.
         let mut early = None;
         if !selected.has_providers()
@@ -192,7 +195,7 @@ impl Delivery<'_> {
                 }
             }
         }
-        let mut source = match arrived.open().await {
+        let mut source = match arrived.open(limit).await {
             Ok(end) => Io::new(end, BytesMut::new()),
             Err(error) => return Ending::Failed(Fault::Network, format!("the tunnel: {error}")),
         };

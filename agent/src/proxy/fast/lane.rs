@@ -359,7 +359,9 @@ impl State {
     pub(super) fn poll_broken(&mut self, id: u32, cx: &Context<'_>) -> Poll<io::Error> {
         let ended = self.ended;
         let stream = self.stream(id);
-        if ended || stream.reset {
+        // A lane that ends takes nothing from a stream that both sides have ended.
+        let whole = stream.sent_end.is_some() && stream.received_end;
+        if stream.reset || ended && !whole {
             return Poll::Ready(io::ErrorKind::ConnectionReset.into());
         }
         wait(&mut stream.watcher, cx);

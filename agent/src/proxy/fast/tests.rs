@@ -341,6 +341,22 @@ async fn a_lane_that_ends_breaks_its_streams() {
 }
 
 #[tokio::test]
+async fn a_lane_that_ends_breaks_no_stream_that_has_ended() {
+    let mut world = World::new().await;
+    let (mut near, mut far) = world.stream(b"").await;
+    say(&mut near, b"the last word", true).await;
+    assert_eq!(hear_all(&mut far).await, b"the last word");
+    say(&mut far, b"as well", true).await;
+    drop(far);
+    tokio::time::sleep(SOON).await;
+    world.destination.abort();
+    assert!(world.source.await.expect("no panic").is_err());
+    let broken = async { near.split().1.broken().await };
+    assert!(timeout(SOON, broken).await.is_err(), "it is whole");
+    assert_eq!(hear_all(&mut near).await, b"as well");
+}
+
+#[tokio::test]
 async fn a_peer_without_a_word_is_noticed() {
     let transport = Transport {
         keepalive_interval: Span(SOON),

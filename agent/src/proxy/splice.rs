@@ -10,7 +10,7 @@ use std::{
     future::poll_fn,
     io,
     pin::Pin,
-    sync::atomic::{AtomicU32, AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering},
     task::{Context, Poll, ready},
 };
 
@@ -22,6 +22,7 @@ use tokio::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    task::coop::poll_proceed,
 };
 use tokio_util::io::poll_read_buf;
 
@@ -97,46 +98,38 @@ pub async fn splice(
     destination: &mut End,
     counters: &Counters,
 ) -> Result<(), Broken> {
-    let (mut from_source, mut to_source) = source.split();
-    let (mut from_destination, mut to_destination) = destination.split();
-    let ended = AtomicU32::new(0);
-    let broken = |side| move |error| Broken { side, error };
-    let out = async {
-        match pump(&mut from_source, &mut to_destination, &counters.sent).await {
-            Ok(()) => last(&ended, &mut to_destination)
-                .await
-                .map_err(broken(Side::Destination)),
-            Err(Failed::Read(error)) => Err(broken(Side::Source)(error)),
-            Err(Failed::Write(error)) => Err(broken(Side::Destination)(error)),
+    let (from_source, mut to_source) = source.split();
+    let (from_destination, mut to_destination) = destination.split();
+    let (to_source, source) = to_source.parts();
+    let (to_destination, destination) = to_destination.parts();
+    let mut out = Pump::new(from_source, to_destination, &counters.sent);
+    let mut back = Pump::new(from_destination, to_source, &counters.received);
+    let both = poll_fn(|cx| {
+        let sent = out.poll(cx).map_err(Failed::out)?;
+        let received = back.poll(cx).map_err(Failed::back)?;
+        if sent && received {
+            return Poll::Ready(Ok(()));
         }
-    };
-    let back = async {
-        match pump(&mut from_destination, &mut to_source, &counters.received).await {
-            Ok(()) => last(&ended, &mut to_source)
-                .await
-                .map_err(broken(Side::Source)),
-            Err(Failed::Read(error)) => Err(broken(Side::Destination)(error)),
-            Err(Failed::Write(error)) => Err(broken(Side::Source)(error)),
+        // Who has ended its side goes on being watched: it may break while the other is
+        // held up.
+        if let Poll::Ready(error) = out.writer.poll_broken(cx) {
+            return Poll::Ready(Err(Failed::Write(error).out()));
         }
-    };
+        if let Poll::Ready(error) = back.writer.poll_broken(cx) {
+            return Poll::Ready(Err(Failed::Write(error).back()));
+        }
+        Poll::Pending
+    });
     tokio::select! {
-        result = out => result,
-        result = back => result,
-    }
-}
-
-/// Called when a direction has ended. The last one to end ends the connection; the
-/// first goes on watching its peer, which may break while the other is held up.
-async fn last(ended: &AtomicU32, writer: &mut Writer<'_>) -> io::Result<()> {
-    if ended.fetch_add(1, Ordering::Relaxed) == 1 {
-        Ok(())
-    } else {
-        Err(writer.broken().await)
+        biased;
+        result = both => result,
+        error = breaks(source) => Err(Failed::Write(error).back()),
+        error = breaks(destination) => Err(Failed::Write(error).out()),
     }
 }
 
 impl End {
-    fn split(&mut self) -> (Reader<'_>, Writer<'_>) {
+    fn split(&mut self) -> (Reader<'_>, Half<'_>) {
         match self {
             Self::Tcp(stream) => {
                 let (tcp, writer) = stream.split();
@@ -145,12 +138,12 @@ impl End {
                     buffer: BytesMut::new(),
                     has_much: false,
                 };
-                (Reader::Tcp(reader), Writer::Tcp(writer))
+                (Reader::Tcp(reader), Half::Tcp(writer))
             }
-            Self::Stream { send, recv } => (Reader::Stream(recv), Writer::Stream(send)),
+            Self::Stream { send, recv } => (Reader::Stream(recv), Half::Stream(send)),
             Self::Fast(stream) => {
                 let (reader, writer) = stream.split();
-                (Reader::Fast(reader), Writer::Fast(writer))
+                (Reader::Fast(reader), Half::Fast(writer))
             }
         }
     }
@@ -174,40 +167,127 @@ impl End {
     }
 }
 
+/// What of an end is written to.
+enum Half<'a> {
+    Tcp(WriteHalf<'a>),
+    Stream(&'a mut SendStream<Bytes>),
+    Fast(FastWriter<'a>),
+}
+
+impl Half<'_> {
+    /// What writes to it, and the connection that is to be watched beside it.
+    fn parts(&mut self) -> (Writer<'_>, Option<&TcpStream>) {
+        match self {
+            Self::Tcp(half) => {
+                let stream = (*half).as_ref();
+                (Writer::Tcp(stream), Some(stream))
+            }
+            Self::Stream(send) => (Writer::Stream(send), None),
+            Self::Fast(writer) => (Writer::Fast(*writer), None),
+        }
+    }
+}
+
 enum Failed {
     Read(io::Error),
     Write(io::Error),
 }
 
-async fn pump(
-    reader: &mut Reader<'_>,
-    writer: &mut Writer<'_>,
-    counter: &AtomicU64,
-) -> Result<(), Failed> {
-    let mut chunks = VecDeque::new();
-    loop {
-        // A fast peer must not keep the connection's end from its turn.
-        tokio::task::consume_budget().await;
-        // A writer that breaks while nothing is read must be noticed, too.
-        let chunk = tokio::select! {
-            biased;
-            chunk = reader.read() => chunk.map_err(Failed::Read)?,
-            error = writer.broken() => return Err(Failed::Write(error)),
+impl Failed {
+    /// Of the way to the destination.
+    fn out(self) -> Broken {
+        self.between(Side::Source, Side::Destination)
+    }
+
+    /// Of the way back.
+    fn back(self) -> Broken {
+        self.between(Side::Destination, Side::Source)
+    }
+
+    fn between(self, from: Side, to: Side) -> Broken {
+        let (side, error) = match self {
+            Self::Read(error) => (from, error),
+            Self::Write(error) => (to, error),
         };
-        let Some(chunk) = chunk else {
-            return writer.finish().await.map_err(Failed::Write);
-        };
-        let mut length = chunk.len();
-        chunks.push_back(chunk);
-        while chunks.len() < TOGETHER
-            && let Some(more) = reader.received()
-        {
-            length += more.len();
-            chunks.push_back(more);
+        Broken { side, error }
+    }
+}
+
+/// One direction.
+struct Pump<'a> {
+    reader: Reader<'a>,
+    writer: Writer<'a>,
+    counter: &'a AtomicU64,
+    /// Read, and not written yet.
+    chunks: VecDeque<Bytes>,
+    /// Bytes that were read with these.
+    length: usize,
+    stage: Stage,
+}
+
+#[derive(PartialEq, Eq)]
+enum Stage {
+    Moves,
+    /// There is nothing more to read.
+    Ends,
+    Ended,
+}
+
+impl<'a> Pump<'a> {
+    fn new(reader: Reader<'a>, writer: Writer<'a>, counter: &'a AtomicU64) -> Self {
+        Self {
+            reader,
+            writer,
+            counter,
+            chunks: VecDeque::new(),
+            length: 0,
+            stage: Stage::Moves,
         }
-        writer.write(&mut chunks).await.map_err(Failed::Write)?;
-        reader.release(length).map_err(Failed::Read)?;
-        counter.fetch_add(length as u64, Ordering::Relaxed);
+    }
+
+    /// Moves what can be moved. Says whether its end was passed on.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Result<bool, Failed> {
+        while self.stage != Stage::Ended {
+            match self.step(cx) {
+                Poll::Ready(result) => result?,
+                Poll::Pending => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    fn step(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Failed>> {
+        if self.stage == Stage::Ends {
+            ready!(self.writer.poll_finish(cx)).map_err(Failed::Write)?;
+            self.stage = Stage::Ended;
+            return Poll::Ready(Ok(()));
+        }
+        // A fast peer must not keep the connection's end from its turn.
+        let turn = ready!(poll_proceed(cx));
+        if self.chunks.is_empty() {
+            let Some(chunk) = ready!(self.reader.poll_read(cx)).map_err(Failed::Read)? else {
+                self.writer.end().map_err(Failed::Write)?;
+                self.stage = Stage::Ends;
+                return Poll::Ready(Ok(()));
+            };
+            self.take(chunk);
+            while self.chunks.len() < TOGETHER
+                && let Some(more) = self.reader.received()
+            {
+                self.take(more);
+            }
+        }
+        ready!(self.writer.poll_write(cx, &mut self.chunks)).map_err(Failed::Write)?;
+        turn.made_progress();
+        let length = std::mem::take(&mut self.length);
+        self.reader.release(length).map_err(Failed::Read)?;
+        self.counter.fetch_add(length as u64, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
+    }
+
+    fn take(&mut self, chunk: Bytes) {
+        self.length += chunk.len();
+        self.chunks.push_back(chunk);
     }
 }
 
@@ -266,15 +346,15 @@ impl TcpReader<'_> {
 }
 
 impl Reader<'_> {
-    /// The next bytes; `None` at an orderly end. Safe to cancel.
-    async fn read(&mut self) -> io::Result<Option<Bytes>> {
+    /// The next bytes; `None` at an orderly end.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Option<Bytes>>> {
         match self {
-            Self::Tcp(tcp) => poll_fn(|cx| tcp.poll_read(cx)).await,
-            Self::Stream(recv) => match recv.data().await {
-                None => Ok(None),
-                Some(chunk) => chunk.map(Some).map_err(from_h2),
+            Self::Tcp(tcp) => tcp.poll_read(cx),
+            Self::Stream(recv) => match ready!(recv.poll_data(cx)) {
+                None => Poll::Ready(Ok(None)),
+                Some(chunk) => Poll::Ready(chunk.map(Some).map_err(from_h2)),
             },
-            Self::Fast(reader) => poll_fn(|cx| reader.poll_read(cx)).await,
+            Self::Fast(reader) => reader.poll_read(cx),
         }
     }
 
@@ -299,17 +379,25 @@ impl Reader<'_> {
 }
 
 enum Writer<'a> {
-    Tcp(WriteHalf<'a>),
+    Tcp(&'a TcpStream),
     Stream(&'a mut SendStream<Bytes>),
     Fast(FastWriter<'a>),
 }
 
 impl Writer<'_> {
     /// Writes all of them.
-    async fn write(&mut self, chunks: &mut VecDeque<Bytes>) -> io::Result<()> {
-        match self {
-            Self::Tcp(stream) => {
-                while !chunks.is_empty() {
+    fn poll_write(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunks: &mut VecDeque<Bytes>,
+    ) -> Poll<io::Result<()>> {
+        while let Some(chunk) = chunks.front_mut() {
+            if chunk.is_empty() {
+                chunks.pop_front();
+                continue;
+            }
+            match self {
+                Self::Tcp(stream) => {
                     let mut slices = [io::IoSlice::new(&[]); TOGETHER];
                     for (slice, chunk) in slices.iter_mut().zip(chunks.iter()) {
                         *slice = io::IoSlice::new(chunk);
@@ -317,42 +405,33 @@ impl Writer<'_> {
                     match stream.try_write_vectored(&slices) {
                         Ok(written) => advance(chunks, written),
                         Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                            stream.writable().await?;
+                            ready!(stream.poll_write_ready(cx))?;
                         }
-                        Err(error) => return Err(error),
+                        Err(error) => return Poll::Ready(Err(error)),
                     }
                 }
-            }
-            Self::Stream(send) => {
-                for mut chunk in chunks.drain(..) {
-                    while !chunk.is_empty() {
-                        send.reserve_capacity(chunk.len());
-                        let room = match send.capacity() {
-                            0 => poll_fn(|cx| send.poll_capacity(cx))
-                                .await
-                                .ok_or(io::ErrorKind::BrokenPipe)?
-                                .map_err(from_h2)?,
-                            room => room,
-                        };
-                        let part = chunk.split_to(room.min(chunk.len()));
-                        send.send_data(part, false).map_err(from_h2)?;
-                    }
+                Self::Stream(send) => {
+                    send.reserve_capacity(chunk.len());
+                    let room = match send.capacity() {
+                        0 => ready!(send.poll_capacity(cx))
+                            .ok_or(io::ErrorKind::BrokenPipe)?
+                            .map_err(from_h2)?,
+                        room => room,
+                    };
+                    let part = chunk.split_to(room.min(chunk.len()));
+                    send.send_data(part, false).map_err(from_h2)?;
                 }
-            }
-            Self::Fast(writer) => {
-                for mut chunk in chunks.drain(..) {
-                    poll_fn(|cx| writer.poll_write(cx, &mut chunk)).await?;
-                }
+                Self::Fast(writer) => ready!(writer.poll_write(cx, chunk))?,
             }
         }
-        Ok(())
+        Poll::Ready(Ok(()))
     }
 
     /// Passes on the end of this direction; the other goes on.
-    async fn finish(&mut self) -> io::Result<()> {
+    fn end(&mut self) -> io::Result<()> {
         match self {
             Self::Tcp(stream) => {
-                match socket2::SockRef::from(stream.as_ref()).shutdown(std::net::Shutdown::Write) {
+                match socket2::SockRef::from(*stream).shutdown(std::net::Shutdown::Write) {
                     // The peer has ended its side, too, and is gone already.
                     Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
                     result => result,
@@ -361,20 +440,29 @@ impl Writer<'_> {
             Self::Stream(send) => send.send_data(Bytes::new(), true).map_err(from_h2),
             Self::Fast(writer) => {
                 writer.end();
-                poll_fn(|cx| writer.poll_flush(cx)).await
+                Ok(())
             }
         }
     }
 
-    /// Returns when the peer has broken the connection, or no longer takes bytes.
-    async fn broken(&mut self) -> io::Error {
+    /// Ready when that is sent.
+    fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self {
-            Self::Tcp(stream) => broken(stream.as_ref()).await,
-            Self::Fast(writer) => writer.broken().await,
-            Self::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
+            Self::Tcp(_) | Self::Stream(_) => Poll::Ready(Ok(())),
+            Self::Fast(writer) => writer.poll_flush(cx),
+        }
+    }
+
+    /// Ready when the peer has broken the stream, or no longer takes bytes. A connection
+    /// is watched by [`breaks`].
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        match self {
+            Self::Tcp(_) => Poll::Pending,
+            Self::Stream(send) => Poll::Ready(match ready!(send.poll_reset(cx)) {
                 Ok(reason) => from_h2(reason.into()),
                 Err(error) => from_h2(error),
-            },
+            }),
+            Self::Fast(writer) => writer.poll_broken(cx),
         }
     }
 }
@@ -389,6 +477,14 @@ fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
             return;
         }
         chunks.pop_front();
+    }
+}
+
+/// Returns when the connection of an end is broken, if it is one.
+async fn breaks(stream: Option<&TcpStream>) -> io::Error {
+    match stream {
+        Some(stream) => broken(stream).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -106,6 +106,7 @@ impl FastReader<'_> {
     }
 }
 
+#[derive(Clone, Copy)]
 pub struct FastWriter<'a>(&'a FastStream);
 
 impl FastWriter<'_> {
@@ -146,9 +147,9 @@ impl FastWriter<'_> {
         lane.lock().poll_end_sent(*id, cx)
     }
 
-    /// Returns when the peer has broken the stream.
-    pub async fn broken(&mut self) -> io::Error {
+    /// Ready when the peer has broken the stream.
+    pub fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         let FastStream { lane, id } = self.0;
-        poll_fn(|cx| lane.lock().poll_broken(*id, cx)).await
+        lane.lock().poll_broken(*id, cx)
     }
 }

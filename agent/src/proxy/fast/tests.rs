@@ -232,7 +232,7 @@ async fn what_ends_in_the_midst_is_broken_and_breaks_nothing_else() {
         hear(&mut near).await.expect("whole").as_deref(),
         Some(&b"half of it"[..])
     );
-    let broken = async { near.split().1.broken().await };
+    let broken = poll_fn(|cx| near.split().1.poll_broken(cx));
     let (_, ()) = tokio::join!(broken, async { drop(far) });
     assert!(hear(&mut near).await.is_err());
     let (_, mut writer) = near.split();
@@ -252,7 +252,7 @@ async fn who_has_ended_and_goes_breaks_what_still_comes() {
     let (mut near, mut far) = world.stream(b"").await;
     say(&mut near, b"the last word", true).await;
     drop(near);
-    let broken = far.split().1.broken().await;
+    let broken = poll_fn(|cx| far.split().1.poll_broken(cx)).await;
     assert_eq!(broken.kind(), io::ErrorKind::ConnectionReset);
     assert_eq!(hear_all(&mut far).await, b"the last word");
 }
@@ -351,7 +351,7 @@ async fn a_lane_that_ends_breaks_no_stream_that_has_ended() {
     tokio::time::sleep(SOON).await;
     world.destination.abort();
     assert!(world.source.await.expect("no panic").is_err());
-    let broken = async { near.split().1.broken().await };
+    let broken = poll_fn(|cx| near.split().1.poll_broken(cx));
     assert!(timeout(SOON, broken).await.is_err(), "it is whole");
     assert_eq!(hear_all(&mut near).await, b"as well");
 }

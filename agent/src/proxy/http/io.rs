@@ -285,7 +285,7 @@ impl Writer<'_> {
     pub(super) async fn broken(&mut self) -> io::Error {
         match &mut self.sink {
             Sink::Tcp(stream) => broken(stream).await,
-            Sink::Fast(writer) => writer.broken().await,
+            Sink::Fast(writer) => poll_fn(|cx| writer.poll_broken(cx)).await,
             Sink::Stream(send) => match poll_fn(|cx| send.poll_reset(cx)).await {
                 Ok(reason) => from_h2(reason.into()),
                 Err(error) => from_h2(error),

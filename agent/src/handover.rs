@@ -21,6 +21,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -229,7 +230,7 @@ struct Told {
     retransmits: u32,
     srtt_us: u32,
     errno: Option<String>,
-    process: Option<Process>,
+    process: Option<Arc<Process>>,
 }
 
 impl Told {

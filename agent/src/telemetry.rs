@@ -9,5 +9,5 @@ mod page;
 pub use admin::{Endpoints, LocalWorkload, Policy, Status, StatusSource, serve};
 pub use door::ask;
 pub use log::{LogHandle, start as start_log};
-pub use metrics::{ConnectionLabels, GrantLabels, Metrics};
+pub use metrics::{ConnectionLabels, Counted, GrantLabels, Metrics};
 pub use page::Certificate;

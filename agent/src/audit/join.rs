@@ -45,7 +45,7 @@ pub enum Key {
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub socket: Socket,
-    pub process: Option<Process>,
+    pub process: Option<Arc<Process>>,
 }
 
 /// The sockets of one connection.
@@ -56,8 +56,8 @@ pub struct Ends(Arc<Mutex<Found>>);
 struct Found {
     /// Sockets that are still to be seen.
     expected: Vec<Key>,
-    source: Option<Seen>,
-    destination: Option<Seen>,
+    source: Option<Box<Seen>>,
+    destination: Option<Box<Seen>>,
     /// The story, once it has ended.
     record: Option<Box<Connection>>,
     /// It stands in the log.
@@ -106,7 +106,10 @@ impl Join {
         if let Some(before) = state.keys.insert(key, ends.clone()) {
             before.lock().expected.retain(|other| *other != key);
         }
-        ends.lock().expected.push(key);
+        let expected = &mut ends.lock().expected;
+        // Most have one, or two.
+        expected.reserve_exact(1);
+        expected.push(key);
     }
 
     /// The socket did not come about.
@@ -257,14 +260,14 @@ impl Found {
             Key::Dialled(_) => &mut self.source,
             Key::Hop { .. } => &mut self.destination,
         };
-        let before = side.take().unwrap_or_default().socket;
+        let before = side.take().map(|seen| seen.socket).unwrap_or_default();
         let socket = Socket {
             sent: before.sent + seen.socket.sent,
             received: before.received + seen.socket.received,
             retransmits: before.retransmits + seen.socket.retransmits,
             ..seen.socket
         };
-        *side = Some(Seen { socket, ..seen });
+        *side = Some(Box::new(Seen { socket, ..seen }));
     }
 
     /// The story, if it has ended and all its sockets were seen.

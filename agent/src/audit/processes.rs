@@ -4,7 +4,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -37,7 +37,7 @@ pub struct Processes(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
-    by_pid: HashMap<u32, (u64, Process)>,
+    by_pid: HashMap<u32, (u64, Arc<Process>)>,
     /// In the order in which they came; entries that were replaced are stale.
     order: VecDeque<(u32, u64)>,
     ended: VecDeque<(Instant, u32, u64)>,
@@ -51,7 +51,7 @@ const MOST_CGROUPS: usize = 4_096;
 
 impl Processes {
     /// A process has a new program. Says who it is now.
-    pub fn exec(&self, exec: Exec<'_>) -> Process {
+    pub fn exec(&self, exec: Exec<'_>) -> Arc<Process> {
         let Exec {
             pid,
             uid,
@@ -61,7 +61,7 @@ impl Processes {
             parent,
             cgroup,
         } = exec;
-        let process = Process {
+        let process = Arc::new(Process {
             pid,
             uid,
             comm: comm.to_owned(),
@@ -70,7 +70,7 @@ impl Processes {
             container: cgroup.as_deref().and_then(container),
             cgroup,
             parent: parent.map(|(pid, comm)| Parent { pid, comm }),
-        };
+        });
         let mut known = self.lock();
         known.insert(process.clone());
         known.forget(Instant::now());
@@ -78,7 +78,7 @@ impl Processes {
     }
 
     /// It has ended. Says who it was, if that is known.
-    pub fn exit(&self, pid: u32) -> Option<Process> {
+    pub fn exit(&self, pid: u32) -> Option<Arc<Process>> {
         let mut known = self.lock();
         let (number, process) = known.by_pid.get(&pid)?.clone();
         known.ended.push_back((Instant::now(), pid, number));
@@ -87,17 +87,18 @@ impl Processes {
 
     /// Who made a system call, by what the kernel noted of it, for the record. What an exec
     /// told counts only while the user is the same: the number may have become another's.
-    pub fn of(&self, pid: u32, uid: u32, comm: &str) -> Process {
+    pub fn of(&self, pid: u32, uid: u32, comm: &str) -> Arc<Process> {
         if let Some((_, known)) = self.lock().by_pid.get(&pid)
             && known.uid == uid
         {
+            let mut process = known.clone();
             // A thread may have a name of its own.
-            return Process {
-                comm: comm.to_owned(),
-                ..known.clone()
-            };
+            if process.comm != comm {
+                Arc::make_mut(&mut process).comm = comm.to_owned();
+            }
+            return process;
         }
-        look(pid, uid, comm)
+        Arc::new(look(pid, uid, comm))
     }
 
     /// Path of a cgroup in the v2 tree: by a process in it, or below its pod's directories.
@@ -120,7 +121,7 @@ impl Processes {
 }
 
 impl Known {
-    fn insert(&mut self, process: Process) {
+    fn insert(&mut self, process: Arc<Process>) {
         self.next += 1;
         self.order.push_back((process.pid, self.next));
         self.by_pid.insert(process.pid, (self.next, process));

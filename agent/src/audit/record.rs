@@ -1,6 +1,6 @@
 //! What a record says. Absent facts are left out, not invented.
 
-use std::{net::SocketAddr, time::SystemTime};
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 
 use aws_lc_rs::digest::{SHA256, digest};
 use serde::Serialize;
@@ -86,7 +86,7 @@ pub struct Connection {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub told: Vec<PolicyRef>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub tls: Option<Session>,
+    pub tls: Option<Arc<Session>>,
     pub bytes: Bytes,
     #[serde(flatten)]
     pub requests: Requests,
@@ -436,7 +436,7 @@ pub struct Peer {
     pub workload: Option<String>,
     /// That of the application on this node.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub process: Option<Process>,
+    pub process: Option<Arc<Process>>,
     /// Its socket, as the kernel saw it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<Socket>,

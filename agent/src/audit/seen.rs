@@ -1,7 +1,7 @@
 //! What the kernel saw, as records say it: processes, sockets, and flows that the
 //! agent did not carry.
 
-use std::{net::SocketAddr, time::SystemTime};
+use std::{net::SocketAddr, sync::Arc, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -117,7 +117,7 @@ pub struct Flow {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dialled: Option<SocketAddr>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub process: Option<Process>,
+    pub process: Option<Arc<Process>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<Socket>,
     #[serde(
@@ -172,7 +172,7 @@ pub struct ProcessEvent {
     pub pod: String,
     pub namespace: String,
     pub workload: String,
-    pub process: Process,
+    pub process: Arc<Process>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<u32>,
     /// The signal that ended it.

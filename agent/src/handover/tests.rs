@@ -37,11 +37,11 @@ fn what_the_kernel_saw_is_the_same_to_both_agents() {
             srtt_us: 5,
             errno: Some("ECONNRESET"),
         },
-        process: Some(Process {
+        process: Some(Arc::new(Process {
             pid: 6,
             comm: "curl".into(),
             ..Process::default()
-        }),
+        })),
     };
     for key in [
         Key::Dialled(1 << 60),

@@ -1,7 +1,7 @@
 //! SPIFFE IDs (SPIFFE-ID standard, section 2) of the form that Kubernetes meshes
 //! use: `spiffe://<trust domain>/ns/<namespace>/sa/<service account>`.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, ops::Deref, str::FromStr, sync::Arc};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -63,29 +63,50 @@ impl fmt::Display for TrustDomain {
     }
 }
 
-/// The identity of a workload: its service account in a trust domain.
+/// The identity of a workload: its service account in a trust domain. Cheap to clone: each
+/// connection is known by two of them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SpiffeId {
+pub struct SpiffeId(Arc<Parts>);
+
+#[derive(Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Parts {
     pub trust_domain: TrustDomain,
     pub namespace: String,
     pub service_account: String,
+    /// All of it.
+    uri: String,
 }
 
+const SCHEME: &str = "spiffe://";
+
 impl SpiffeId {
-    /// The ID without its scheme: what Istio calls a principal.
-    pub fn principal(&self) -> String {
-        let Self {
+    pub fn new(trust_domain: TrustDomain, namespace: String, service_account: String) -> Self {
+        let uri = format!("{SCHEME}{trust_domain}/ns/{namespace}/sa/{service_account}");
+        Self(Arc::new(Parts {
             trust_domain,
             namespace,
             service_account,
-        } = self;
-        format!("{trust_domain}/ns/{namespace}/sa/{service_account}")
+            uri,
+        }))
+    }
+
+    /// The ID without its scheme: what Istio calls a principal.
+    pub fn principal(&self) -> &str {
+        &self.0.uri[SCHEME.len()..]
+    }
+}
+
+impl Deref for SpiffeId {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
     }
 }
 
 impl fmt::Display for SpiffeId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "spiffe://{}", self.principal())
+        f.write_str(&self.0.uri)
     }
 }
 
@@ -94,17 +115,18 @@ impl FromStr for SpiffeId {
 
     fn from_str(uri: &str) -> Result<Self, SpiffeError> {
         let form = || SpiffeError::Form(uri.to_owned());
-        let rest = uri.strip_prefix("spiffe://").ok_or_else(form)?;
+        let rest = uri.strip_prefix(SCHEME).ok_or_else(form)?;
         let parts: Vec<&str> = rest.split('/').collect();
         match parts[..] {
             [domain, "ns", namespace, "sa", account]
                 if is_segment(namespace) && is_segment(account) =>
             {
-                Ok(Self {
-                    trust_domain: TrustDomain::try_from(domain.to_owned())?,
-                    namespace: namespace.to_owned(),
-                    service_account: account.to_owned(),
-                })
+                let trust_domain = TrustDomain::try_from(domain.to_owned())?;
+                Ok(Self::new(
+                    trust_domain,
+                    namespace.to_owned(),
+                    account.to_owned(),
+                ))
             }
             _ => Err(form()),
         }

@@ -141,11 +141,11 @@ impl Evaluation {
             "" => "default",
             named => named,
         };
-        let identity = SpiffeId {
-            trust_domain: context.trust_domain.clone(),
-            namespace: described.namespace.clone(),
-            service_account: account.into(),
-        };
+        let identity = SpiffeId::new(
+            context.trust_domain.clone(),
+            described.namespace.clone(),
+            account.into(),
+        );
         let setup = |e: &dyn std::fmt::Display| InspectError::Setup(e.to_string());
         let mut judge = Judge::new(config).map_err(|e| setup(&e))?;
         // The secrets that it takes are the node's; a token that needs it is refused.

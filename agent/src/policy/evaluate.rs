@@ -16,8 +16,6 @@ use crate::{identity::SpiffeId, jwt::Claims, request::Request};
 pub struct Facts {
     /// Proven by mutual TLS, or by the kernel on the same node. `None`: plaintext.
     pub source: Option<SpiffeId>,
-    /// The same as Istio writes principals.
-    principal: Option<String>,
     /// Source address of the packets.
     pub source_ip: IpAddr,
     /// At the pod, after any service was resolved.
@@ -33,7 +31,6 @@ pub struct Facts {
 impl Facts {
     pub fn new(source: Option<SpiffeId>, source_ip: IpAddr, destination: SocketAddr) -> Self {
         Self {
-            principal: source.as_ref().map(SpiffeId::principal),
             source,
             source_ip,
             destination,
@@ -54,7 +51,7 @@ impl Facts {
 
     /// The peer's identity without its scheme.
     pub fn principal(&self) -> Option<&str> {
-        self.principal.as_deref()
+        self.source.as_ref().map(SpiffeId::principal)
     }
 }
 

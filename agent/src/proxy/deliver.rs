@@ -92,57 +92,119 @@ pub struct Delivery<'a> {
     pub drain: Watcher,
 }
 
-impl Delivery<'_> {
-    pub async fn run(mut self, arrived: Arrived) -> Ending {
+/// What is left to do of a connection that was judged.
+enum Next<'a> {
+    Nothing(Ending),
+    /// It is carried unread.
+    Carry(Carried),
+    /// Its requests may need tokens.
+    Send(Box<(Delivery<'a>, Permitted, Carried)>),
+    /// Its requests are judged.
+    Read(Box<(Delivery<'a>, Arrived, Registered, Arc<Selected>)>),
+}
+
+/// A connection that stands at both ends.
+struct Carried {
+    source: End,
+    application: TcpStream,
+    client: ClientEntry,
+    live: Registered,
+}
+
+impl<'a> Delivery<'a> {
+    /// Judges it and carries it to its end.
+    pub fn run(self, arrived: Arrived) -> impl Future<Output = Ending> {
+        let (counters, drain) = (self.story.counters.clone(), self.drain.clone());
+        // What judging and dialling take is not to be kept as long as the connection lasts.
+        let opening = Box::pin(self.open(arrived));
+        async move {
+            match opening.await {
+                Next::Nothing(ending) => ending,
+                Next::Carry(carried) => {
+                    let Carried {
+                        mut source,
+                        application,
+                        client: _client,
+                        live,
+                    } = carried;
+                    let mut end = End::Tcp(application);
+                    let live = Some(live);
+                    let ending = carry_bytes(&mut source, &mut end, live, &counters, drain).await;
+                    finish(source, end, &ending);
+                    ending
+                }
+                Next::Send(sent) => {
+                    let (delivery, permitted, carried) = *sent;
+                    Box::pin(delivery.send(permitted, carried)).await
+                }
+                Next::Read(read) => {
+                    let (delivery, arrived, live, selected) = *read;
+                    Box::pin(delivery.read(arrived, live, &selected)).await
+                }
+            }
+        }
+    }
+
+    async fn open(self, arrived: Arrived) -> Next<'a> {
         let live = (self.proxy.connections).register(self.pod.clone(), &self.facts);
         self.story.id = live.id;
         let selected = self.proxy.selected(self.pod);
         if let Err(denial) = selected.transport(&self.facts) {
             arrived.refuse(StatusCode::FORBIDDEN);
-            return Ending::Denied(denial);
+            return Next::Nothing(Ending::Denied(denial));
         }
         let limit = self.proxy.transport.connect_timeout.0;
         if selected.needs_request(&self.facts).is_some() {
             live.reads_requests();
-            return Box::pin(self.read(arrived, live, &selected)).await;
+            return Next::Read(Box::new((self, arrived, live, selected)));
         }
         let identity = Some(self.pod.identity());
         self.story.told = selected.told(&self.facts, Layer::Opaque);
-        // What judging and dialling take is not to be kept as long as the connection lasts.
-        let judged = (self.proxy.judge).connection(&selected, &self.facts, identity, self.client);
-        let permitted = match Box::pin(judged).await {
+        let judged = (self.proxy.judge)
+            .connection(&selected, &self.facts, identity, self.client)
+            .await;
+        let permitted = match judged {
             Ok(permitted) => permitted,
             Err(denial) => {
                 arrived.refuse(StatusCode::FORBIDDEN);
-                return Ending::Denied(denial);
+                return Next::Nothing(Ending::Denied(denial));
             }
         };
-        let (stream, client) = match Box::pin(self.dial(&permitted)).await {
+        let (application, client) = match self.dial(&permitted).await {
             Ok(opened) => opened,
             Err(error) => {
                 arrived.refuse(StatusCode::SERVICE_UNAVAILABLE);
-                return self.unreachable(&error);
+                return Next::Nothing(self.unreachable(&error));
             }
         };
-        match arrived.open(limit).await {
-            Ok(end) if self.attacher.is_some() => {
-                Box::pin(self.send(end, stream, client, permitted, live)).await
+        let source = match arrived.open(limit).await {
+            Ok(end) => end,
+            Err(error) => {
+                let why = format!("the tunnel: {error}");
+                return Next::Nothing(Ending::Failed(Fault::Network, why));
             }
-            Ok(end) => self.carry(end, stream, &permitted, Some(live)).await,
-            Err(error) => Ending::Failed(Fault::Network, format!("the tunnel: {error}")),
+        };
+        self.story.opened(permitted.by());
+        let carried = Carried {
+            source,
+            application,
+            client,
+            live,
+        };
+        match self.attacher {
+            Some(_) => Next::Send(Box::new((self, permitted, carried))),
+            None => Next::Carry(carried),
         }
     }
 
     /// What no policy of the destination reads, and an OutboundToken of the source does.
-    async fn send(
-        self,
-        source: End,
-        application: TcpStream,
-        client: ClientEntry,
-        permitted: Permitted,
-        live: Registered,
-    ) -> Ending {
-        self.story.opened(permitted.by());
+    async fn send(self, permitted: Permitted, carried: Carried) -> Ending {
+        let Carried {
+            source,
+            application,
+            client,
+            live,
+        } = carried;
         let sending = Sending {
             upstream: Upstream::Application {
                 proxy: self.proxy.clone(),

@@ -111,7 +111,7 @@ struct Slot {
 struct Tunnel {
     wire: Wire,
     peer: SpiffeId,
-    session: Session,
+    session: Arc<Session>,
     /// End of the certificate it was opened with: a renewed one opens a new tunnel.
     svid_until: SystemTime,
     use_: Mutex<Use>,
@@ -158,7 +158,7 @@ impl Drop for Lease {
 /// An open stream to a destination.
 pub struct Stream {
     pub end: End,
-    pub session: Session,
+    pub session: Arc<Session>,
     pub lease: Lease,
 }
 
@@ -444,7 +444,7 @@ async fn establish(
     let tunnel = Tunnel {
         wire,
         peer: expected.clone(),
-        session: shaken.session,
+        session: Arc::new(shaken.session),
         svid_until,
         use_,
     };

@@ -144,7 +144,7 @@ pub async fn tunnel(
     let caller = Caller {
         peer,
         certificate: fingerprint(&shaken.leaf),
-        session: shaken.session,
+        session: Arc::new(shaken.session),
         address: client,
     };
     match shaken.protocol.as_deref() == Some(FAST) {
@@ -194,10 +194,7 @@ async fn lane(
                     client: Some(canonical(open.client)),
                     arrived: Arrived::Offered(stream),
                 };
-                let watcher = drain.clone();
-                let serve = Box::pin(async move {
-                    stream_of(&proxy, &pod, &caller, offer, watcher).await;
-                });
+                let serve = Box::pin(stream_of(proxy, pod, caller, offer, drain.clone()));
                 tokio::spawn(held(drain.clone(), serve));
             }
             Ok(Event::Leaves | Event::Over) => return,
@@ -259,10 +256,9 @@ async fn hbone(
         match accepted {
             Some(Ok((request, respond))) => {
                 let (proxy, pod, caller) = (proxy.clone(), pod.clone(), caller.clone());
-                let (offer, watcher) = (Offer::of(request, respond), drain.clone());
-                tokio::spawn(drain.clone().hold(async move {
-                    stream_of(&proxy, &pod, &caller, offer, watcher).await;
-                }));
+                let offer = Offer::of(request, respond);
+                let serve = Box::pin(stream_of(proxy, pod, caller, offer, drain.clone()));
+                tokio::spawn(held(drain.clone(), serve));
             }
             Some(Err(error)) => {
                 tracing::debug!(%client, %error, "tunnel ended");
@@ -278,7 +274,7 @@ struct Caller {
     peer: SpiffeId,
     /// SHA-256 of its certificate.
     certificate: [u8; 32],
-    session: Session,
+    session: Arc<Session>,
     address: SocketAddr,
 }
 
@@ -311,13 +307,57 @@ impl Offer {
 }
 
 /// Carries one stream, if everything about it is right.
-async fn stream_of(
+fn stream_of(
+    proxy: Arc<Proxy>,
+    pod: Arc<LocalPod>,
+    caller: Arc<Caller>,
+    offer: Offer,
+    drain: Watcher,
+) -> impl Future<Output = ()> {
+    // What this takes is not to be kept as long as the stream lasts.
+    let examined = {
+        let (proxy, pod) = (proxy.clone(), pod.clone());
+        Box::pin(async move { examine(&proxy, &pod, &caller, offer).await })
+    };
+    async move {
+        let Some(Examined {
+            mut story,
+            facts,
+            client,
+            arrived,
+        }) = examined.await
+        else {
+            return;
+        };
+        let delivery = Delivery {
+            proxy: &proxy,
+            pod: &pod,
+            facts,
+            client,
+            story: &mut story,
+            attacher: None,
+            drain,
+        };
+        let ending = delivery.run(arrived).await;
+        story.finish(ending);
+    }
+}
+
+/// A stream that asks for what there is, from somebody who may ask.
+struct Examined {
+    story: Story,
+    facts: Facts,
+    client: SocketAddr,
+    arrived: Arrived,
+}
+
+/// `None`: it was refused.
+async fn examine(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     caller: &Caller,
     offer: Offer,
-    drain: Watcher,
-) {
+) -> Option<Examined> {
     let Offer {
         destination,
         asked,
@@ -327,9 +367,7 @@ async fn stream_of(
     let meant = |a: &SocketAddr| pod.has_address(a.ip()) && !is_agent_port(a.port());
     let Some(destination) = destination.filter(meant) else {
         arrived.refuse(StatusCode::BAD_REQUEST);
-        let Some(own) = pod.address_like(caller.address.ip()) else {
-            return;
-        };
+        let own = pod.address_like(caller.address.ip())?;
         let gate = SocketAddr::new(own, super::HBONE_PORT);
         let mut story = Story::new(
             proxy,
@@ -344,7 +382,8 @@ async fn stream_of(
         // It is the peer's word: shortened, and escaped where it is written.
         let asked: String = asked.chars().take(100).collect();
         let why = format!("{asked:?} is not a CONNECT to this workload");
-        return story.finish(Ending::Refused(Fault::Source, why));
+        story.finish(Ending::Refused(Fault::Source, why));
+        return None;
     };
     // Believed only as far as the packets' own source confirms it.
     let client = client
@@ -359,28 +398,24 @@ async fn stream_of(
     );
     story.tls = Some(caller.session.clone());
     story.source.identity = Some(caller.peer.clone());
-    story.source.workload = Box::pin(look::client(proxy, client.ip())).await;
+    story.source.workload = look::client(proxy, client.ip()).await;
     story.destination.identity = Some(pod.identity().clone());
     story.destination.workload = Some(pod.workload.load_full());
     if !proxy.trust_domains.contains(&caller.peer.trust_domain) {
         arrived.refuse(StatusCode::UNAUTHORIZED);
         let domain = &caller.peer.trust_domain;
         let why = format!("trust domain {domain} is not known");
-        return story.finish(Ending::Refused(Fault::Policy, why));
+        story.finish(Ending::Refused(Fault::Policy, why));
+        return None;
     }
     let mut facts = Facts::new(Some(caller.peer.clone()), client.ip(), destination);
     facts.certificate = Some(caller.certificate);
-    let delivery = Delivery {
-        proxy,
-        pod,
+    Some(Examined {
+        story,
         facts,
         client,
-        story: &mut story,
-        attacher: None,
-        drain,
-    };
-    let ending = delivery.run(arrived).await;
-    story.finish(ending);
+        arrived,
+    })
 }
 
 /// The client that the source's agent names (RFC 7239, `for`).

@@ -2,7 +2,7 @@
 //! to go. What the kernel did not steer (a process that dials the port itself) is
 //! reset: there is no destination to carry it to.
 
-use std::{mem::MaybeUninit, net::SocketAddr, sync::Arc};
+use std::{mem::MaybeUninit, net::SocketAddr, pin::Pin, sync::Arc};
 
 use socket2::SockRef;
 use tokio::{net::TcpStream, sync::watch};
@@ -20,33 +20,151 @@ use super::{
 };
 use crate::{
     audit::{Fault, Key, Reporter, Transport, executable},
+    identity::SpiffeId,
     kernel::{from_abi, text},
     lifecycle::Watcher,
     policy::{Caller, Denial, Facts},
-    workload::Workload,
 };
 
 /// Carries one accepted connection to its end. `pod`: whose listener it came to;
 /// host-network pods share one, and are told by their cgroup.
-pub async fn carry(
+pub fn carry(
     proxy: Arc<Proxy>,
     netns: u64,
     pod: Option<Arc<LocalPod>>,
     stream: TcpStream,
     source: SocketAddr,
     drain: Watcher,
-) {
+) -> impl Future<Output = ()> {
+    // What opening takes is not to be kept as long as the connection lasts.
+    let opening = {
+        let proxy = proxy.clone();
+        Box::pin(async move { open(&proxy, netns, pod, stream, source).await })
+    };
+    async move {
+        let Some(Standing {
+            mut story,
+            source,
+            way,
+            mut unread,
+        }) = opening.await
+        else {
+            return;
+        };
+        let ending = tokio::select! {
+            ending = along(way, &proxy, &mut story, source, drain) => ending,
+            ending = needs_tokens(&proxy, &mut unread) => ending,
+        };
+        story.finish(ending);
+    }
+}
+
+/// Carries it along its way.
+fn along<'a>(
+    way: Way,
+    proxy: &'a Arc<Proxy>,
+    story: &'a mut Story,
+    mut source: End,
+    drain: Watcher,
+) -> Pin<Box<dyn Future<Output = Ending> + Send + 'a>> {
+    match way {
+        Way::Bytes(Opened { mut end, guard, .. }) => Box::pin(async move {
+            let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
+            finish(source, end, &ending);
+            drop(guard);
+            ending
+        }),
+        Way::Requests(requests) => {
+            let (upstream, attacher, opened) = *requests;
+            let sending = Sending {
+                upstream,
+                attacher,
+                story,
+                drain,
+                live: None,
+            };
+            Box::pin(sending.carry(source, opened))
+        }
+        Way::Here(here) => Box::pin(async move {
+            let delivery = Delivery {
+                proxy,
+                pod: &here.pod,
+                facts: here.facts,
+                client: here.client,
+                story,
+                attacher: here.attacher,
+                drain,
+            };
+            delivery.run(Arrived::Open(source)).await
+        }),
+    }
+}
+
+/// A connection whose way is open.
+struct Standing {
+    story: Story,
+    source: End,
+    way: Way,
+    unread: Option<Unread>,
+}
+
+enum Way {
+    /// Unread, to another node or out of the mesh.
+    Bytes(Opened),
+    /// There, too; its requests may need tokens.
+    Requests(Box<(Upstream, Arc<Attacher>, Opened)>),
+    /// To a pod of this node, where it is judged.
+    Here(Box<Here>),
+}
+
+struct Here {
+    pod: Arc<LocalPod>,
+    facts: Facts,
+    client: SocketAddr,
+    attacher: Option<Arc<Attacher>>,
+}
+
+/// A connection that is not read, because no policy wants tokens on it.
+struct Unread {
+    pod: Arc<LocalPod>,
+    port: u16,
+    changed: watch::Receiver<()>,
+}
+
+/// Returns when policy has come to want tokens on what goes to the connection's port:
+/// requests on it would go without.
+async fn needs_tokens(proxy: &Proxy, unread: &mut Option<Unread>) -> Ending {
+    while let Some(Unread { pod, port, changed }) = unread
+        && changed.changed().await.is_ok()
+    {
+        if proxy.selected(pod).sends_tokens(*port) {
+            let why = "its requests may need a token now, and it is not read";
+            return Ending::Refused(Fault::Policy, why.into());
+        }
+    }
+    std::future::pending().await
+}
+
+/// Opens the way of a connection; `None`: it has ended.
+async fn open(
+    proxy: &Arc<Proxy>,
+    netns: u64,
+    pod: Option<Arc<LocalPod>>,
+    stream: TcpStream,
+    source: SocketAddr,
+) -> Option<Standing> {
     let dialled = proxy.kernel.take_dial(netns, source);
     let pod = pod.or_else(|| proxy.pods.load().in_cgroup(dialled?.cgroup).cloned());
     let (Some(dialled), Some(pod)) = (dialled, &pod) else {
         let to = stream.local_addr().unwrap_or(source);
         reset(stream);
-        let mut story = Story::new(&proxy, Reporter::Source, Transport::Plaintext, source, to);
+        let mut story = Story::new(proxy, Reporter::Source, Transport::Plaintext, source, to);
         story.source.workload = pod.map(|pod| pod.workload.load_full());
-        return story.finish(Ending::Refused(
+        story.finish(Ending::Refused(
             Fault::Source,
             "not steered here by the kernel".into(),
         ));
+        return None;
     };
     let address = SocketAddr::new(
         from_abi(dialled.destination),
@@ -57,7 +175,7 @@ pub async fn carry(
     let own = pod.address_like(address.ip()).unwrap_or(source.ip());
     let client = SocketAddr::new(own, source.port());
     let mut story = Story::new(
-        &proxy,
+        proxy,
         Reporter::Source,
         Transport::Plaintext,
         client,
@@ -66,67 +184,58 @@ pub async fn carry(
     proxy.join.expect(&story.ends, Key::Dialled(dialled.cookie));
     let program = executable(dialled.tgid);
     let mut process = (proxy.processes).of(dialled.tgid, dialled.uid, &text(&dialled.comm));
-    process.exe = program.clone().or(process.exe);
+    if program.is_some() && process.exe != program {
+        Arc::make_mut(&mut process).exe.clone_from(&program);
+    }
     story.source.process = Some(process);
     story.source.identity = Some(pod.identity().clone());
     story.source.workload = Some(pod.workload.load_full());
-    let judged = match Box::pin(route(&proxy, &mut story, address, client)).await {
+    let judged = match route(proxy, &mut story, address, client).await {
         Ok(outside @ Route::Outside(..)) => Ok(outside),
-        Ok(route) => match may_connect(&proxy, pod, program.as_deref(), &story) {
+        Ok(route) => match may_connect(proxy, pod, program.as_deref(), &story) {
             Ok(()) => Ok(route),
             Err(denial) => Err(Ending::Denied(denial)),
         },
         Err((fault, why)) => Err(Ending::Failed(fault, why)),
     };
-    let ending = match judged {
-        Err(ending) => {
-            reset(stream);
-            ending
-        }
+    let failed = match judged {
+        Err(ending) => ending,
         Ok(route) => {
-            let port = story
-                .destination
-                .address
-                .map_or(0, |address| address.port());
+            let port = (story.destination.address).map_or(0, |address| address.port());
             // Looked at after it has subscribed: policy may change in between.
             let changed = proxy.changed.subscribe();
             let outside = matches!(route, Route::Outside(..));
             let sends = !outside && proxy.selected(pod).sends_tokens(port);
             let attacher = sends.then(|| {
                 let bare = matches!(route, Route::Direct(_));
-                Arc::new(Attacher::new(&proxy, pod, &story, bare))
+                Arc::new(Attacher::new(proxy, pod, &story, bare))
             });
-            let unread = attacher.is_none() && !outside;
-            let run = run(
-                &proxy, pod, route, attacher, &mut story, stream, client, drain,
-            );
-            tokio::select! {
-                ending = run => ending,
-                () = now_sends_tokens(&proxy, pod, port, changed), if unread => {
-                    let why = "its requests may need a token now, and it is not read";
-                    Ending::Refused(Fault::Policy, why.into())
+            let mut unread = (attacher.is_none() && !outside).then(|| Unread {
+                pod: pod.clone(),
+                port,
+                changed,
+            });
+            let way = take(proxy, pod, route, attacher, &mut story, &stream, client);
+            let taken = tokio::select! {
+                way = way => way,
+                ending = needs_tokens(proxy, &mut unread) => Err(ending),
+            };
+            match taken {
+                Ok(way) => {
+                    return Some(Standing {
+                        story,
+                        source: End::Tcp(stream),
+                        way,
+                        unread,
+                    });
                 }
+                Err(ending) => ending,
             }
         }
     };
-    story.finish(ending);
-}
-
-/// Returns when policy has come to want tokens on what goes to this port: requests on
-/// a connection that was opened unread would go without.
-async fn now_sends_tokens(
-    proxy: &Proxy,
-    pod: &LocalPod,
-    port: u16,
-    mut changed: watch::Receiver<()>,
-) {
-    loop {
-        match changed.changed().await {
-            Ok(()) if proxy.selected(pod).sends_tokens(port) => return,
-            Ok(()) => {}
-            Err(_agent_ends) => std::future::pending().await,
-        }
-    }
+    reset(stream);
+    story.finish(failed);
+    None
 }
 
 /// Whether ConnectPolicy lets this process go where the connection leads. A process
@@ -150,7 +259,7 @@ enum Route {
     /// A pod in the mesh on this node.
     Local(Arc<LocalPod>, SocketAddr),
     /// A pod in the mesh on another node.
-    Remote(Arc<Workload>, SocketAddr),
+    Remote(SocketAddr, SpiffeId),
     /// An endpoint outside the mesh, behind a service that has others inside.
     Direct(SocketAddr),
     /// Out of the mesh, as it was dialled: it came here only to be asked about. `true`:
@@ -181,13 +290,14 @@ async fn route(
         let why = format!("port {} is the agent's", address.port());
         return Err((Fault::Source, why));
     }
-    story.destination.identity = Some(workload.identity(&proxy.trust_domains[0]));
+    let identity = workload.identity(&proxy.trust_domains[0]);
+    story.destination.identity = Some(identity.clone());
     if workload.node != proxy.audit.node() {
         if let Some(discovery) = &proxy.discover {
             discovery.used(address.ip());
         }
         story.transport = Transport::Hbone;
-        return Ok(Route::Remote(workload, address));
+        return Ok(Route::Remote(address, identity));
     }
     story.transport = Transport::Local;
     match proxy.pods.load().at(address.ip()) {
@@ -208,18 +318,16 @@ fn waiting(stream: &TcpStream) -> Vec<u8> {
     unsafe { room[..read].assume_init_ref() }.to_vec()
 }
 
-#[expect(clippy::too_many_arguments, reason = "it is the rest of `carry`")]
-async fn run(
+/// Opens the way that a connection is to go.
+async fn take(
     proxy: &Arc<Proxy>,
     pod: &Arc<LocalPod>,
     route: Route,
     attacher: Option<Arc<Attacher>>,
     story: &mut Story,
-    stream: TcpStream,
+    source: &TcpStream,
     client: SocketAddr,
-    drain: Watcher,
-) -> Ending {
-    let mut source = End::Tcp(stream);
+) -> Result<Way, Ending> {
     let foreign = match route {
         Route::Outside(address, true) => Some(address.ip()),
         _ => None,
@@ -228,22 +336,18 @@ async fn run(
         Route::Local(to, address) => {
             let mut facts = Facts::new(Some(pod.identity().clone()), client.ip(), address);
             facts.certificate = pod.credentials.fingerprint();
-            let delivery = Delivery {
-                proxy,
-                pod: &to,
+            return Ok(Way::Here(Box::new(Here {
+                pod: to,
                 facts,
                 client,
-                story,
                 attacher,
-                drain,
-            };
-            return Box::pin(delivery.run(Arrived::Open(source))).await;
+            })));
         }
-        Route::Remote(workload, address) => Upstream::Tunnel {
+        Route::Remote(address, expected) => Upstream::Tunnel {
             proxy: proxy.clone(),
             pod: pod.clone(),
             address,
-            expected: workload.identity(&proxy.trust_domains[0]),
+            expected,
             client,
         },
         Route::Direct(address) | Route::Outside(address, _) => Upstream::Direct {
@@ -253,38 +357,22 @@ async fn run(
         },
     };
     // Applications that speak first have done so by now.
-    let first = match (&upstream, &attacher, &source) {
-        (Upstream::Tunnel { .. }, None, End::Tcp(stream)) => waiting(stream),
+    let first = match (&upstream, &attacher) {
+        (Upstream::Tunnel { .. }, None) => waiting(source),
         _ => Vec::new(),
     };
     story.counters.add_sent(first.len());
-    // What opening takes is not to be kept as long as the connection lasts.
-    let opened = match Box::pin(upstream.open(first)).await {
-        Ok(opened) => opened,
-        Err(ending) => {
-            source.reset();
-            return ending;
-        }
-    };
+    let opened = upstream.open(first).await?;
     if let Some(address) = foreign {
         proxy.foreign(address);
     }
     story.tls = opened.session.clone();
     story.opened(None);
-    if let Some(attacher) = attacher {
-        story.id = proxy.connections.number();
-        let sending = Sending {
-            upstream,
-            attacher,
-            story,
-            drain,
-            live: None,
-        };
-        return Box::pin(sending.carry(source, opened)).await;
-    }
-    let Opened { mut end, guard, .. } = opened;
-    let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
-    finish(source, end, &ending);
-    drop(guard);
-    ending
+    Ok(match attacher {
+        Some(attacher) => {
+            story.id = proxy.connections.number();
+            Way::Requests(Box::new((upstream, attacher, opened)))
+        }
+        None => Way::Bytes(opened),
+    })
 }

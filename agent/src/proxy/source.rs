@@ -63,7 +63,7 @@ pub enum Upstream {
 /// A connection to where requests go, and what has to stand as long as it does.
 pub struct Opened {
     pub end: End,
-    pub session: Option<Session>,
+    pub session: Option<Arc<Session>>,
     pub guard: Guard,
 }
 

@@ -3,7 +3,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, MutexGuard},
     time::{Instant, SystemTime},
 };
 
@@ -18,7 +18,7 @@ use crate::{
     },
     identity::{Session, SpiffeId},
     policy::{Denial, PolicyRef},
-    telemetry::ConnectionLabels,
+    telemetry::{ConnectionLabels, Counted},
     workload::{NamespacedName, Workload},
 };
 
@@ -40,13 +40,13 @@ pub struct Story {
     pub policy: Option<PolicyRef>,
     /// Policies without effect that had something to say.
     pub told: Vec<PolicyRef>,
-    pub tls: Option<Session>,
+    pub tls: Option<Arc<Session>>,
     pub counters: Arc<Counters>,
     /// Its applications' sockets, which the kernel tells of.
     pub ends: Ends,
     pub requests: Told,
-    /// Whether `opened` was counted, so that `closed` is.
-    open: Option<ConnectionLabels>,
+    /// What it is counted by, once it was `opened`: it is counted as closed by the same.
+    open: Vec<Counted>,
     /// It is told.
     ended: bool,
 }
@@ -67,19 +67,24 @@ pub struct Party {
     pub address: Option<SocketAddr>,
     pub identity: Option<SpiffeId>,
     pub workload: Option<Arc<Workload>>,
-    pub process: Option<Process>,
+    pub process: Option<Arc<Process>>,
 }
 
-/// Requests that were told, gathered for the record of their connection.
+/// Requests that were told, gathered for the record of their connection. Most have none.
 #[derive(Clone, Default)]
-pub struct Told(Arc<Mutex<Requests>>);
+pub struct Told(Arc<Mutex<Option<Box<Requests>>>>);
 
 impl Told {
     pub fn add(&self, record: &RequestRecord) {
-        self.0
-            .lock()
-            .expect("no panic while it is held")
-            .add(record);
+        self.lock().get_or_insert_default().add(record);
+    }
+
+    fn take(&self) -> Requests {
+        *self.lock().take().unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Box<Requests>>> {
+        self.0.lock().expect("no panic while it is held")
     }
 }
 
@@ -149,7 +154,7 @@ impl Story {
             counters: Arc::default(),
             ends: Ends::default(),
             requests: Told::default(),
-            open: None,
+            open: Vec::new(),
             ended: false,
         }
     }
@@ -162,13 +167,17 @@ impl Story {
     pub fn opened(&mut self, by: Option<&PolicyRef>) {
         self.verdict = Verdict::Allow;
         self.policy = by.cloned();
-        let labels = self.labels(self.reporter, false);
-        if self.transport == Transport::Local {
-            let other = self.labels(Reporter::Destination, false);
-            self.proxy.metrics.opened.get_or_create(&other).inc();
-        }
-        self.proxy.metrics.opened.get_or_create(&labels).inc();
-        self.open = Some(labels);
+        let both = [self.reporter, Reporter::Destination];
+        let sides = match self.transport {
+            Transport::Local => &both[..],
+            _ => &both[..1],
+        };
+        let counted = |&reporter: &_| {
+            let counted = self.proxy.metrics.connection(&self.labels(reporter, false));
+            counted.opened.inc();
+            counted
+        };
+        self.open = sides.iter().map(counted).collect();
     }
 
     pub fn finish(mut self, ending: Ending) {
@@ -199,33 +208,24 @@ impl Story {
             }
         };
         let bytes = self.counters.get();
-        let metrics = &self.proxy.metrics;
-        match self.open.take() {
-            Some(labels) => {
-                let both = (self.transport == Transport::Local)
-                    .then(|| self.labels(Reporter::Destination, false));
-                for labels in both.iter().chain([&labels]) {
-                    metrics.closed.get_or_create(labels).inc();
-                    metrics.received.get_or_create(labels).inc_by(bytes.sent);
-                    metrics.sent.get_or_create(labels).inc_by(bytes.received);
-                }
-            }
-            // Istio counts a refused connection as opened and closed, with a flag.
-            None if self.verdict == Verdict::Deny => {
-                let labels = self.labels(self.reporter, true);
-                metrics.opened.get_or_create(&labels).inc();
-                metrics.closed.get_or_create(&labels).inc();
-            }
-            None => {}
+        for counted in &self.open {
+            counted.closed.inc();
+            counted.received.inc_by(bytes.sent);
+            counted.sent.inc_by(bytes.received);
+        }
+        // Istio counts a refused connection as opened and closed, with a flag.
+        if self.open.is_empty() && self.verdict == Verdict::Deny {
+            let counted = self
+                .proxy
+                .metrics
+                .connection(&self.labels(self.reporter, true));
+            counted.opened.inc();
+            counted.closed.inc();
         }
         tracing::debug!(
             transport = ?self.transport, verdict = ?self.verdict, dialled = %self.dialled, end,
             "connection ended"
         );
-        let requests = (self.requests.0)
-            .lock()
-            .expect("no panic while it is held")
-            .clone();
         self.proxy.join.ended(
             &self.ends,
             Connection {
@@ -247,7 +247,7 @@ impl Story {
                 told: std::mem::take(&mut self.told),
                 tls: self.tls.take(),
                 bytes,
-                requests,
+                requests: self.requests.take(),
                 end,
                 fault,
             },

@@ -107,6 +107,14 @@ impl ConnectionLabels {
     }
 }
 
+/// What a connection is counted by.
+pub struct Counted {
+    pub opened: Counter,
+    pub closed: Counter,
+    pub sent: Counter,
+    pub received: Counter,
+}
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct Name {
     pub name: &'static str,
@@ -137,10 +145,10 @@ pub struct GrantLabels {
 
 pub struct Metrics {
     registry: Registry,
-    pub opened: Family<ConnectionLabels, Counter>,
-    pub closed: Family<ConnectionLabels, Counter>,
-    pub sent: Family<ConnectionLabels, Counter>,
-    pub received: Family<ConnectionLabels, Counter>,
+    opened: Family<ConnectionLabels, Counter>,
+    closed: Family<ConnectionLabels, Counter>,
+    sent: Family<ConnectionLabels, Counter>,
+    received: Family<ConnectionLabels, Counter>,
     requests: Family<RequestLabels, Counter>,
     pub grants: Family<GrantLabels, Counter>,
     /// Requests of pods by where their token came from: `cached`, `fetched`, `none`.
@@ -346,6 +354,17 @@ impl Metrics {
 
     pub fn token(&self, name: &'static str) {
         self.tokens.get_or_create(&Name { name }).inc();
+    }
+
+    /// The counters of connections with these labels.
+    pub fn connection(&self, labels: &ConnectionLabels) -> Counted {
+        let of = |family: &Family<_, Counter>| family.get_or_create_owned(labels);
+        Counted {
+            opened: of(&self.opened),
+            closed: of(&self.closed),
+            sent: of(&self.sent),
+            received: of(&self.received),
+        }
     }
 
     pub fn handshake(&self, name: &'static str) {

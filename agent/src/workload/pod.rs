@@ -46,11 +46,11 @@ pub struct HostPort {
 
 impl Workload {
     pub fn identity(&self, trust_domain: &TrustDomain) -> SpiffeId {
-        SpiffeId {
-            trust_domain: trust_domain.clone(),
-            namespace: self.namespace.clone(),
-            service_account: self.service_account.clone(),
-        }
+        SpiffeId::new(
+            trust_domain.clone(),
+            self.namespace.clone(),
+            self.service_account.clone(),
+        )
     }
 
     /// Whether its inbound traffic goes through the agent of its node. A

@@ -142,11 +142,13 @@ impl Teller {
             }
             EventKind::Exit { task, code, signal } => {
                 let known = self.proxy.processes.exit(task.pid);
-                let process = known.unwrap_or_else(|| Process {
-                    pid: task.pid,
-                    uid: task.uid,
-                    comm: task.comm,
-                    ..Process::default()
+                let process = known.unwrap_or_else(|| {
+                    Arc::new(Process {
+                        pid: task.pid,
+                        uid: task.uid,
+                        comm: task.comm,
+                        ..Process::default()
+                    })
                 });
                 let mut event = of_process(&pod, "exit", process);
                 event.code = Some(code);
@@ -273,12 +275,12 @@ impl Teller {
         self.proxy.audit.record(record);
     }
 
-    fn process(&self, task: &Task) -> Process {
+    fn process(&self, task: &Task) -> Arc<Process> {
         self.proxy.processes.of(task.pid, task.uid, &task.comm)
     }
 }
 
-fn of_process(pod: &LocalPod, event: &'static str, process: Process) -> ProcessEvent {
+fn of_process(pod: &LocalPod, event: &'static str, process: Arc<Process>) -> ProcessEvent {
     let workload = pod.workload.load();
     ProcessEvent {
         event,

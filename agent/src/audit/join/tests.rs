@@ -39,10 +39,10 @@ fn seen(cookie: u64, sent: u64) -> Seen {
     };
     Seen {
         socket,
-        process: Some(Process {
+        process: Some(Arc::new(Process {
             pid: cookie as u32,
             ..Process::default()
-        }),
+        })),
     }
 }
 

@@ -5,6 +5,7 @@ mod cluster;
 mod enrol;
 mod handover;
 mod observe;
+mod pages;
 mod reload;
 mod tokens;
 

@@ -16,7 +16,7 @@ use notify::{RecursiveMode, Watcher as _};
 use postern_ebpf::{PODS_ROOTS, UNKNOWN_ALLOW, UNKNOWN_REFUSE};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{State, handover::Last};
+use super::{State, handover::Last, pages::unmap_program};
 use crate::{
     audit::Record,
     config::Unknown,
@@ -141,6 +141,7 @@ fn started(state: &State, enroller: &Enroller, last: Last) {
         detail,
     });
     tracing::info!(node = state.proxy.audit.node(), "ready");
+    unmap_program();
 }
 
 /// What enrolment remembers from one round to the next.

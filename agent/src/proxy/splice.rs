@@ -509,3 +509,6 @@ pub(super) fn from_h2(error: h2::Error) -> io::Error {
         false => io::Error::other(error),
     }
 }
+
+#[cfg(test)]
+mod tests;

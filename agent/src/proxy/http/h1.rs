@@ -78,7 +78,8 @@ impl<G: Gate> Connection<'_, G> {
         loop {
             match self.next().await? {
                 Next::Head(head) => {
-                    if !self.request(head).await? {
+                    // What it takes is not to be kept while the connection idles.
+                    if !Box::pin(self.request(head)).await? {
                         return self.close().await;
                     }
                 }

@@ -116,9 +116,9 @@ pub struct Wrk<'a> {
 const WRK_REPORT: &str = r#"
 done = function(summary, latency, requests)
   local e = summary.errors
-  io.write(string.format('\n{"requests":%d,"micros":%d,"p50":%d,"p99":%d,"errors":%d}\n',
+  io.write(string.format('\n{"requests":%d,"micros":%d,"p50":%d,"p99":%d,"errors":%d,"late":%d}\n',
     summary.requests, summary.duration, latency:percentile(50), latency:percentile(99),
-    e.connect + e.read + e.write + e.status + e.timeout))
+    e.connect + e.read + e.write + e.status + e.timeout, e.timeout))
 end
 "#;
 

@@ -352,17 +352,18 @@ fn idle(pids: &[i32]) -> Result<Sample> {
 /// The same, and with connections open.
 fn memory(way: &Way) -> Result<Sample> {
     let mut sample = idle(&way.proxies)?;
-    let total = || process::sum(&way.proxies, process::resident);
-    let idle = total()?;
+    let total = |of: fn(i32) -> Result<f64>| process::sum(&way.proxies, of);
+    let idle = total(process::anonymous)?;
     let mut holders = Vec::new();
     let mut held = 0;
     for (count, whole, each) in OPEN {
         holders.push(drive::open(way, count - held)?);
         held = count;
         std::thread::sleep(REST);
-        let open = total()?;
-        sample.push((whole, open));
-        sample.push((each, (open - idle) * 1024.0 / count as f64));
+        sample.push((whole, total(process::resident)?));
+        // Not what of the program is mapped meanwhile, because it runs for the first time.
+        let grown = total(process::anonymous)? - idle;
+        sample.push((each, grown * 1024.0 / count as f64));
     }
     drop(holders);
     eventually(

@@ -41,6 +41,8 @@ const BOUNDED: &str = "FOREIGN";
 struct Sample {
     minutes: f64,
     resident: f64,
+    /// Of that, what is no file's: how much of the program is mapped says nothing.
+    anonymous: f64,
     descriptors: usize,
     threads: usize,
     maps: BTreeMap<String, u64>,
@@ -61,6 +63,7 @@ impl Sample {
         Ok(Self {
             minutes: began.elapsed().as_secs_f64() / 60.0,
             resident: process::resident(pid)?,
+            anonymous: process::anonymous(pid)?,
             descriptors: process::descriptors(pid)?,
             threads: process::threads(pid)?,
             maps,
@@ -94,6 +97,7 @@ impl Sample {
     fn json(&self) -> Value {
         json!({
             "minutes": self.minutes, "residentMiB": self.resident,
+            "anonymousMiB": self.anonymous,
             "descriptors": self.descriptors, "threads": self.threads, "maps": self.maps,
         })
     }
@@ -212,7 +216,7 @@ pub fn run(minutes: u32, write: impl FnOnce(&Value) -> Result<()>) -> Result<()>
         let filled = &samples[samples.len() / FILLING..];
         let points = filled
             .iter()
-            .map(|all| (all[index].minutes, all[index].resident));
+            .map(|all| (all[index].minutes, all[index].anonymous));
         let line = Line::through(&points.collect::<Vec<_>>());
         println!("{}, memory: {line}", node.name);
         if line.rises() {
@@ -239,13 +243,14 @@ fn show(when: &str, all: &[Sample]) {
     for sample in all {
         let Sample {
             resident,
+            anonymous,
             descriptors,
             threads,
             ..
         } = sample;
         let entries = sample.entries();
         print!(
-            "  | {resident:7.2} MiB {descriptors:4} fds {threads:3} threads {entries:5} entries"
+            "  | {resident:7.2} MiB ({anonymous:.2}) {descriptors:4} fds {threads:3} threads {entries:5} entries"
         );
     }
     println!();
@@ -290,7 +295,10 @@ impl Loads {
             let report = crate::drive::last_json(wrk.output().as_bytes())?;
             let requests = report["requests"].as_u64().unwrap_or(0);
             ensure!(requests > 0, "no request was answered: {report}");
-            said.push(format!("{requests} requests, {} errors", report["errors"]));
+            let [errors, late] = ["errors", "late"].map(|key| report[key].as_u64());
+            let (errors, late) = (errors.context("no errors")?, late.context("no late")?);
+            ensure!(errors == late, "requests failed: {report}");
+            said.push(format!("{requests} requests, {late} took longer than 2 s"));
         }
         if self.churn.child.try_wait()?.is_some() {
             bail!(

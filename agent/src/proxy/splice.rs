@@ -4,7 +4,7 @@
 //! that cannot be written.
 
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::VecDeque,
     fmt,
     future::poll_fn,
@@ -102,30 +102,23 @@ pub async fn splice(
     let (from_destination, mut to_destination) = destination.split();
     let (to_source, source) = to_source.parts();
     let (to_destination, destination) = to_destination.parts();
-    let mut out = Pump::new(from_source, to_destination, &counters.sent);
-    let mut back = Pump::new(from_destination, to_source, &counters.received);
-    let both = poll_fn(|cx| {
+    let mut out = Pump::new(from_source, source, to_destination, &counters.sent);
+    let mut back = Pump::new(from_destination, destination, to_source, &counters.received);
+    poll_fn(|cx| {
         let sent = out.poll(cx).map_err(Failed::out)?;
         let received = back.poll(cx).map_err(Failed::back)?;
         if sent && received {
             return Poll::Ready(Ok(()));
         }
-        // Who has ended its side goes on being watched: it may break while the other is
-        // held up.
-        if let Poll::Ready(error) = out.writer.poll_broken(cx) {
-            return Poll::Ready(Err(Failed::Write(error).out()));
+        if let Poll::Ready(failed) = out.poll_broken(cx) {
+            return Poll::Ready(Err(failed.out()));
         }
-        if let Poll::Ready(error) = back.writer.poll_broken(cx) {
-            return Poll::Ready(Err(Failed::Write(error).back()));
+        if let Poll::Ready(failed) = back.poll_broken(cx) {
+            return Poll::Ready(Err(failed.back()));
         }
         Poll::Pending
-    });
-    tokio::select! {
-        biased;
-        result = both => result,
-        error = breaks(source) => Err(Failed::Write(error).back()),
-        error = breaks(destination) => Err(Failed::Write(error).out()),
-    }
+    })
+    .await
 }
 
 impl End {
@@ -175,7 +168,7 @@ enum Half<'a> {
 }
 
 impl Half<'_> {
-    /// What writes to it, and the connection that is to be watched beside it.
+    /// What writes to it, and the connection that it is, if it is one.
     fn parts(&mut self) -> (Writer<'_>, Option<&TcpStream>) {
         match self {
             Self::Tcp(half) => {
@@ -216,6 +209,10 @@ impl Failed {
 /// One direction.
 struct Pump<'a> {
     reader: Reader<'a>,
+    /// What is read from, if it is a connection.
+    from: Option<&'a TcpStream>,
+    /// Ready when that breaks; while it is not read, which would tell.
+    breaks: Option<Pin<Box<dyn Future<Output = io::Error> + Send + 'a>>>,
     writer: Writer<'a>,
     counter: &'a AtomicU64,
     /// Read, and not written yet.
@@ -234,9 +231,16 @@ enum Stage {
 }
 
 impl<'a> Pump<'a> {
-    fn new(reader: Reader<'a>, writer: Writer<'a>, counter: &'a AtomicU64) -> Self {
+    fn new(
+        reader: Reader<'a>,
+        from: Option<&'a TcpStream>,
+        writer: Writer<'a>,
+        counter: &'a AtomicU64,
+    ) -> Self {
         Self {
             reader,
+            from,
+            breaks: None,
             writer,
             counter,
             chunks: VecDeque::new(),
@@ -279,6 +283,7 @@ impl<'a> Pump<'a> {
         }
         ready!(self.writer.poll_write(cx, &mut self.chunks)).map_err(Failed::Write)?;
         turn.made_progress();
+        SPARE.set(std::mem::take(&mut self.chunks));
         let length = std::mem::take(&mut self.length);
         self.reader.release(length).map_err(Failed::Read)?;
         self.counter.fetch_add(length as u64, Ordering::Relaxed);
@@ -286,8 +291,30 @@ impl<'a> Pump<'a> {
     }
 
     fn take(&mut self, chunk: Bytes) {
+        if self.chunks.capacity() == 0 {
+            self.chunks = SPARE.take();
+        }
         self.length += chunk.len();
         self.chunks.push_back(chunk);
+    }
+
+    /// Ready when one of its ends is broken. Who has ended its side may break, too, while
+    /// the other is held up.
+    fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<Failed> {
+        if let Poll::Ready(error) = self.writer.poll_broken(cx) {
+            return Poll::Ready(Failed::Write(error));
+        }
+        let reads = self.stage == Stage::Moves && self.chunks.is_empty();
+        match self.from.filter(|_| !reads) {
+            Some(from) => {
+                let breaks = (self.breaks).get_or_insert_with(|| Box::pin(broken(from)));
+                breaks.as_mut().poll(cx).map(Failed::Read)
+            }
+            None => {
+                self.breaks = None;
+                Poll::Pending
+            }
+        }
     }
 }
 
@@ -307,6 +334,8 @@ struct TcpReader<'a> {
 thread_local! {
     /// What few bytes are read into: connections have no buffer of their own for them.
     static ROOM: RefCell<[u8; FEW]> = const { RefCell::new([0; FEW]) };
+    /// What chunks are gathered in between reading and writing: nor for these.
+    static SPARE: Cell<VecDeque<Bytes>> = const { Cell::new(VecDeque::new()) };
 }
 
 impl TcpReader<'_> {
@@ -454,7 +483,7 @@ impl Writer<'_> {
     }
 
     /// Ready when the peer has broken the stream, or no longer takes bytes. A connection
-    /// is watched by [`breaks`].
+    /// is watched by who reads from it.
     fn poll_broken(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         match self {
             Self::Tcp(_) => Poll::Pending,
@@ -477,14 +506,6 @@ fn advance(chunks: &mut VecDeque<Bytes>, mut written: usize) {
             return;
         }
         chunks.pop_front();
-    }
-}
-
-/// Returns when the connection of an end is broken, if it is one.
-async fn breaks(stream: Option<&TcpStream>) -> io::Error {
-    match stream {
-        Some(stream) => broken(stream).await,
-        None => std::future::pending().await,
     }
 }
 

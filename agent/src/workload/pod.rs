@@ -1,6 +1,6 @@
 //! A pod as the mesh knows it.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{collections::BTreeMap, net::IpAddr, sync::OnceLock};
 
 use super::{
     manifest::{Container, Pod, is_tcp},
@@ -34,6 +34,24 @@ pub struct Workload {
     pub ports: Vec<(String, u16)>,
     /// Ports of its node that lead to its own (`hostPort`).
     pub host_ports: Vec<HostPort>,
+    pub(super) known_as: KnownAs,
+}
+
+/// The identity that was asked for first: all connections share it. It follows from the rest.
+#[derive(Debug, Default)]
+pub(super) struct KnownAs(OnceLock<SpiffeId>);
+
+/// A copy may be changed.
+impl Clone for KnownAs {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl PartialEq for KnownAs {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -46,11 +64,18 @@ pub struct HostPort {
 
 impl Workload {
     pub fn identity(&self, trust_domain: &TrustDomain) -> SpiffeId {
-        SpiffeId::new(
-            trust_domain.clone(),
-            self.namespace.clone(),
-            self.service_account.clone(),
-        )
+        let new = || {
+            SpiffeId::new(
+                trust_domain.clone(),
+                self.namespace.clone(),
+                self.service_account.clone(),
+            )
+        };
+        let known = self.known_as.0.get_or_init(new);
+        match known.trust_domain == *trust_domain {
+            true => known.clone(),
+            false => new(),
+        }
     }
 
     /// Whether its inbound traffic goes through the agent of its node. A
@@ -138,6 +163,7 @@ pub fn workload(pod: &Pod, inherited: Mesh) -> Option<Workload> {
         addresses,
         ports,
         host_ports,
+        known_as: KnownAs::default(),
     })
 }
 

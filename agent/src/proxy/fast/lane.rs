@@ -57,6 +57,8 @@ pub(super) struct State {
     driver: Option<Waker>,
     /// Streams that wait for what is queued to be sent.
     waiting: Vec<u32>,
+    /// What the next stream gathers its chunks in: idle ones have none.
+    spare: VecDeque<Bytes>,
     /// Something has come since this was last looked at.
     heard: bool,
     /// The peer wants no other stream.
@@ -261,8 +263,11 @@ impl State {
 
     /// Bytes of a stream that have come already.
     pub(super) fn received(&mut self, id: u32, most_window: usize) -> Option<Bytes> {
-        let stream = self.stream(id);
+        let stream = self.streams.get_mut(&id).expect("as long as its owner");
         let chunk = stream.chunks.pop_front()?;
+        if stream.chunks.is_empty() {
+            self.spare = std::mem::take(&mut stream.chunks);
+        }
         stream.waiting -= chunk.len();
         stream.taken += chunk.len();
         stream.since += chunk.len();
@@ -407,6 +412,9 @@ impl State {
                 }
                 if !payload.is_empty() {
                     stream.waiting += payload.len();
+                    if stream.chunks.capacity() == 0 {
+                        stream.chunks = std::mem::take(&mut self.spare);
+                    }
                     stream.chunks.push_back(payload);
                 }
                 wake(&mut stream.reader);

@@ -2,7 +2,7 @@
 //! to go. What the kernel did not steer (a process that dials the port itself) is
 //! reset: there is no destination to carry it to.
 
-use std::{mem::MaybeUninit, net::SocketAddr, pin::Pin, sync::Arc};
+use std::{io, mem::MaybeUninit, net::SocketAddr, pin::Pin, sync::Arc};
 
 use socket2::SockRef;
 use tokio::{net::TcpStream, sync::watch};
@@ -15,7 +15,7 @@ use super::{
     look::{Place, look},
     reset,
     source::{Opened, Sending, Upstream},
-    splice::End,
+    splice::{Broken, End, Side},
     story::{Ending, Story},
 };
 use crate::{
@@ -310,12 +310,16 @@ async fn route(
 }
 
 /// What has come already. Does not wait.
-fn waiting(stream: &TcpStream) -> Vec<u8> {
+fn waiting(stream: &TcpStream) -> io::Result<Vec<u8>> {
     let mut room = [MaybeUninit::uninit(); fast::MOST];
     // The runtime does not know yet whether there is something: it is not asked.
-    let read = SockRef::from(stream).recv(&mut room).unwrap_or(0);
+    let read = match SockRef::from(stream).recv(&mut room) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => 0,
+        // It is said once: asked again, the kernel would tell of an orderly end.
+        read => read?,
+    };
     // Safety: so many bytes were written.
-    unsafe { room[..read].assume_init_ref() }.to_vec()
+    Ok(unsafe { room[..read].assume_init_ref() }.to_vec())
 }
 
 /// Opens the way that a connection is to go.
@@ -358,7 +362,10 @@ async fn take(
     };
     // Applications that speak first have done so by now.
     let first = match (&upstream, &attacher) {
-        (Upstream::Tunnel { .. }, None) => waiting(source),
+        (Upstream::Tunnel { .. }, None) => waiting(source).map_err(|error| {
+            let side = Side::Source;
+            Ending::Broken(Broken { side, error })
+        })?,
         _ => Vec::new(),
     };
     story.counters.add_sent(first.len());

@@ -104,9 +104,20 @@ pub async fn splice(
     let (to_destination, destination) = to_destination.parts();
     let mut out = Pump::new(from_source, source, to_destination, &counters.sent);
     let mut back = Pump::new(from_destination, destination, to_source, &counters.received);
+    let mut out_first = false;
     poll_fn(|cx| {
-        let sent = out.poll(cx).map_err(Failed::out)?;
-        let received = back.poll(cx).map_err(Failed::back)?;
+        // In turns: the first may use up all that the task may do at a time.
+        out_first = !out_first;
+        let (sent, received);
+        if out_first {
+            sent = out.poll(cx);
+            received = back.poll(cx);
+        } else {
+            received = back.poll(cx);
+            sent = out.poll(cx);
+        }
+        // Not before both: what fails one way may have been answered the other way.
+        let (sent, received) = (sent.map_err(Failed::out)?, received.map_err(Failed::back)?);
         if sent && received {
             return Poll::Ready(Ok(()));
         }

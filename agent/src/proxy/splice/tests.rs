@@ -78,6 +78,49 @@ async fn an_end_is_an_end_and_the_other_side_goes_on() {
     assert!(world.end().await.is_ok());
 }
 
+/// Both applications say as much as they can, on one thread with who carries it.
+#[tokio::test]
+async fn a_direction_that_is_full_leaves_the_other_its_turn() {
+    let World {
+        client,
+        server,
+        counters,
+        carried,
+    } = World::new().await;
+    let busy = |stream: TcpStream| {
+        tokio::spawn(async move {
+            let (mut from, mut to) = stream.into_split();
+            let (said, mut room) = (vec![7; 1 << 20], vec![0; 1 << 20]);
+            let saying = async { while to.write_all(&said).await.is_ok() {} };
+            let hearing = async { while from.read(&mut room).await.is_ok_and(|read| read > 0) {} };
+            tokio::join!(saying, hearing);
+        })
+    };
+    let (client, server) = (busy(client), busy(server));
+    const ENOUGH: u64 = 256 << 20;
+    let enough = async {
+        loop {
+            let count = counters.get();
+            if count.sent.min(count.received) > ENOUGH {
+                return count;
+            }
+            tokio::task::yield_now().await;
+        }
+    };
+    let limit = Duration::from_secs(60);
+    let count = tokio::time::timeout(limit, enough)
+        .await
+        .expect("both move");
+    let (least, most) = (
+        count.sent.min(count.received),
+        count.sent.max(count.received),
+    );
+    assert!(most < 8 * least, "{count:?}");
+    client.abort();
+    server.abort();
+    carried.abort();
+}
+
 #[tokio::test]
 async fn who_has_ended_its_side_may_still_break() {
     let mut world = World::new().await;

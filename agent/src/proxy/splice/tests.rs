@@ -78,9 +78,9 @@ async fn an_end_is_an_end_and_the_other_side_goes_on() {
     assert!(world.end().await.is_ok());
 }
 
-/// Both applications say as much as they can, on one thread with who carries it.
+/// Both applications say as much as they can.
 #[tokio::test]
-async fn a_direction_that_is_full_leaves_the_other_its_turn() {
+async fn both_directions_move_while_both_are_full() {
     let World {
         client,
         server,

@@ -40,7 +40,7 @@ impl<'a> Request<'a> {
     /// The values of a header, one by one.
     pub fn values(&self, name: &HeaderName) -> impl Iterator<Item = Cow<'a, str>> {
         let own = self.headers.iter().filter(move |(other, _)| *other == name);
-        own.map(|(_, value)| String::from_utf8_lossy(value.as_bytes()))
+        own.map(|(_, value)| text(value.as_bytes()))
     }
 
     /// Whether it is a gRPC call: its refusals are told in trailers.
@@ -48,6 +48,14 @@ impl<'a> Request<'a> {
         self.headers.iter().any(|(name, value)| {
             **name == header::CONTENT_TYPE && value.as_bytes().starts_with(b"application/grpc")
         })
+    }
+}
+
+/// Nearly all are ASCII, of which this takes many at a time.
+fn text(value: &[u8]) -> Cow<'_, str> {
+    match std::str::from_utf8(value) {
+        Ok(text) => Cow::Borrowed(text),
+        Err(_) => String::from_utf8_lossy(value),
     }
 }
 

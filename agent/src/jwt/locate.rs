@@ -99,11 +99,8 @@ pub(super) fn without_parameters(path: &str, gone: &[usize]) -> String {
 /// credentials.
 fn in_header<'a>(request: &Request<'a>, name: &HeaderName, prefix: &str) -> Option<Cow<'a, str>> {
     let rest = |value: &str| Some(value.strip_prefix(prefix)?.trim_start_matches(' ').len());
-    let values = || request.headers.iter().filter(|(other, _)| *other == name);
-    let has_token = values().any(|(_, value)| {
-        rest(&String::from_utf8_lossy(value.as_bytes())).is_some_and(|length| length > 0)
-    });
-    if !has_token {
+    let is_token = |value: Cow<'_, str>| rest(&value).is_some_and(|length| length > 0);
+    if !request.values(name).any(is_token) {
         return None;
     }
     // Repeated: the joined value has a comma in it and is no token, as nobody knows

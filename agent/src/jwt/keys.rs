@@ -348,19 +348,18 @@ fn curve(jwk: &Map<String, Value>, kty: &str) -> Result<(Algorithm, ParsedPublic
     let crv = text(jwk, "crv")?.ok_or(SkipReason::Missing("crv"))?;
     let (algorithm, parameters, length) =
         Algorithm::curve(kty, crv).ok_or_else(|| SkipReason::Curve(shown(crv)))?;
-    let mut point = bytes(jwk, "x")?;
-    // RFC 7518 6.2.1.2: full length, leading zeros included.
-    if point.len() != length {
-        return Err(SkipReason::Point);
-    }
-    if kty == "EC" {
-        let y = bytes(jwk, "y")?;
-        if y.len() != length {
-            return Err(SkipReason::Point);
+    let point = match kty {
+        // Uncompressed, SEC 1 2.3.3.
+        "EC" => {
+            let (x, y) = (coordinate(jwk, "x", length)?, coordinate(jwk, "y", length)?);
+            [vec![4], x, y].concat()
         }
-        point.insert(0, 4); // uncompressed, SEC 1 2.3.3
-        point.extend(y);
-    }
+        // RFC 8037 2: octets, not a number.
+        _ => bytes(jwk, "x").and_then(|x| match x.len() == length {
+            true => Ok(x),
+            false => Err(SkipReason::Point),
+        })?,
+    };
     let parsed = ParsedPublicKey::new(parameters, point).map_err(|_| SkipReason::Point)?;
     Ok((algorithm, parsed))
 }
@@ -388,6 +387,18 @@ fn number(jwk: &Map<String, Value>, name: &'static str) -> Result<Vec<u8>, SkipR
     let bytes = bytes(jwk, name)?;
     let zeros = bytes.iter().take_while(|byte| **byte == 0).count();
     Ok(bytes[zeros..].to_vec())
+}
+
+/// In full length (RFC 7518 6.2.1.2). PyJWT and Authlib leave leading zeros out, in one key
+/// of 128: those are filled in.
+fn coordinate(
+    jwk: &Map<String, Value>,
+    name: &'static str,
+    length: usize,
+) -> Result<Vec<u8>, SkipReason> {
+    let number = number(jwk, name)?;
+    let zeros = length.checked_sub(number.len()).ok_or(SkipReason::Point)?;
+    Ok([vec![0; zeros], number].concat())
 }
 
 /// As much of an issuer's word as fits a message.

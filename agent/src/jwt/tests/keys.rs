@@ -130,7 +130,11 @@ fn unusable_keys_are_skipped_with_the_reason() {
             with(ec.clone(), "x", json!(b64([1; 31]))),
             SkipReason::Point,
         ),
-        ("no y", with(ec, "y", Value::Null), SkipReason::Missing("y")),
+        (
+            "no y",
+            with(ec.clone(), "y", Value::Null),
+            SkipReason::Missing("y"),
+        ),
         (
             "X25519",
             with(ed.clone(), "crv", json!("X25519")),
@@ -138,7 +142,17 @@ fn unusable_keys_are_skipped_with_the_reason() {
         ),
         (
             "long Ed25519",
-            with(ed, "x", json!(b64([1; 33]))),
+            with(ed.clone(), "x", json!(b64([1; 33]))),
+            SkipReason::Point,
+        ),
+        (
+            "Ed25519 as SubjectPublicKeyInfo",
+            with(ed, "x", json!(b64(ED.spki()))),
+            SkipReason::Point,
+        ),
+        (
+            "long x",
+            with(ec, "x", json!(b64([1; 33]))),
             SkipReason::Point,
         ),
     ];
@@ -197,6 +211,23 @@ fn leading_zeros_of_a_modulus_do_no_harm() {
     n.insert(0, 0);
     let keys = key_set(&[with(RSA.jwk(), "n", json!(b64(n)))]);
     let token = RSA.sign("RS256", &payload());
+    let verified = Token::parse(&token)
+        .expect("form")
+        .verify(tokens::EXPECTED, Some(&keys), now());
+    assert!(verified.is_ok());
+}
+
+#[test]
+fn a_coordinate_may_lack_its_leading_zeros() {
+    let x = |signer: &Signer| match &signer.pair {
+        Pair::Ec(pair, _) => pair.public_key().as_ref()[1..33].to_vec(),
+        _ => panic!("not on a curve"),
+    };
+    let mut signers = std::iter::repeat_with(|| Signer::ec("p256"));
+    let signer = signers.find(|signer| x(signer)[0] == 0).expect("endless");
+    let short = with(signer.jwk(), "x", json!(b64(&x(&signer)[1..])));
+    let keys = key_set(&[short]);
+    let token = signer.sign("ES256", &payload());
     let verified = Token::parse(&token)
         .expect("form")
         .verify(tokens::EXPECTED, Some(&keys), now());

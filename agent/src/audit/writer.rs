@@ -7,14 +7,14 @@ use std::{
         atomic::Ordering,
         mpsc::{Receiver, RecvTimeoutError},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::mpsc;
 
 use super::{
     Counts, Message, Record,
-    chain::{Ledger, Log, Settings},
+    chain::{Ledger, Log, OpenError, Settings},
     handed::{Handed, Order, Return},
 };
 
@@ -24,6 +24,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 const IDLE: Duration = Duration::from_millis(200);
 /// What is written at once, bytes; more waits for the next write.
 const BATCH: usize = 1 << 20;
+
+/// How long an agent that was to take over, and died, may have the log's lock.
+const BUSY: Duration = Duration::from_secs(3);
 
 pub(super) struct Writer {
     node: Box<str>,
@@ -169,7 +172,14 @@ impl Writer {
 
     /// Goes on in the log, which nobody else wrote to. `false`: and it ends.
     fn take_back(&mut self, back: Return, queue: &Receiver<Message>) -> bool {
-        let opened = Log::open(self.settings.clone(), &self.node);
+        let until = Instant::now() + BUSY;
+        let opened = loop {
+            match Log::open(self.settings.clone(), &self.node) {
+                // One that was killed has its locks until the last of its threads is gone.
+                Err(OpenError::Busy(_)) if Instant::now() < until => std::thread::sleep(PAUSE),
+                opened => break opened,
+            }
+        };
         let (log, fresh) = match opened {
             Ok((log, ledger)) => (To::Log(Box::new(log)), ledger),
             Err(error) => {

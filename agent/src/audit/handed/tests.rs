@@ -92,6 +92,26 @@ fn a_log_that_is_taken_back_has_all_that_was_said_meanwhile_once() {
     assert_eq!(node.said(), ["before", "own", "an elder's", "and later"]);
 }
 
+/// As the one that was to take over holds it until the kernel has ended the last of it.
+#[test]
+fn a_log_is_taken_back_when_its_lock_is_let_go() {
+    let node = Node::new();
+    let (audit, writer) = node.open();
+    let handed = over(&audit);
+    let directory = node.settings().directory;
+    let lock = std::fs::File::open(directory.join("lock")).expect("the log's lock");
+    lock.lock().expect("nobody has it");
+    audit.record(agent("meanwhile"));
+    std::thread::scope(|scope| {
+        let taking = scope.spawn(|| audit.take_back(handed, LIMIT));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        drop(lock);
+        taking.join().expect("no panic").expect("taken back");
+    });
+    audit.close(&writer, LIMIT);
+    assert_eq!(node.said(), ["meanwhile"]);
+}
+
 /// Whoever says that it was taken is held to it, however the end comes between.
 #[test]
 fn what_is_taken_stands_in_the_log_and_what_is_not_is_refused() {

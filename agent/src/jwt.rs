@@ -24,7 +24,7 @@ mod verify;
 mod tests;
 
 pub use algorithm::Algorithm;
-pub use cache::VerifiedTokens;
+pub use cache::{VerifiedTokens, Wanted};
 pub use claims::{Checked, Claims, Confirmation};
 pub use dpop::{MAX_PROOF, PROOF_WINDOW, Proof, ProofError};
 pub use headers::may_be_output;

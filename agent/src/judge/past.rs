@@ -236,7 +236,7 @@ fn sender<'a>(selected: &Selected, token: &'a PastToken) -> Sender<'a> {
     }
     let of_issuer = |issuer: Option<&str>| issuer.is_some() && issuer == claims.issuer();
     let mut own = (rules.iter().enumerate())
-        .filter(|(_, rule)| of_issuer(rule.issuer.as_deref()))
+        .filter(|(_, rule)| of_issuer(rule.wanted.issuer()))
         .peekable();
     let Some((index, _)) = own.peek().copied() else {
         let issuer = claims.issuer().unwrap_or("an issuer without name");
@@ -247,7 +247,7 @@ fn sender<'a>(selected: &Selected, token: &'a PastToken) -> Sender<'a> {
     if own.any(|(_, rule)| rule.takes_audience_of(claims)) {
         return Sender::Known { claims, bound };
     }
-    if rules.iter().any(|rule| rule.issuer.is_none()) {
+    if rules.iter().any(|rule| rule.wanted.issuer().is_none()) {
         return Sender::Unknown(format!("{by} takes tokens of any issuer whose keys fit"));
     }
     let policy = selected.token_policy(index).clone();

@@ -1,11 +1,14 @@
 //! Tokens that were verified: clients send one many times, and RSA is slow.
 
-use std::sync::Arc;
+use std::{
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
 
-use aws_lc_rs::digest::{Context, SHA256};
+use aws_lc_rs::digest::{Context, SHA256, digest};
 use moka::sync::Cache;
 
-use super::{claims::Claims, keys::KeySet, verify::Expected};
+use super::{claims::Claims, keys::KeySet};
 
 /// About ten thousand tokens of a usual size.
 const DEFAULT_BYTES: u64 = 16 << 20;
@@ -20,8 +23,14 @@ pub struct VerifiedTokens {
     entries: Cache<Fingerprint, Entry>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Fingerprint([u8; 32]);
+/// A token, and what verified it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Fingerprint {
+    token: [u8; 32],
+    wanted: [u8; 32],
+    scp: bool,
+    keys: [u8; 32],
+}
 
 #[derive(Clone, Debug)]
 struct Entry {
@@ -64,31 +73,72 @@ impl Default for VerifiedTokens {
 }
 
 impl Fingerprint {
-    /// Token, demands and keys, each with its length before it, so that no two
-    /// combinations read the same.
-    pub fn new(token: &str, expected: Expected<'_>, keys: &KeySet) -> Self {
-        let mut context = Context::new(&SHA256);
-        context.update(keys.digest());
-        match expected.issuer {
-            None => context.update(&[0]),
-            Some(issuer) => {
-                context.update(&[1]);
-                field(&mut context, issuer);
-            }
+    /// `scp`: whether that claim is a list, too.
+    pub fn new(token: &str, wanted: &Wanted, scp: bool, keys: &KeySet) -> Self {
+        let digest = digest(&SHA256, token.as_bytes());
+        Self {
+            token: digest.as_ref().try_into().expect("SHA-256 has 32 bytes"),
+            wanted: wanted.digest,
+            scp,
+            keys: *keys.digest(),
         }
-        for list in [expected.audiences, expected.space_delimited] {
-            context.update(&(list.len() as u64).to_be_bytes());
-            for value in list {
-                field(&mut context, value);
-            }
-        }
-        field(&mut context, token);
-        let digest = context.finish();
-        Self(digest.as_ref().try_into().expect("SHA-256 has 32 bytes"))
     }
 }
 
-fn field(context: &mut Context, text: &str) {
-    context.update(&(text.len() as u64).to_be_bytes());
-    context.update(text.as_bytes());
+impl Hash for Fingerprint {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write(&self.token);
+    }
+}
+
+/// What a rule wants of tokens: of this the cache has to know by what it was verified.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Wanted {
+    issuer: Option<String>,
+    audiences: Vec<String>,
+    space_delimited: Vec<String>,
+    digest: [u8; 32],
+}
+
+impl Wanted {
+    pub fn new(
+        issuer: Option<String>,
+        audiences: Vec<String>,
+        space_delimited: Vec<String>,
+    ) -> Self {
+        let mut context = Context::new(&SHA256);
+        // Each text with its length before it, so that no two combinations read the same.
+        let mut list = |texts: &[String]| {
+            context.update(&(texts.len() as u64).to_be_bytes());
+            for text in texts {
+                context.update(&(text.len() as u64).to_be_bytes());
+                context.update(text.as_bytes());
+            }
+        };
+        list(issuer.as_slice());
+        list(&audiences);
+        list(&space_delimited);
+        let digest = context.finish();
+        Self {
+            issuer,
+            audiences,
+            space_delimited,
+            digest: digest.as_ref().try_into().expect("SHA-256 has 32 bytes"),
+        }
+    }
+
+    /// `None`: tokens of any issuer, as long as the keys fit.
+    pub fn issuer(&self) -> Option<&str> {
+        self.issuer.as_deref()
+    }
+
+    /// One of them must be a token's; empty: any is good.
+    pub fn audiences(&self) -> &[String] {
+        &self.audiences
+    }
+
+    /// Claims that are lists written as one string.
+    pub fn space_delimited(&self) -> &[String] {
+        &self.space_delimited
+    }
 }

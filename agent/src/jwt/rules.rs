@@ -10,7 +10,7 @@ use std::{
 use http::{HeaderName, Method, header};
 
 use super::{
-    cache::{Fingerprint, VerifiedTokens},
+    cache::{Fingerprint, VerifiedTokens, Wanted},
     claims::Claims,
     headers::{put_out, remove, without_spoofed},
     keys::KeySet,
@@ -30,9 +30,7 @@ pub const SCP: &str = "scp";
 /// One jwtRule, compiled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// `None`: tokens of any issuer, as long as the keys fit.
-    pub issuer: Option<String>,
-    pub audiences: Vec<String>,
+    pub wanted: Wanted,
     pub locations: Locations,
     /// Whether the application gets the token, too.
     pub forward_original: bool,
@@ -40,14 +38,13 @@ pub struct Rule {
     pub payload_to_header: Option<HeaderName>,
     /// Headers, and the path to the claim that each gets.
     pub claims_to_headers: Vec<(HeaderName, Vec<String>)>,
-    pub space_delimited: Vec<String>,
     pub keys: KeySource,
 }
 
 impl Rule {
     /// Whether a token is for one of its audiences.
     pub fn takes_audience_of(&self, claims: &Claims) -> bool {
-        audience_fits(&self.audiences, &claims.audiences())
+        audience_fits(self.wanted.audiences(), &claims.audiences())
     }
 }
 
@@ -178,7 +175,10 @@ pub fn presented<'a, R: Borrow<Rule>>(
 /// What the application is told of a token that its issuer was asked about: the
 /// headers that the first rule of that issuer makes of claims.
 pub fn put_out_introspected<R: Borrow<Rule>>(rules: &[R], claims: &Claims, edits: &mut Edits) {
-    let own = |rule: &&Rule| rule.issuer.is_some() && rule.issuer.as_deref() == claims.issuer();
+    let own = |rule: &&Rule| {
+        let issuer = rule.wanted.issuer();
+        issuer.is_some() && issuer == claims.issuer()
+    };
     if let Some(rule) = rules.iter().map(Borrow::borrow).find(own) {
         let rule = Rule {
             // There is no such payload.
@@ -239,24 +239,26 @@ impl<K: Fn(&RemoteKeys) -> Option<Arc<KeySet>>> Judge<'_, K> {
         if token.len() > MAX_TOKEN {
             return Err(TokenError::TooLarge);
         }
-        let mut space_delimited = Cow::Borrowed(&rule.space_delimited);
-        if self.demands.scp {
-            space_delimited.to_mut().push(SCP.to_owned());
-        }
-        let expected = Expected {
-            issuer: rule.issuer.as_deref(),
-            audiences: &rule.audiences,
-            space_delimited: &space_delimited,
-        };
         let keys = match &rule.keys {
             KeySource::Inline(keys) => Some(keys.clone()),
             KeySource::Remote(remote) => (self.keys)(remote),
         };
-        let verify = || Token::parse(token)?.verify(expected, keys.as_deref(), self.now);
+        let verify = || {
+            let mut space_delimited = Cow::Borrowed(rule.wanted.space_delimited());
+            if self.demands.scp {
+                space_delimited.to_mut().push(SCP.to_owned());
+            }
+            let expected = Expected {
+                issuer: rule.wanted.issuer(),
+                audiences: rule.wanted.audiences(),
+                space_delimited: &space_delimited,
+            };
+            Token::parse(token)?.verify(expected, keys.as_deref(), self.now)
+        };
         let (Some(cache), Some(keys)) = (self.cache, &keys) else {
             return verify().map(Arc::new);
         };
-        let fingerprint = Fingerprint::new(token, expected, keys);
+        let fingerprint = Fingerprint::new(token, &rule.wanted, self.demands.scp, keys);
         if let Some(claims) = cache.get(&fingerprint) {
             return claims.check_time(self.now).map(|()| claims);
         }

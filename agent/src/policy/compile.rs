@@ -413,13 +413,11 @@ pub(super) fn jwt_rule(rule: schema::JwtRule) -> jwt::Rule {
         },
     };
     jwt::Rule {
-        issuer: rule.issuer,
-        audiences: rule.audiences,
+        wanted: jwt::Wanted::new(rule.issuer, rule.audiences, rule.space_delimited_claims),
         locations,
         forward_original: rule.forward_original_token,
         payload_to_header: rule.output_payload_to_header,
         claims_to_headers: rule.output_claim_to_headers,
-        space_delimited: rule.space_delimited_claims,
         keys,
     }
 }

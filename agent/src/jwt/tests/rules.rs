@@ -69,14 +69,23 @@ impl Sent {
 
 fn rule(issuer: &str) -> Rule {
     Rule {
-        issuer: Some(issuer.to_owned()),
-        audiences: Vec::new(),
+        wanted: Wanted::new(Some(issuer.to_owned()), Vec::new(), Vec::new()),
         locations: Locations::default(),
         forward_original: false,
         payload_to_header: None,
         claims_to_headers: Vec::new(),
-        space_delimited: Vec::new(),
         keys: KeySource::Inline(KEYS.clone()),
+    }
+}
+
+fn strict() -> Rule {
+    Rule {
+        wanted: Wanted::new(
+            Some(ISSUER.to_owned()),
+            vec!["admin".to_owned()],
+            Vec::new(),
+        ),
+        ..rule(ISSUER)
     }
 }
 
@@ -283,8 +292,7 @@ fn prefixes_are_exact_and_first() {
 
 #[test]
 fn several_rules() {
-    let mut strict = rule(ISSUER);
-    strict.audiences = vec!["admin".to_owned()];
+    let strict = strict();
     let rules = [strict, rule(ISSUER), rule(OTHER)];
     assert_eq!(bearer(&good()).verified(&rules).rule, 1);
     assert_eq!(bearer(&of(OTHER)).verified(&rules).rule, 2);
@@ -298,7 +306,7 @@ fn several_rules() {
     assert_eq!((refusal.error, refusal.rule), (TokenError::Audience, 1));
 
     let mut any = rule("");
-    any.issuer = None;
+    any.wanted = Wanted::new(None, Vec::new(), Vec::new());
     assert_eq!(bearer(&of("https://new.example")).verified(&[any]).rule, 0);
     let shared: [Arc<Rule>; 1] = [Arc::new(rule(ISSUER))];
     let sent = bearer(&good());
@@ -513,8 +521,7 @@ fn refusals_are_told() {
         r#"Bearer realm="http://shop.example/a/b", error="invalid_token""#
     );
 
-    let mut strict = rule(ISSUER);
-    strict.audiences = vec!["admin".to_owned()];
+    let strict = strict();
     let sent = get(
         &format!("/{}", "é\u{7f}a".repeat(500)),
         &[("authorization", &format!("Bearer {}", good()))],
@@ -604,8 +611,7 @@ fn the_cache_counts_for_what_verified_it() {
     );
     // Other demands.
     assert_eq!(judge(&rule(OTHER), now()), Err(TokenError::Issuer));
-    let mut strict = rule(ISSUER);
-    strict.audiences = vec!["admin".to_owned()];
+    let strict = strict();
     assert_eq!(judge(&strict, now()), Err(TokenError::Audience));
     // Another key set: the key was withdrawn.
     let mut rotated = rule(ISSUER);
@@ -618,6 +624,10 @@ fn the_cache_counts_for_what_verified_it() {
     });
     assert_eq!(judge(&gone, now()), Err(TokenError::KeysUnavailable));
     assert_eq!(cache.len(), 1, "only what is good is kept");
+    let mut listed = rule(ISSUER);
+    listed.wanted = Wanted::new(None, Vec::new(), vec!["groups".to_owned()]);
+    assert!(judge(&listed, now()).is_ok());
+    assert_eq!(cache.len(), 2, "its claims are read in another way");
 
     // Another signature over the same words.
     let forged = bearer(&forged());

@@ -19,6 +19,7 @@ use std::{
 
 use anyhow::{Context as _, Error, Result, bail};
 use arc_swap::ArcSwap;
+use futures_util::FutureExt as _;
 use postern_ebpf::Counter;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -325,14 +326,16 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let mut stop = async || {
+    // Whoever is told while another agent takes over is not told again.
+    let stop = async move {
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-    };
+    }
+    .shared();
     let served = tokio::select! {
-        served = stage.serve(&mut asked, stop()) => served,
+        served = stage.serve(&mut asked, stop.clone()) => served,
         Some(error) = failures.recv() => return Err(error),
     };
     // Whoever comes from now on comes to another agent, or to none.
@@ -371,7 +374,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     if let Some(mut farewell) = farewell {
         farewell.told().await;
         tracing::info!("all is handed over; waiting to be stopped");
-        farewell.linger(stop()).await;
+        farewell.linger(stop).await;
     }
     // Last, so that receivers get the log's last record, too.
     if let Some(senders) = senders {

@@ -75,8 +75,50 @@ fn within_a_second_of_its_start_an_agent_carries_what_comes() -> Result<()> {
     Ok(())
 }
 
-/// The new one is killed when the old one has stepped back and nobody is in charge yet: it
-/// opens the audit log, and has to wait for a file of it.
+/// A new agent of the first node when the old one has stepped back and nobody is in charge
+/// yet: it opens the audit log, and has to wait for a file of it, until that is dropped.
+fn half_way(lab: &Lab) -> Result<(Running, File)> {
+    let node = &lab.nodes[0];
+    let (public, kept) = (
+        node.audit_path().join("audit.pub"),
+        lab.path().join("audit.pub"),
+    );
+    std::fs::copy(&public, &kept)?;
+    std::fs::remove_file(&public)?;
+    mkfifo(&public, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    let fresh = node.launch()?;
+    let mut waits = None::<File>;
+    eventually("the new one has begun", Duration::from_secs(60), || {
+        let mut fifo = OpenOptions::new();
+        fifo.write(true).custom_flags(libc::O_NONBLOCK);
+        // Nobody has opened it to read, until then.
+        waits = fifo.open(&public).ok();
+        waits.is_some()
+    })
+    .with_context(|| node.log())?;
+    // For the old one.
+    std::fs::rename(&kept, &public)?;
+    Ok((fresh, waits.context("it waits")?))
+}
+
+/// Whoever stops the old one does not always wait until the new one is in charge.
+#[test]
+fn one_that_is_told_to_stop_while_another_takes_over_ends() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server, _echo) = pair(&mut lab)?;
+    let (fresh, waits) = half_way(&lab)?;
+    let node = &mut lab.nodes[0];
+    let mut old = node.set_agent(fresh).context("an agent runs")?;
+    old.signal(Signal::SIGTERM)?;
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!node.log().contains("draining"), "{}", node.log());
+    drop(waits);
+    ended(&mut old).with_context(|| node.log())?;
+    assert!(works(&client, &at(&server, ECHO), 20)?, "{}", node.log());
+    Ok(())
+}
+
+/// It is killed when the old one has stepped back and nobody is in charge yet.
 #[test]
 fn one_that_is_killed_before_it_has_taken_over_changes_nothing() -> Result<()> {
     let mut lab = Lab::new(2)?;
@@ -90,26 +132,8 @@ fn one_that_is_killed_before_it_has_taken_over_changes_nothing() -> Result<()> {
     let stop = lab.path().join("stop");
     let there = load(&client, &to, &stop, &["--every", "20", "--keep"])?;
     let node = &lab.nodes[0];
-    let (public, kept) = (
-        node.audit_path().join("audit.pub"),
-        lab.path().join("audit.pub"),
-    );
     for _ in 0..3 {
-        std::fs::copy(&public, &kept)?;
-        std::fs::remove_file(&public)?;
-        mkfifo(&public, Mode::S_IRUSR | Mode::S_IWUSR)?;
-        let fresh = node.launch()?;
-        let mut waits = None::<File>;
-        eventually("the new one has begun", Duration::from_secs(60), || {
-            let mut fifo = OpenOptions::new();
-            fifo.write(true).custom_flags(libc::O_NONBLOCK);
-            // Nobody has opened it to read, until then.
-            waits = fifo.open(&public).ok();
-            waits.is_some()
-        })
-        .with_context(|| node.log())?;
-        // For the old one.
-        std::fs::rename(&kept, &public)?;
+        let (fresh, waits) = half_way(&lab)?;
         assert!(!node.log().contains("draining"), "{}", node.log());
         nix::sys::signal::kill(Pid::from_raw(fresh.pid()), Signal::SIGKILL)?;
         drop((fresh, waits));

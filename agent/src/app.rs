@@ -548,7 +548,7 @@ impl StatusSource for State {
 }
 
 /// What runs by a token is judged anew when its issuer's keys change.
-async fn keys_changed(proxy: Arc<Proxy>, mut stop: Watcher) {
+async fn keys_changed(proxy: Arc<Proxy>, stop: Watcher) {
     let mut keys = proxy.judge.keys.changes();
     loop {
         tokio::select! {
@@ -562,7 +562,7 @@ async fn keys_changed(proxy: Arc<Proxy>, mut stop: Watcher) {
 }
 
 /// Makes certificates that are asked for, and renews them when they are due.
-async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
+async fn renew(state: Arc<State>, wake: mpsc::Sender<()>, stop: Watcher) {
     loop {
         let round = tokio::select! {
             round = state.identities.renew(SystemTime::now()) => round,

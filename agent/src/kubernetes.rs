@@ -541,7 +541,7 @@ impl Cluster {
     }
 
     /// Keeps the file and the watches as they should be, until the agent ends.
-    pub async fn keep(self: Arc<Self>, mut stop: Watcher) {
+    pub async fn keep(self: Arc<Self>, stop: Watcher) {
         const EVERY: Duration = Duration::from_secs(5);
         const CONFIRM: u32 = 12;
         let (mut saved, mut round) = (0, 0_u32);

@@ -1,45 +1,75 @@
 //! Drain: a trigger tells every watcher to stop taking work; shutdown is over when
 //! all watchers are dropped. When its time is up, what is left is told to end.
 
-use std::time::Duration;
+use std::{
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+    task::{Context, Poll},
+    time::Duration,
+};
 
+use pin_project_lite::pin_project;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{Notify, mpsc},
     time::timeout,
 };
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd)]
-enum Stage {
-    Running,
-    Draining,
-    Ending,
+const DRAINING: u8 = 1;
+const ENDING: u8 = 2;
+
+/// How far it has come.
+#[derive(Default)]
+struct Stage {
+    reached: AtomicU8,
+    changed: Notify,
 }
 
 pub struct Trigger {
-    stage: watch::Sender<Stage>,
+    stage: Arc<Stage>,
     gone: mpsc::Receiver<()>,
 }
 
 /// Held by every task that must end before the agent does.
 #[derive(Clone)]
 pub struct Watcher {
-    stage: watch::Receiver<Stage>,
+    stage: Arc<Stage>,
     _alive: mpsc::Sender<()>,
 }
 
 pub fn drain() -> (Trigger, Watcher) {
-    let (sender, stage) = watch::channel(Stage::Running);
+    let stage = Arc::<Stage>::default();
     let (alive, gone) = mpsc::channel(1);
-    (
-        Trigger {
-            stage: sender,
-            gone,
-        },
-        Watcher {
-            stage,
-            _alive: alive,
-        },
-    )
+    let watcher = Watcher {
+        stage: stage.clone(),
+        _alive: alive,
+    };
+    (Trigger { stage, gone }, watcher)
+}
+
+impl Stage {
+    fn reach(&self, stage: u8) {
+        self.reached.store(stage, Ordering::SeqCst);
+        self.changed.notify_waiters();
+    }
+
+    fn has_reached(&self, stage: u8) -> bool {
+        self.reached.load(Ordering::SeqCst) >= stage
+    }
+
+    /// A part of each connection's task: small.
+    async fn wait_for(&self, stage: u8) {
+        loop {
+            // Before the look: what changes behind it is noticed.
+            let changed = self.changed.notified();
+            if self.has_reached(stage) {
+                return;
+            }
+            changed.await;
+        }
+    }
 }
 
 impl Trigger {
@@ -47,43 +77,63 @@ impl Trigger {
     /// and gives them a moment for it. Returns whether all went by themselves.
     pub async fn drain(mut self, limit: Duration) -> bool {
         const MOMENT: Duration = Duration::from_secs(1);
-        let _nobody_listening = self.stage.send(Stage::Draining);
+        self.stage.reach(DRAINING);
         let drained = timeout(limit, self.gone.recv()).await.is_ok();
         if !drained {
-            let _nobody_listening = self.stage.send(Stage::Ending);
+            self.stage.reach(ENDING);
             let _some_are_stuck = timeout(MOMENT, self.gone.recv()).await;
         }
         drained
     }
 }
 
-impl Watcher {
-    /// Held until `work` is over, whatever that does with a watcher of its own: a
-    /// connection is over when its story is told, not when its last byte is carried.
-    pub async fn hold<T>(self, work: impl Future<Output = T>) -> T {
-        let done = work.await;
-        drop(self);
-        done
+/// Without it nobody would tell: that is the end, too.
+impl Drop for Trigger {
+    fn drop(&mut self) {
+        self.stage.reach(ENDING);
     }
+}
 
+pin_project! {
+    /// Work, and what is held until it is over: a watcher above all, whatever the work does
+    /// with one of its own. A connection is over when its story is told, not when its last
+    /// byte is carried.
+    pub struct Held<F, H> {
+        // In the order in which they are dropped.
+        #[pin]
+        work: F,
+        held: H,
+    }
+}
+
+impl<F, H> Held<F, H> {
+    pub fn new(work: F, held: H) -> Self {
+        Self { work, held }
+    }
+}
+
+impl<F: Future, H> Future for Held<F, H> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        self.project().work.poll(cx)
+    }
+}
+
+impl Watcher {
     /// Returns when the drain begins: take no more work.
-    pub async fn triggered(&mut self) {
-        self.reached(Stage::Draining).await;
+    pub fn triggered(&self) -> impl Future<Output = ()> {
+        self.stage.wait_for(DRAINING)
     }
 
     /// Whether the drain has begun.
     pub fn is_triggered(&self) -> bool {
-        *self.stage.borrow() >= Stage::Draining
+        self.stage.has_reached(DRAINING)
     }
 
     /// Returns when its time is up: end what is left.
-    pub async fn time_is_up(&mut self) {
-        self.reached(Stage::Ending).await;
-    }
-
-    async fn reached(&mut self, wanted: Stage) {
-        // An error means that the trigger is gone: that is the end, too.
-        let _gone = self.stage.wait_for(|stage| *stage >= wanted).await;
+    pub fn time_is_up(&self) -> impl Future<Output = ()> {
+        self.stage.wait_for(ENDING)
     }
 }
 
@@ -93,7 +143,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_drain_ends_with_its_last_watcher() {
-        let (trigger, mut watcher) = drain();
+        let (trigger, watcher) = drain();
         assert!(!watcher.is_triggered());
         let task = tokio::spawn(async move {
             watcher.triggered().await;
@@ -108,18 +158,28 @@ mod tests {
         let (trigger, watcher) = drain();
         let (tell, mut told) = mpsc::channel(1);
         let own = watcher.clone();
-        tokio::spawn(watcher.hold(async move {
+        let work = async move {
             drop(own);
             tokio::time::sleep(Duration::from_millis(20)).await;
             tell.send(()).await.expect("heard");
-        }));
+        };
+        tokio::spawn(Held::new(work, watcher));
         assert!(trigger.drain(Duration::from_secs(60)).await);
         assert!(told.try_recv().is_ok());
     }
 
     #[tokio::test]
+    async fn without_a_trigger_it_is_over() {
+        let (trigger, watcher) = drain();
+        let task = tokio::spawn(async move { watcher.time_is_up().await });
+        tokio::task::yield_now().await;
+        drop(trigger);
+        task.await.expect("told");
+    }
+
+    #[tokio::test]
     async fn what_is_left_is_told_when_the_time_is_up() {
-        let (trigger, mut watcher) = drain();
+        let (trigger, watcher) = drain();
         let task = tokio::spawn(async move { watcher.time_is_up().await });
         assert!(!trigger.drain(Duration::from_millis(10)).await);
         task.await.expect("told");

@@ -35,7 +35,7 @@ const ANSWERED: Duration = Duration::from_secs(60);
 const ESTABLISHED: u8 = 1;
 
 /// Forgets sockets whose end nobody has seen.
-pub async fn forget_missed(proxy: Arc<Proxy>, mut stop: Watcher) {
+pub async fn forget_missed(proxy: Arc<Proxy>, stop: Watcher) {
     const EVERY: Duration = Duration::from_secs(30);
     let mut tick = tokio::time::interval(EVERY);
     loop {
@@ -50,7 +50,7 @@ pub async fn forget_missed(proxy: Arc<Proxy>, mut stop: Watcher) {
     }
 }
 
-pub async fn watch(proxy: Arc<Proxy>, enforce: Bypass, mut stop: Watcher) {
+pub async fn watch(proxy: Arc<Proxy>, enforce: Bypass, stop: Watcher) {
     let mut known: HashMap<u64, Known> = HashMap::new();
     let mut asked: HashMap<IpAddr, Instant> = HashMap::new();
     let mut tick = tokio::time::interval(INTERVAL);

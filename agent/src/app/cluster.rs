@@ -95,7 +95,7 @@ struct Follower {
 }
 
 impl Follower {
-    async fn run(mut self, mut stop: Watcher) {
+    async fn run(mut self, stop: Watcher) {
         let mut changes = self.cluster.changes();
         let began = Instant::now();
         let mut disk = false;

@@ -49,7 +49,7 @@ pub struct Work {
 }
 
 impl Work {
-    pub async fn run(mut self, state: Arc<State>, mut stop: Watcher) {
+    pub async fn run(mut self, state: Arc<State>, stop: Watcher) {
         const SOON: Duration = Duration::from_millis(20);
         const SOMETIME: Duration = Duration::from_secs(2);
         // Until table and policies are there, an earlier agent's hooks stay, and refuse.

@@ -64,7 +64,7 @@ const SETTLE: Duration = Duration::from_millis(50);
 /// In case a change was not told: some network file systems tell none.
 const ANYWAY: Duration = Duration::from_secs(30);
 
-pub async fn watch(state: Arc<State>, wake: mpsc::Sender<()>, mut stop: Watcher) {
+pub async fn watch(state: Arc<State>, wake: mpsc::Sender<()>, stop: Watcher) {
     let (changed, mut changes) = mpsc::channel(1);
     let _watcher = match watcher(&state.config, changed) {
         Ok(watcher) => Some(watcher),

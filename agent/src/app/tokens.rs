@@ -64,7 +64,7 @@ fn record(report: &Report<'_>) -> GrantRecord {
 }
 
 /// Wipes tokens whose time is over.
-pub async fn sweep(proxy: Arc<Proxy>, mut stop: Watcher) {
+pub async fn sweep(proxy: Arc<Proxy>, stop: Watcher) {
     const PAUSE: Duration = Duration::from_secs(15);
     loop {
         tokio::select! {

@@ -112,7 +112,7 @@ impl Telling {
 pub async fn tell_pods(
     cluster: Arc<Cluster>,
     pods: impl Fn() -> Vec<PodState> + Send + Sync,
-    mut stop: Watcher,
+    stop: Watcher,
 ) {
     let reporter = Reporter {
         controller: "postern.dev/agent".into(),

@@ -191,7 +191,7 @@ struct Teller<'a> {
 }
 
 /// Tells operators what became of policies, until the agent ends.
-pub async fn tell_policies(cluster: std::sync::Arc<Cluster>, mut stop: Watcher) {
+pub async fn tell_policies(cluster: std::sync::Arc<Cluster>, stop: Watcher) {
     let mut verdicts = cluster.verdicts.subscribe();
     let mut teller = Teller {
         leases: Api::namespaced(cluster.client.clone(), &cluster.namespace),

@@ -20,7 +20,7 @@ pub async fn untaint(
     cluster: Arc<Cluster>,
     key: String,
     ready: impl Fn() -> bool + Send + Sync,
-    mut stop: Watcher,
+    stop: Watcher,
 ) {
     // What failed last, so that it is logged once.
     let mut failed = String::new();

@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
+    future::poll_fn,
+    pin::Pin,
     sync::{Arc, Mutex},
+    task::{Context, Poll, ready},
 };
 
 use arc_swap::ArcSwap;
@@ -21,7 +24,8 @@ pub struct Connections(Arc<Mutex<Live>>);
 #[derive(Default)]
 struct Live {
     next: u64,
-    open: HashMap<u64, Subject>,
+    /// Apart: half of the map may be empty.
+    open: HashMap<u64, Box<Subject>>,
 }
 
 /// What a connection is judged by. The pod's labels are those that it has by then.
@@ -63,7 +67,7 @@ impl Connections {
         let mut live = self.0.lock().expect("no panic while it is held");
         live.next += 1;
         let id = live.next;
-        live.open.insert(id, subject);
+        live.open.insert(id, Box::new(subject));
         Registered {
             id,
             all: self.clone(),
@@ -144,12 +148,27 @@ impl Registered {
     }
 
     /// Returns when policy ends the connection; never, otherwise.
-    pub async fn denied(&mut self) -> Denial {
-        match (&mut self.ended).await {
-            Ok(denial) => denial,
-            Err(_closed) => std::future::pending().await,
+    pub fn denied(&mut self) -> impl Future<Output = Denial> {
+        poll_fn(|cx| self.poll_denied(cx))
+    }
+
+    fn poll_denied(&mut self, cx: &mut Context<'_>) -> Poll<Denial> {
+        if self.ended.is_terminated() {
+            return Poll::Pending;
+        }
+        match ready!(Pin::new(&mut self.ended).poll(cx)) {
+            Ok(denial) => Poll::Ready(denial),
+            Err(_closed) => Poll::Pending,
         }
     }
+}
+
+/// As [`Registered::denied`], where it is registered.
+pub fn denied(live: &mut Option<Registered>) -> impl Future<Output = Denial> {
+    poll_fn(|cx| match live {
+        Some(live) => live.poll_denied(cx),
+        None => Poll::Pending,
+    })
 }
 
 impl Drop for Registered {

@@ -11,7 +11,7 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream, time::timeout};
 use super::{
     LocalPod, Proxy,
     attach::Attacher,
-    connections::Registered,
+    connections::{Registered, denied},
     fast::FastStream,
     gate::RequestGate,
     http::{Io, Limits, Protocol, h1, h2 as http2, server_name, sniff},
@@ -94,9 +94,9 @@ pub struct Delivery<'a> {
 
 /// What is left to do of a connection that was judged.
 enum Next<'a> {
-    Nothing(Ending),
+    Nothing(Box<Ending>),
     /// It is carried unread.
-    Carry(Carried),
+    Carry(Box<Carried>),
     /// Its requests may need tokens.
     Send(Box<(Delivery<'a>, Permitted, Carried)>),
     /// Its requests are judged.
@@ -119,17 +119,17 @@ impl<'a> Delivery<'a> {
         let opening = Box::pin(self.open(arrived));
         async move {
             match opening.await {
-                Next::Nothing(ending) => ending,
+                Next::Nothing(ending) => *ending,
                 Next::Carry(carried) => {
                     let Carried {
                         mut source,
                         application,
                         client: _client,
                         live,
-                    } = carried;
-                    let mut end = End::Tcp(application);
-                    let live = Some(live);
-                    let ending = carry_bytes(&mut source, &mut end, live, &counters, drain).await;
+                    } = *carried;
+                    let (mut end, mut live) = (End::Tcp(application), Some(live));
+                    let ending =
+                        carry_bytes(&mut source, &mut end, &mut live, &counters, &drain).await;
                     finish(source, end, &ending);
                     ending
                 }
@@ -151,7 +151,7 @@ impl<'a> Delivery<'a> {
         let selected = self.proxy.selected(self.pod);
         if let Err(denial) = selected.transport(&self.facts) {
             arrived.refuse(StatusCode::FORBIDDEN);
-            return Next::Nothing(Ending::Denied(denial));
+            return Next::Nothing(Box::new(Ending::Denied(denial)));
         }
         let limit = self.proxy.transport.connect_timeout.0;
         if selected.needs_request(&self.facts).is_some() {
@@ -167,21 +167,21 @@ impl<'a> Delivery<'a> {
             Ok(permitted) => permitted,
             Err(denial) => {
                 arrived.refuse(StatusCode::FORBIDDEN);
-                return Next::Nothing(Ending::Denied(denial));
+                return Next::Nothing(Box::new(Ending::Denied(denial)));
             }
         };
         let (application, client) = match self.dial(&permitted).await {
             Ok(opened) => opened,
             Err(error) => {
                 arrived.refuse(StatusCode::SERVICE_UNAVAILABLE);
-                return Next::Nothing(self.unreachable(&error));
+                return Next::Nothing(Box::new(self.unreachable(&error)));
             }
         };
         let source = match arrived.open(limit).await {
             Ok(end) => end,
             Err(error) => {
                 let why = format!("the tunnel: {error}");
-                return Next::Nothing(Ending::Failed(Fault::Network, why));
+                return Next::Nothing(Box::new(Ending::Failed(Fault::Network, why)));
             }
         };
         self.story.opened(permitted.by());
@@ -193,7 +193,7 @@ impl<'a> Delivery<'a> {
         };
         match self.attacher {
             Some(_) => Next::Send(Box::new((self, permitted, carried))),
-            None => Next::Carry(carried),
+            None => Next::Carry(Box::new(carried)),
         }
     }
 
@@ -356,7 +356,7 @@ impl<'a> Delivery<'a> {
             proxy,
             pod,
             story,
-            mut drain,
+            drain,
             ..
         } = self;
         let source = source.counted(story.counters.clone());
@@ -423,12 +423,12 @@ impl<'a> Delivery<'a> {
         mut source: End,
         application: TcpStream,
         permitted: &Permitted,
-        live: Option<Registered>,
+        mut live: Option<Registered>,
     ) -> Ending {
         self.story.opened(permitted.by());
         let mut end = End::Tcp(application);
-        let drain = self.drain.clone();
-        let ending = carry_bytes(&mut source, &mut end, live, &self.story.counters, drain).await;
+        let (counters, drain) = (&self.story.counters, &self.drain);
+        let ending = carry_bytes(&mut source, &mut end, &mut live, counters, drain).await;
         finish(source, end, &ending);
         ending
     }
@@ -491,21 +491,15 @@ async fn speaks_first(application: &TcpStream) -> io::Result<()> {
 pub async fn carry_bytes(
     source: &mut End,
     destination: &mut End,
-    live: Option<Registered>,
+    live: &mut Option<Registered>,
     counters: &super::splice::Counters,
-    mut drain: Watcher,
+    drain: &Watcher,
 ) -> Ending {
-    let denied = async {
-        match live {
-            Some(mut live) => live.denied().await,
-            None => std::future::pending().await,
-        }
-    };
     source.break_on_drop(true);
     destination.break_on_drop(true);
     tokio::select! {
         biased;
-        denial = denied => Ending::Denied(denial),
+        denial = denied(live) => Ending::Denied(denial),
         () = drain.time_is_up() => Ending::Drained,
         done = splice(source, destination, counters) => match done {
             Ok(()) => Ending::Closed,

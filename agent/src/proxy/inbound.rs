@@ -1,7 +1,7 @@
 //! What comes to a pod from outside its node's mesh: HBONE on 15008 and plaintext
 //! on every other port, handed here by `sk_lookup`.
 
-use std::{net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     audit::{Fault, Reporter, Transport},
     identity::{FAST, Session, SpiffeId, fingerprint, peer_identity, valid_for},
-    lifecycle::Watcher,
+    lifecycle::{Held, Watcher},
     policy::Facts,
 };
 
@@ -160,7 +160,7 @@ async fn lane(
     caller: Caller,
     records: Box<Records>,
     expired: Sleep,
-    mut drain: Watcher,
+    drain: Watcher,
 ) {
     /// How long a stream may still come that was on its way when this side left.
     const CROSSING: Duration = Duration::from_millis(100);
@@ -194,8 +194,9 @@ async fn lane(
                     client: Some(canonical(open.client)),
                     arrived: Arrived::Offered(stream),
                 };
-                let serve = Box::pin(stream_of(proxy, pod, caller, offer, drain.clone()));
-                tokio::spawn(held(drain.clone(), serve));
+                let serve = stream_of(proxy, pod, caller, offer, drain.clone());
+                // A task's future is moved about, and this is large.
+                tokio::spawn(Box::pin(Held::new(serve, drain.clone())));
             }
             Ok(Event::Leaves | Event::Over) => return,
             Err(error) => {
@@ -206,11 +207,6 @@ async fn lane(
     }
 }
 
-/// On the heap from the beginning: it is large, and a task's future is moved about.
-async fn held(drain: Watcher, serving: Pin<Box<impl Future<Output = ()>>>) {
-    drain.hold(serving).await;
-}
-
 /// Serves one tunnel.
 async fn hbone(
     proxy: Arc<Proxy>,
@@ -218,7 +214,7 @@ async fn hbone(
     caller: Caller,
     records: Box<Records>,
     expired: Sleep,
-    mut drain: Watcher,
+    drain: Watcher,
 ) {
     let (client, limit) = (caller.address, proxy.transport.connect_timeout.0);
     let caller = Arc::new(caller);
@@ -257,8 +253,9 @@ async fn hbone(
             Some(Ok((request, respond))) => {
                 let (proxy, pod, caller) = (proxy.clone(), pod.clone(), caller.clone());
                 let offer = Offer::of(request, respond);
-                let serve = Box::pin(stream_of(proxy, pod, caller, offer, drain.clone()));
-                tokio::spawn(held(drain.clone(), serve));
+                let serve = stream_of(proxy, pod, caller, offer, drain.clone());
+                // A task's future is moved about, and this is large.
+                tokio::spawn(Box::pin(Held::new(serve, drain.clone())));
             }
             Some(Err(error)) => {
                 tracing::debug!(%client, %error, "tunnel ended");

@@ -5,7 +5,6 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd as _, OwnedFd},
-    pin::Pin,
     sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
@@ -16,12 +15,11 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::{
     HBONE_PORT, INBOUND_PORT, LocalPod, OUTBOUND_PORT, Proxy, enrol::EnrolError, inbound, outbound,
-    workers::Load,
 };
 use crate::{
     handover::{Bound, Sockets},
     kernel::{Kernel, Netns, netns_addresses},
-    lifecycle::Watcher,
+    lifecycle::{Held, Watcher},
     workload::{Table, Workload},
 };
 
@@ -91,7 +89,7 @@ impl Tasks {
             .as_fd()
             .try_clone_to_owned()
             .map_err(EnrolError::Netns)?;
-        let mut drain = drain.clone();
+        let drain = drain.clone();
         let mut in_charge = proxy.accepting.subscribe();
         let serve = Arc::new(serve);
         let at = proxy.clone();
@@ -149,7 +147,8 @@ impl Tasks {
     }
 }
 
-/// Has a connection carried by this worker or another one.
+/// Has a connection carried by this worker or another one. On the heap from the beginning:
+/// it is large, and a task's future is moved about.
 fn carry<F: Future<Output = ()> + Send + 'static>(
     proxy: &Proxy,
     stream: TcpStream,
@@ -159,11 +158,8 @@ fn carry<F: Future<Output = ()> + Send + 'static>(
 ) {
     let (worker, load) = proxy.workers.choose();
     let Some(worker) = worker else {
-        tokio::spawn(carried(
-            drain.clone(),
-            load,
-            Box::pin(serve(stream, client, drain)),
-        ));
+        let held = (drain.clone(), load);
+        tokio::spawn(Box::pin(Held::new(serve(stream, client, drain), held)));
         return;
     };
     // It leaves this thread's runtime for the other one's.
@@ -173,20 +169,11 @@ fn carry<F: Future<Output = ()> + Send + 'static>(
     });
     match moved {
         Ok(stream) => {
-            worker.spawn(carried(
-                drain.clone(),
-                load,
-                Box::pin(serve(stream, client, drain)),
-            ));
+            let held = (drain.clone(), load);
+            worker.spawn(Box::pin(Held::new(serve(stream, client, drain), held)));
         }
         Err(error) => tracing::error!(%error, "cannot carry a connection"),
     }
-}
-
-/// On the heap from the beginning: it is large, and a task's future is moved about.
-async fn carried(drain: Watcher, load: Load, serving: Pin<Box<impl Future<Output = ()>>>) {
-    drain.hold(serving).await;
-    drop(load);
 }
 
 /// Loopback listeners that the connect hooks steer to. `pod`: whose namespace it is;

@@ -69,7 +69,8 @@ fn along<'a>(
 ) -> Pin<Box<dyn Future<Output = Ending> + Send + 'a>> {
     match way {
         Way::Bytes(Opened { mut end, guard, .. }) => Box::pin(async move {
-            let ending = carry_bytes(&mut source, &mut end, None, &story.counters, drain).await;
+            let ending =
+                carry_bytes(&mut source, &mut end, &mut None, &story.counters, &drain).await;
             finish(source, end, &ending);
             drop(guard);
             ending

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     LocalPod, Proxy,
     attach::{Attacher, Sent},
-    connections::Registered,
+    connections::{Registered, denied},
     deliver::{carry_bytes, finish},
     dial, hbone,
     http::{Gate, Held, Io, Pass, Protocol, h1, h2 as http2, sniff},
@@ -154,7 +154,7 @@ impl Sending<'_> {
             upstream,
             attacher,
             story,
-            mut drain,
+            drain,
             mut live,
         } = self;
         let mut source = Io::new(source, BytesMut::new());
@@ -217,18 +217,11 @@ impl Sending<'_> {
     }
 }
 
-async fn denied(live: &mut Option<Registered>) -> crate::policy::Denial {
-    match live {
-        Some(live) => live.denied().await,
-        None => std::future::pending().await,
-    }
-}
-
 /// Passes on what was read already, and then whatever comes.
 async fn opaque(
     source: Io,
     destination: Io,
-    live: Option<Registered>,
+    mut live: Option<Registered>,
     story: &mut Story,
     drain: Watcher,
     limits: &super::http::Limits,
@@ -255,7 +248,7 @@ async fn opaque(
     story.counters.add_sent(asked);
     story.counters.add_received(answered);
     let counters = &story.counters;
-    let ending = carry_bytes(&mut source, &mut destination, live, counters, drain).await;
+    let ending = carry_bytes(&mut source, &mut destination, &mut live, counters, &drain).await;
     finish(source, destination, &ending);
     ending
 }

@@ -173,7 +173,7 @@ pub fn serve(endpoints: Endpoints, source: Arc<dyn StatusSource>, log: LogHandle
         }
     }
     for (listener, router) in plain {
-        let mut stop = stop.clone();
+        let stop = stop.clone();
         tokio::spawn(async move {
             let stopped = async move { stop.triggered().await };
             let served = axum::serve(listener, router)

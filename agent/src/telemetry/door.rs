@@ -70,7 +70,7 @@ pub async fn serve(
     mut acceptor: TlsAcceptor,
     guard: Guard,
     routes: Router,
-    mut stop: Watcher,
+    stop: Watcher,
 ) {
     let places = Arc::new(Semaphore::new(MOST));
     let mut read = Instant::now();

@@ -44,7 +44,8 @@ pub struct Lane {
 
 #[derive(Default)]
 pub(super) struct State {
-    pub(super) streams: HashMap<u32, Stream>,
+    /// Apart: half of the map may be empty.
+    pub(super) streams: HashMap<u32, Box<Stream>>,
     /// Number of the stream that was opened last.
     opened: u32,
     out: VecDeque<Frame>,
@@ -175,7 +176,7 @@ impl Lane {
             stream.credit -= part.len();
             state.push(Frame::new(id, Kind::Data, Bytes::copy_from_slice(part)));
         }
-        state.streams.insert(id, stream);
+        state.streams.insert(id, Box::new(stream));
         state.grant(id, 0, self.window - WINDOW);
         drop(state);
         Some(FastStream::new(self.clone(), id))
@@ -227,7 +228,7 @@ impl State {
     }
 
     /// A stream of ours is gone.
-    pub(super) fn forget(&mut self, id: u32) -> Option<Stream> {
+    pub(super) fn forget(&mut self, id: u32) -> Option<Box<Stream>> {
         let stream = self.streams.remove(&id);
         if self.left && self.streams.is_empty() {
             wake(&mut self.driver);
@@ -563,7 +564,7 @@ impl Driver {
                         return Err(invalid("a stream that has been"));
                     } else {
                         state.opened = id;
-                        state.streams.insert(id, Stream::new());
+                        state.streams.insert(id, Box::new(Stream::new()));
                         state.grant(id, 0, self.lane.window - WINDOW);
                         let stream = FastStream::new(self.lane.clone(), id);
                         self.offers.push_back((stream, open));
@@ -642,7 +643,10 @@ impl Drop for Driver {
         let mut state = self.lane.lock();
         state.ended = true;
         state.out.clear();
-        state.streams.values_mut().for_each(Stream::wake_all);
+        state
+            .streams
+            .values_mut()
+            .for_each(|stream| stream.wake_all());
         drop(state);
         // Their own ends are nobody's any more, and need the lock.
         self.offers.clear();

@@ -36,7 +36,7 @@ pub async fn serve<G: Gate>(
     gate: Arc<G>,
     limits: &Limits,
     application: Option<Io>,
-    mut drain: Watcher,
+    drain: Watcher,
 ) -> Result<(), HttpError> {
     client.break_on_drop(true);
     let shared = Shared {

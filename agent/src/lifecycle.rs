@@ -5,7 +5,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU8, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
     time::Duration,
@@ -20,11 +20,22 @@ use tokio::{
 const DRAINING: u8 = 1;
 const ENDING: u8 = 2;
 
+/// Who waits takes a lock of what it waits for whenever it is polled, which is at each wake
+/// of its connection: threads have one of their own.
+const PLACES: usize = 16;
+
+thread_local! {
+    static PLACE: usize = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed) % PLACES
+    };
+}
+
 /// How far it has come.
 #[derive(Default)]
 struct Stage {
     reached: AtomicU8,
-    changed: Notify,
+    changed: [Notify; PLACES],
 }
 
 pub struct Trigger {
@@ -52,7 +63,7 @@ pub fn drain() -> (Trigger, Watcher) {
 impl Stage {
     fn reach(&self, stage: u8) {
         self.reached.store(stage, Ordering::SeqCst);
-        self.changed.notify_waiters();
+        self.changed.iter().for_each(Notify::notify_waiters);
     }
 
     fn has_reached(&self, stage: u8) -> bool {
@@ -63,7 +74,7 @@ impl Stage {
     async fn wait_for(&self, stage: u8) {
         loop {
             // Before the look: what changes behind it is noticed.
-            let changed = self.changed.notified();
+            let changed = self.changed[PLACE.with(|place| *place)].notified();
             if self.has_reached(stage) {
                 return;
             }

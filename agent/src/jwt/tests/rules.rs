@@ -1,3 +1,5 @@
+use std::hash::BuildHasher as _;
+
 use http::{HeaderName, HeaderValue};
 
 use super::*;
@@ -639,6 +641,25 @@ fn the_cache_counts_for_what_verified_it() {
         Some(&cache),
     );
     assert!(matches!(outcome, Outcome::Refused(_)));
+}
+
+/// By one hash for all, one that nobody asks for would stay for the sake of another.
+#[test]
+fn what_verified_a_token_is_part_of_its_hash() {
+    let state = std::hash::RandomState::new();
+    let hash = |wanted: &Wanted, scp, keys: &KeySet| {
+        state.hash_one(super::cache::Fingerprint::new("token", wanted, scp, keys))
+    };
+    let (one, other) = (rule(ISSUER).wanted, strict().wanted);
+    let all = [
+        hash(&one, false, &KEYS),
+        hash(&other, false, &KEYS),
+        hash(&one, true, &KEYS),
+        hash(&one, false, &key_set(&[P384.jwk()])),
+    ];
+    for (index, hash) in all.iter().enumerate() {
+        assert!(!all[..index].contains(hash), "{index}");
+    }
 }
 
 #[test]

@@ -198,7 +198,7 @@ fn an_address_is_never_taken_for_the_pod_that_had_it() -> Result<()> {
     eventually("the other is reached", Duration::from_secs(20), || {
         echoes(&client, &at(&other, ECHO)).unwrap_or(false)
     })
-    .with_context(|| lab.nodes[0].log())?;
+    .with_context(|| format!("{}\n{}", lab.nodes[1].log(), lab.nodes[0].log()))?;
     let identity = "spiffe://cluster.local/ns/shop/sa/other";
     lab.nodes[0].record("as itself", |r| {
         is_connection(r) && r["verdict"] == "allow" && r["destination"]["identity"] == identity

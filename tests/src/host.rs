@@ -73,11 +73,17 @@ pub fn ip(netns: &str, commands: &[impl AsRef<str>]) -> Result<()> {
 pub fn add_netns(name: &str) -> Result<()> {
     output(Command::new("ip").args(["netns", "add", name]))?;
     ip(name, &["link set lo up"])?;
-    // Where the machine's default is BBR, all connections would be paced, and its timers be
-    // what is measured. This one every kernel has, and allows in a namespace.
     let mut set = Command::new("ip");
     set.args(["netns", "exec", name, "sysctl", "-q", "-w"]);
-    output(set.arg("net.ipv4.tcp_congestion_control=reno")).map(drop)
+    // Where the machine's default is BBR, all connections would be paced, and its timers be
+    // what is measured. This one every kernel has, and allows in a namespace.
+    set.arg("net.ipv4.tcp_congestion_control=reno");
+    // An interface's own address is there at once, and not only when nobody has answered
+    // for seconds that it is taken: a browser drops its connections when one comes.
+    for all in ["all", "default"] {
+        set.arg(format!("net.ipv6.conf.{all}.accept_dad=0"));
+    }
+    output(&mut set).map(drop)
 }
 
 pub fn netns_path(name: &str) -> PathBuf {

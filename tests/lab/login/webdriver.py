@@ -69,7 +69,14 @@ class Browser:
             raise RuntimeError(f"{method} {path}: {error.read().decode()[:2000]}") from None
 
     def go(self, url):
-        self.call("POST", "/url", {"url": url})
+        """Opens a page; again where the network has just changed, as it does when a pod comes."""
+        end = time.monotonic() + 20
+        while True:
+            self.call("POST", "/url", {"url": url})
+            shown = self.run("return document.body?.innerText ?? ''")
+            if "ERR_NETWORK_CHANGED" not in shown or time.monotonic() > end:
+                return
+            time.sleep(0.5)
 
     def url(self):
         return self.call("GET", "/url")

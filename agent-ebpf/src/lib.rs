@@ -19,7 +19,7 @@ pub const MAPPED: u32 = 0xffff_u32.to_be();
 
 /// Changes whenever a type, a map or a meaning in this file changes. It is part
 /// of the pin path, so that agents of different ABIs never share a map.
-pub const ABI: u32 = 3;
+pub const ABI: u32 = 4;
 
 /// Directories that may hold pods: two kubelets, or two layouts, on one host.
 pub const PODS_ROOTS: usize = 4;
@@ -32,6 +32,8 @@ pub struct Config {
     pub node_netns: u64,
     /// The agent's own cgroup: when it is dead, a pod's process may get its id.
     pub agent_cgroup: u64,
+    /// Whose observers tell what they see, of those that are attached.
+    pub observer: u64,
     /// Cgroup ids of the directories that hold pods; 0 where there is none.
     pub pods_cgroup: [u64; PODS_ROOTS],
     /// Depth of each below the cgroup v2 root, or [`SOME_LEVEL`].
@@ -231,7 +233,7 @@ macro_rules! sizes {
 }
 
 sizes! {
-    Config = 88,
+    Config = 96,
     Agent = 16,
     Workload = 8,
     MeshKey = 20,

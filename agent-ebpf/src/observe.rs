@@ -76,9 +76,9 @@ pub static OFFSETS: Offsets = Offsets {
     binprm_filename: 0,
 };
 
-/// Set by the agent before load: the process whose observers these are.
+/// Set by the agent before load: whose observers these are.
 #[unsafe(no_mangle)]
-static OBSERVER: u32 = 0;
+static OBSERVER: u64 = 0;
 
 /// Set by the agent before load, from its configuration.
 #[unsafe(no_mangle)]
@@ -245,7 +245,7 @@ impl Agents {
 /// another, both have theirs attached, and everything is to be told once.
 #[inline(always)]
 fn config() -> Option<&'static Config> {
-    crate::maps::config().filter(|config| config.agent_tgid == set(&OBSERVER))
+    crate::maps::config().filter(|config| config.observer == set(&OBSERVER))
 }
 
 /// The enrolled pod that the current process belongs to, given a namespace: its own or

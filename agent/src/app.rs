@@ -14,10 +14,11 @@ use std::{
     os::unix::fs::{DirBuilderExt as _, PermissionsExt as _},
     path::PathBuf,
     sync::{Arc, Mutex},
+    thread,
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Error, Result, bail};
+use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
 use futures_util::FutureExt as _;
 use postern_ebpf::Counter;
@@ -91,7 +92,8 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
         .with_context(|| format!("{}", config.state.display()))?;
 
     // Meanwhile the rest begins.
-    let mut reading = Some(tokio::task::spawn_blocking(kernel::Types::read));
+    let kept = kernel::kept(&config.kernel, &config.state, config.audit.events);
+    let mut reading = (!kept).then(|| thread::spawn(kernel::Types::read));
     // Whatever can be wrong with files is found before the kernel is touched.
     let cluster = Cluster::connect(&config)
         .await
@@ -134,17 +136,17 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
     };
 
     // Beside an agent that runs, all is prepared before that one steps back.
-    let mut load = async |start| {
-        let types = match reading.take() {
-            Some(reading) => reading.await.context("the kernel's types")?,
+    let mut load = |start| {
+        let types = || match reading.take() {
+            Some(reading) => reading.join().expect("it does not panic"),
             None => kernel::Types::read(),
         };
         let (state, events) = (&config.state, config.audit.events);
-        Kernel::load(&config.kernel, &cgroup, state, events, start, types).map_err(Error::from)
+        Kernel::load(&config.kernel, &cgroup, state, events, start, types)
     };
     let (mut beside, mut taken) = (None, None);
     if let Some(taking) = handover::begin(&config, &own).await {
-        beside = Some(load(Start::Beside).await?);
+        beside = Some(load(Start::Beside)?);
         let known = match &cluster {
             Some(cluster) if cluster.has_workloads() => cluster::ahead(cluster, &config).await,
             _ => None,
@@ -199,7 +201,7 @@ pub async fn run(config: Config, log: LogHandle) -> Result<()> {
 
     let kernel = match beside {
         Some(kernel) => kernel,
-        None => load(Start::Alone).await?,
+        None => load(Start::Alone)?,
     };
     let elders = Arc::new(Elders::default());
     if let Some(taken) = &mut taken {

@@ -1,11 +1,14 @@
 //! The agent dies, comes back, stops, and is removed.
 
-use std::time::Duration;
+use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::Result;
-use postern_tests::{Capture, Lab, binary, count_bytes, eventually, output};
+use anyhow::{Context as _, Result};
+use postern_tests::{
+    Capture, Lab, Node, Pod, audit_records, binary, count_bytes, eventually, output,
+};
+use serde_json::Value;
 
-use crate::kit::{ECHO, at, echoes, pair};
+use crate::kit::{ECHO, at, echoes, is_connection, pair};
 
 const MARKER: &str = "NOT-IN-PLAINTEXT-EVEN-NOW";
 
@@ -43,6 +46,80 @@ fn when_the_agent_is_killed_nothing_leaves_in_plaintext() -> Result<()> {
         "{}",
         lab.nodes[0].log()
     );
+    Ok(())
+}
+
+/// Where programs stay that no agent has to load again.
+fn kept(node: &Node) -> Result<PathBuf> {
+    let pins = fs::read_dir(node.pin())?.collect::<std::io::Result<Vec<_>>>()?;
+    let mut kept = pins.iter().map(fs::DirEntry::path);
+    let mut kept = kept.by_ref().filter(|path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with("programs-")
+    });
+    let found = kept.next().context("no programs are kept")?;
+    assert_eq!(kept.next(), None);
+    Ok(found)
+}
+
+/// An agent that was killed comes back, carries, and is told by its observers of both ends.
+fn comes_back(lab: &mut Lab, client: &Pod, server: &Pod) -> Result<()> {
+    lab.nodes[0].kill();
+    assert!(!echoes(client, &at(server, ECHO))?, "nobody is there");
+    lab.nodes[0].start()?;
+    lab.known(client)?;
+    let node = &lab.nodes[0];
+    let before = audit_records(&node.audit_path())?.len();
+    assert!(echoes(client, &at(server, ECHO))?, "{}", node.log());
+    eventually("its records are whole", Duration::from_secs(20), || {
+        let records = audit_records(&node.audit_path()).unwrap_or_default();
+        let new = || records.iter().skip(before);
+        let connection =
+            new().any(|r| is_connection(r) && !r["source"]["process"]["exe"].is_null());
+        connection && new().any(|r| r["kind"] == "process" && r["event"] == "exit")
+    })
+    .with_context(|| node.log())
+}
+
+#[test]
+fn programs_stay_loaded_for_the_next_agent_where_they_are_the_same() -> Result<()> {
+    let mut lab = Lab::started()?;
+    let (client, server, _echo) = pair(&mut lab)?;
+    lab.known(&client)?;
+    let first = kept(&lab.nodes[0])?;
+    let blind = |node: &Node| -> Result<Value> { Ok(node.status()?["problems"].clone()) };
+    let problems = blind(&lab.nodes[0])?;
+    for _ in 0..2 {
+        comes_back(&mut lab, &client, &server)?;
+        assert_eq!(kept(&lab.nodes[0])?, first);
+        assert_eq!(blind(&lab.nodes[0])?, problems);
+    }
+    // What is not right any more is loaded anew: a program that is gone, what is known of
+    // them, maps, a configuration.
+    let state = lab.path().join("node1/state/programs.json");
+    let mut last = first;
+    let maps = |node: &Node| -> Result<()> {
+        for pinned in fs::read_dir(node.pin())?.flatten() {
+            if pinned.file_name().to_string_lossy().starts_with("maps-") {
+                fs::remove_dir_all(pinned.path())?;
+            }
+        }
+        Ok(())
+    };
+    for change in ["program", "known", "torn", "maps", "configuration"] {
+        lab.nodes[0].kill();
+        match change {
+            "program" => fs::remove_file(last.join("postern_sockops"))?,
+            "known" => fs::remove_file(&state)?,
+            "torn" => fs::write(&state, &fs::read(&state)?[..20])?,
+            "maps" => maps(&lab.nodes[0])?,
+            _ => lab.nodes[0].options.kernel += ", eventsPerSecond: 777",
+        }
+        comes_back(&mut lab, &client, &server).context(change)?;
+        let now = kept(&lab.nodes[0])?;
+        assert_ne!(now, last, "{change}");
+        last = now;
+    }
     Ok(())
 }
 

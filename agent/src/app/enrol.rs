@@ -160,7 +160,7 @@ impl Rounds {
     fn again(&mut self, state: &State) {
         (self.table, self.ranges) = (None, None);
         let kernel = &state.proxy.kernel;
-        let restored = kernel.commit().and_then(|()| self.enroller.attach_again());
+        let restored = kernel.resume().and_then(|()| self.enroller.attach_again());
         if let Err(error) = restored {
             tracing::error!(%error, "another agent's hooks may be in the place of this one's");
         }
@@ -220,6 +220,7 @@ impl Rounds {
             pods_level,
             agent_cgroup: state.agent_cgroup,
             agent_tgid: pids::own(),
+            observer: proxy.kernel.observer,
             unknown: match state.config.enrol.unknown {
                 Unknown::Refuse => UNKNOWN_REFUSE,
                 Unknown::Allow => UNKNOWN_ALLOW,

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, anyhow, bail};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{AUDIT_END, State, enrol, observe};
+use super::{State, enrol, observe};
 use crate::{
     audit::{
         Handed, HandedOver,
@@ -28,6 +28,9 @@ use crate::{
 const SEND: Duration = Duration::from_secs(2);
 /// How long a part may take to step back.
 const STEP: Duration = Duration::from_secs(5);
+/// How long the audit log may take to reach the disk, which others may keep busy. With what
+/// goes before, it is within what the other agent waits (`FINISH`).
+const LOG: Duration = Duration::from_secs(15);
 /// How long certificates are waited for before the agent in charge is asked to step back.
 const CERTIFICATES: Duration = Duration::from_secs(60);
 /// How long it may take until all that is to be recorded is in another agent's hands.
@@ -146,10 +149,12 @@ impl Last {
             Err(error) => tracing::error!(%error, "no other agent can take over from this one"),
         }
         if let Some(taken) = self.taken {
+            proxy.kernel.forget_kept();
             taken.finish()?;
         }
         proxy.kernel.remove_other_maps();
         proxy.accepting.send_replace(true);
+        proxy.kernel.keep();
         Ok(())
     }
 }
@@ -240,7 +245,7 @@ impl Stage {
         }
         let lock = self.proxy().kernel.lend_lock().context("the lock")?;
         let audit = self.proxy().audit.clone();
-        let over = tokio::task::spawn_blocking(move || audit.hand_over(AUDIT_END)).await?;
+        let over = tokio::task::spawn_blocking(move || audit.hand_over(LOG)).await?;
         self.over = over.context("audit")?;
         let tell = self.over.as_ref().map(|over| over.tell.clone());
         let keys = self.proxy().join.set_other(tell);
@@ -260,7 +265,7 @@ impl Stage {
         proxy.join.set_other(None);
         if let Some(over) = self.over.take() {
             let audit = proxy.audit.clone();
-            let back = tokio::task::spawn_blocking(move || audit.take_back(over, AUDIT_END)).await;
+            let back = tokio::task::spawn_blocking(move || audit.take_back(over, LOG)).await;
             if let Ok(Err(error)) = back {
                 tracing::error!(%error, "the audit log is not this agent's again yet");
             }

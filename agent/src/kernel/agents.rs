@@ -6,8 +6,8 @@ use std::{collections::HashSet, path::Path};
 use postern_ebpf::{ANY_TGID, Agent};
 
 use super::{
-    load::{Kernel, KernelError},
     maps::hold,
+    pins::{Kernel, KernelError},
 };
 
 /// An agent by its process and cgroup, as the hooks see both.

@@ -14,8 +14,9 @@ use aya::{
 };
 
 use super::{
-    load::{KernelError, PROGRAMS, SOCK_ADDR, mount_bpffs, pin, program, replace_pin},
     netns::Netns,
+    pins::{KernelError, mount_bpffs, pin, replace_pin},
+    start::{PROGRAMS, SOCK_ADDR, program},
 };
 use crate::config;
 
@@ -64,7 +65,7 @@ pub fn guard(config: &config::Kernel, cgroup: &Path) -> Result<bool, KernelError
 
 /// Whether an agent's hooks are in place, by the last that is put there.
 fn has_agent(links: &Path) -> bool {
-    SOCK_ADDR.iter().all(|name| links.join(name).exists())
+    SOCK_ADDR.iter().all(|(name, _)| links.join(name).exists())
 }
 
 /// An agent's hooks are in place: the guard ends.

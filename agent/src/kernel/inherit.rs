@@ -10,9 +10,9 @@ use std::{
 
 use super::{
     diag::tcp_sockets,
-    load::Kernel,
     maps::{forget, hold},
     netns::Netns,
+    pins::Kernel,
 };
 
 /// The socket is closed, and what is left keeps its cookie.

@@ -4,12 +4,13 @@ use std::{
     collections::{HashMap as StdMap, HashSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd as _,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard},
 };
 
 use aya::{
-    Ebpf, Pod,
-    maps::{Array, HashMap, LpmTrie, MapData, MapError, PerCpuArray, SockHash},
+    Pod,
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockHash},
 };
 use postern_ebpf::{
     Address, Agent, COUNTERS, Client, Config, Counter, Dial, Endpoint, LISTENER_HBONE,
@@ -19,7 +20,7 @@ use postern_ebpf::{
 
 use socket2::Socket;
 
-use super::load::{Kernel, KernelError};
+use super::pins::{Kernel, KernelError};
 
 /// IPv4 as v4-mapped IPv6, as everywhere in the ABI.
 pub fn to_abi(ip: IpAddr) -> Address {
@@ -66,32 +67,33 @@ pub struct Maps {
 }
 
 impl Maps {
-    pub fn take(ebpf: &mut Ebpf) -> Result<Self, KernelError> {
+    /// As they are pinned in a directory.
+    pub fn open(pins: &Path) -> Result<Self, KernelError> {
         Ok(Self {
-            config: Mutex::new(named(ebpf, "CONFIG")?),
-            agents: Mutex::new(named(ebpf, "AGENTS")?),
-            workloads: Mutex::new(named(ebpf, "WORKLOADS")?),
-            cgroups: Mutex::new(named(ebpf, "CGROUPS")?),
-            mesh: Mutex::new(named(ebpf, "MESH")?),
-            ranges: Mutex::new(named(ebpf, "RANGES")?),
-            foreign: Mutex::new(named(ebpf, "FOREIGN")?),
-            dials: Mutex::new(named(ebpf, "DIALS")?),
-            flows: Mutex::new(named(ebpf, "FLOWS")?),
-            clients: Mutex::new(named(ebpf, "CLIENTS")?),
-            probes: Mutex::new(named(ebpf, "PROBES")?),
-            listeners: Mutex::new(named(ebpf, "LISTENERS")?),
-            sockets: Mutex::new(named(ebpf, "SOCKETS")?),
-            counters: named(ebpf, "COUNTERS")?,
+            config: Mutex::new(named(pins, "CONFIG")?),
+            agents: Mutex::new(named(pins, "AGENTS")?),
+            workloads: Mutex::new(named(pins, "WORKLOADS")?),
+            cgroups: Mutex::new(named(pins, "CGROUPS")?),
+            mesh: Mutex::new(named(pins, "MESH")?),
+            ranges: Mutex::new(named(pins, "RANGES")?),
+            foreign: Mutex::new(named(pins, "FOREIGN")?),
+            dials: Mutex::new(named(pins, "DIALS")?),
+            flows: Mutex::new(named(pins, "FLOWS")?),
+            clients: Mutex::new(named(pins, "CLIENTS")?),
+            probes: Mutex::new(named(pins, "PROBES")?),
+            listeners: Mutex::new(named(pins, "LISTENERS")?),
+            sockets: Mutex::new(named(pins, "SOCKETS")?),
+            counters: named(pins, "COUNTERS")?,
         })
     }
 }
 
-pub fn named<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, KernelError>
+fn named<T>(pins: &Path, name: &'static str) -> Result<T, KernelError>
 where
-    T: TryFrom<aya::maps::Map, Error = MapError>,
+    T: TryFrom<Map, Error = MapError>,
 {
-    let map = ebpf.take_map(name).ok_or(KernelError::NoMap(name))?;
-    T::try_from(map).map_err(|source| KernelError::Map { name, source })
+    let map = MapData::from_pin(pins.join(name)).and_then(Map::from_map_data);
+    map.and_then(T::try_from).map_err(failed(name))
 }
 
 /// No code panics while it holds a map.

@@ -1,18 +1,26 @@
 //! What the agent sees of pods beside what it carries. Each part stands alone: one that
-//! this kernel does not allow is missing, named, and no reason not to run. Nothing of it
+//! this kernel does not allow is missing, named, and no reason not to run. No link of it
 //! is pinned: without an agent nobody reads what it sees.
 
-use std::fs::File;
+use std::{fs::File, path::Path};
 
 use aya::{
     Btf, Endianness,
-    programs::{BtfTracePoint, CgroupAttachMode, CgroupSockAddr, FEntry, FExit, KProbe},
+    programs::{
+        BtfTracePoint, CgroupAttachMode, CgroupSockAddr,
+        CgroupSockAddrAttachType::{self, UDPSendMsg4, UDPSendMsg6},
+        FEntry, FExit, KProbe,
+        ProbeKind::{self, Entry, Return},
+        Program, ProgramError,
+    },
 };
 use postern_ebpf::Limits;
+use serde::{Deserialize, Serialize};
 
 use super::{
     btf,
-    load::{KernelError, Programs, one_of},
+    pins::KernelError,
+    start::{Programs, one_of},
 };
 use crate::config::{self, Probes};
 
@@ -26,6 +34,7 @@ pub struct Blind {
 }
 
 /// A part of what is seen.
+#[derive(Debug)]
 struct Part {
     name: &'static str,
     /// What is lacking where no way is to be had.
@@ -35,29 +44,44 @@ struct Part {
 
 /// One way of the kernel to call programs; which of a part's is the first that works,
 /// among those that are wanted.
+#[derive(Debug)]
 struct Way {
     name: &'static str,
     wanted: &'static [Probes],
-    programs: &'static [(Kind, &'static str, &'static str)],
+    programs: &'static [Attachment],
     /// What is lacking still.
     without: Option<&'static str>,
 }
 
-/// How a program is attached to what is named beside it.
+/// How a program is attached, its name, and what it is attached to.
+type Attachment = (Kind, &'static str, &'static str);
+
+#[derive(Debug)]
 enum Kind {
     Tracepoint,
     Fentry,
     Fexit,
-    /// A kprobe or a kretprobe.
-    Kprobe,
-    Hook,
+    Kprobe(ProbeKind),
+    Hook(CgroupSockAddrAttachType),
+}
+
+impl Kind {
+    fn pinned(&self, path: &Path) -> Result<Program, ProgramError> {
+        Ok(match self {
+            Self::Tracepoint => Program::BtfTracePoint(BtfTracePoint::from_pin(path)?),
+            Self::Fentry => Program::FEntry(FEntry::from_pin(path)?),
+            Self::Fexit => Program::FExit(FExit::from_pin(path)?),
+            Self::Kprobe(kind) => Program::KProbe(KProbe::from_pin(path, *kind)?),
+            Self::Hook(hook) => Program::CgroupSockAddr(CgroupSockAddr::from_pin(path, *hook)?),
+        })
+    }
 }
 
 const ANY: &[Probes] = &[Probes::Auto, Probes::Fentry, Probes::Kprobe];
 const FENTRY: &[Probes] = &[Probes::Auto, Probes::Fentry];
 const KPROBE: &[Probes] = &[Probes::Auto, Probes::Kprobe];
 
-const fn tracepoint(programs: &'static [(Kind, &'static str, &'static str)]) -> Way {
+const fn tracepoint(programs: &'static [Attachment]) -> Way {
     Way {
         name: "a tracepoint",
         wanted: ANY,
@@ -66,7 +90,7 @@ const fn tracepoint(programs: &'static [(Kind, &'static str, &'static str)]) -> 
     }
 }
 
-const fn fentry(programs: &'static [(Kind, &'static str, &'static str)]) -> Way {
+const fn fentry(programs: &'static [Attachment]) -> Way {
     Way {
         name: "fentry",
         wanted: FENTRY,
@@ -75,7 +99,7 @@ const fn fentry(programs: &'static [(Kind, &'static str, &'static str)]) -> Way 
     }
 }
 
-const fn kprobe(programs: &'static [(Kind, &'static str, &'static str)]) -> Way {
+const fn kprobe(programs: &'static [Attachment]) -> Way {
     Way {
         name: "kprobes",
         wanted: KPROBE,
@@ -84,7 +108,7 @@ const fn kprobe(programs: &'static [(Kind, &'static str, &'static str)]) -> Way 
     }
 }
 
-const SENT: (Kind, &str, &str) = (Kind::Tracepoint, "postern_sent", "sock_send_length");
+const SENT: Attachment = (Kind::Tracepoint, "postern_sent", "sock_send_length");
 
 static PARTS: [Part; 7] = [
     Part {
@@ -102,7 +126,7 @@ static PARTS: [Part; 7] = [
                   its peer's address",
         ways: &[
             fentry(&[(Kind::Fexit, "postern_accept", "inet_csk_accept")]),
-            kprobe(&[(Kind::Kprobe, "postern_k_accept", "inet_csk_accept")]),
+            kprobe(&[(Kind::Kprobe(Return), "postern_k_accept", "inet_csk_accept")]),
         ],
     },
     Part {
@@ -113,11 +137,15 @@ static PARTS: [Part; 7] = [
             fentry(&[(Kind::Fexit, "postern_connect", "inet_stream_connect")]),
             kprobe(&[
                 (
-                    Kind::Kprobe,
+                    Kind::Kprobe(Entry),
                     "postern_k_connect_enter",
                     "inet_stream_connect",
                 ),
-                (Kind::Kprobe, "postern_k_connect", "inet_stream_connect"),
+                (
+                    Kind::Kprobe(Return),
+                    "postern_k_connect",
+                    "inet_stream_connect",
+                ),
             ]),
         ],
     },
@@ -130,15 +158,15 @@ static PARTS: [Part; 7] = [
                 (Kind::Fentry, "postern_udp6", "udpv6_sendmsg"),
             ]),
             kprobe(&[
-                (Kind::Kprobe, "postern_k_udp4", "udp_sendmsg"),
-                (Kind::Kprobe, "postern_k_udp6", "udpv6_sendmsg"),
+                (Kind::Kprobe(Entry), "postern_k_udp4", "udp_sendmsg"),
+                (Kind::Kprobe(Entry), "postern_k_udp6", "udpv6_sendmsg"),
             ]),
             Way {
                 name: "hooks and a tracepoint",
                 wanted: &[Probes::Auto],
                 programs: &[
-                    (Kind::Hook, "postern_sendmsg4", ""),
-                    (Kind::Hook, "postern_sendmsg6", ""),
+                    (Kind::Hook(UDPSendMsg4), "postern_sendmsg4", ""),
+                    (Kind::Hook(UDPSendMsg6), "postern_sendmsg6", ""),
                     SENT,
                 ],
                 without: None,
@@ -147,8 +175,8 @@ static PARTS: [Part; 7] = [
                 name: "hooks",
                 wanted: &[Probes::Auto],
                 programs: &[
-                    (Kind::Hook, "postern_sendmsg4", ""),
-                    (Kind::Hook, "postern_sendmsg6", ""),
+                    (Kind::Hook(UDPSendMsg4), "postern_sendmsg4", ""),
+                    (Kind::Hook(UDPSendMsg6), "postern_sendmsg6", ""),
                 ],
                 without: Some("UDP flows of connected sockets are not recorded"),
             },
@@ -164,9 +192,9 @@ static PARTS: [Part; 7] = [
                 (Kind::Fentry, "postern_packet", "packet_sendmsg"),
             ]),
             kprobe(&[
-                (Kind::Kprobe, "postern_k_raw4", "raw_sendmsg"),
-                (Kind::Kprobe, "postern_k_raw6", "rawv6_sendmsg"),
-                (Kind::Kprobe, "postern_k_packet", "packet_sendmsg"),
+                (Kind::Kprobe(Entry), "postern_k_raw4", "raw_sendmsg"),
+                (Kind::Kprobe(Entry), "postern_k_raw6", "rawv6_sendmsg"),
+                (Kind::Kprobe(Entry), "postern_k_packet", "packet_sendmsg"),
             ]),
             Way {
                 name: "a tracepoint",
@@ -206,9 +234,7 @@ pub struct Attached {
 
 /// Of the kernel's types what programs of all parts are attached to.
 pub(super) fn types(kernel: &btf::Btf) -> Result<Btf, String> {
-    let ways = PARTS.iter().flat_map(|part| part.ways);
-    let programs = ways.flat_map(|way| way.programs);
-    let names = programs.map(|(kind, _, target)| match kind {
+    let names = attachments().map(|(kind, _, target)| match kind {
         Kind::Tracepoint => format!("btf_trace_{target}"),
         _ => (*target).to_owned(),
     });
@@ -217,25 +243,140 @@ pub(super) fn types(kernel: &btf::Btf) -> Result<Btf, String> {
     Btf::parse(&kernel.only(&names), Endianness::default()).map_err(|error| error.to_string())
 }
 
+/// What is attached, of which parts.
+#[derive(Default)]
+pub(super) struct Observers {
+    pub parts: Vec<Attached>,
+    /// In their order; also of ways that failed half way.
+    pub programs: Vec<&'static str>,
+}
+
 /// Attaches all parts, hooks to this cgroup.
 pub(super) fn attach(
     programs: &mut Programs<'_>,
     btf: &Btf,
     cgroup: &File,
     probes: Probes,
-) -> Vec<Attached> {
+) -> Observers {
     let mut attaching = Attaching {
         programs,
-        btf,
+        btf: Some(btf),
         cgroup,
         done: Vec::new(),
     };
-    let parts = PARTS.iter();
-    parts.map(|part| attaching.part(part, probes)).collect()
+    let parts = PARTS.iter().map(|part| attaching.part(part, probes));
+    Observers {
+        parts: parts.collect(),
+        programs: attaching.done,
+    }
 }
 
-pub(super) fn all_blind(why: &str) -> Vec<Attached> {
-    PARTS.iter().map(|part| part.missing(why.into())).collect()
+/// Observers, for who attaches the same programs again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Seen {
+    parts: Vec<Called>,
+    programs: Vec<String>,
+}
+
+/// How a part is called, if it is, and why not otherwise.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Called {
+    part: String,
+    way: Option<String>,
+    why: String,
+}
+
+impl From<&Observers> for Seen {
+    fn from(observers: &Observers) -> Self {
+        let called = |attached: &Attached| Called {
+            part: attached.part.into(),
+            way: attached.way.map(Into::into),
+            why: (attached.blind.as_ref()).map_or_else(String::new, |blind| blind.why.clone()),
+        };
+        Self {
+            parts: observers.parts.iter().map(called).collect(),
+            programs: (observers.programs.iter())
+                .map(|name| (*name).into())
+                .collect(),
+        }
+    }
+}
+
+impl Called {
+    fn attached(&self) -> Option<Attached> {
+        let part = PARTS.iter().find(|part| part.name == self.part)?;
+        let why = self.why.clone();
+        let Some(way) = &self.way else {
+            return Some(part.missing(why));
+        };
+        let way = part.ways.iter().find(|known| known.name == way)?;
+        Some(part.seen_by(way, why))
+    }
+}
+
+impl Seen {
+    /// Whether something was not to be had.
+    pub fn blind(&self) -> bool {
+        self.parts.iter().any(|called| !called.why.is_empty())
+    }
+
+    fn programs(&self) -> impl Iterator<Item = &'static Attachment> {
+        self.programs.iter().filter_map(|name| {
+            let mut all = attachments();
+            all.find(|(_, known, _)| known == name)
+        })
+    }
+
+    /// The programs, by name, as they are pinned.
+    pub fn pinned(
+        &self,
+        pins: &Path,
+    ) -> impl Iterator<Item = Result<(&'static str, Program), KernelError>> {
+        self.programs().map(|(kind, name, _)| {
+            let program = kind.pinned(&pins.join(name));
+            let program = program.map_err(|source| KernelError::Program { name, source })?;
+            Ok((*name, program))
+        })
+    }
+
+    /// Attaches programs that are loaded, as they were before.
+    pub fn attach(
+        &self,
+        programs: &mut Programs<'_>,
+        cgroup: &File,
+    ) -> Result<Observers, KernelError> {
+        let mut attaching = Attaching {
+            programs,
+            btf: None,
+            cgroup,
+            done: Vec::new(),
+        };
+        for (kind, name, target) in self.programs() {
+            attaching.program(kind, name, target)?;
+            attaching.done.push(name);
+        }
+        Ok(Observers {
+            parts: self.parts.iter().filter_map(Called::attached).collect(),
+            programs: attaching.done,
+        })
+    }
+}
+
+/// What there is to attach, as text: what was kept by another table is not of this one.
+pub(super) fn table() -> String {
+    format!("{PARTS:?}")
+}
+
+fn attachments() -> impl Iterator<Item = &'static Attachment> {
+    let ways = PARTS.iter().flat_map(|part| part.ways);
+    ways.flat_map(|way| way.programs)
+}
+
+pub(super) fn all_blind(why: &str) -> Observers {
+    Observers {
+        parts: PARTS.iter().map(|part| part.missing(why.into())).collect(),
+        programs: Vec::new(),
+    }
 }
 
 impl Part {
@@ -244,6 +385,14 @@ impl Part {
             part: self.name,
             why,
             without,
+        }
+    }
+
+    fn seen_by(&self, way: &Way, why: String) -> Attached {
+        Attached {
+            part: self.name,
+            way: Some(way.name),
+            blind: way.without.map(|without| self.blind(without, why)),
         }
     }
 
@@ -258,7 +407,8 @@ impl Part {
 
 struct Attaching<'a, 'p> {
     programs: &'a mut Programs<'p>,
-    btf: &'a Btf,
+    /// `None`: all programs are loaded.
+    btf: Option<&'a Btf>,
     cgroup: &'a File,
     /// Programs that are attached: some are of two parts, or of two ways.
     done: Vec<&'static str>,
@@ -269,14 +419,7 @@ impl Attaching<'_, '_> {
         let mut why = Vec::new();
         for way in part.ways.iter().filter(|way| way.wanted.contains(&probes)) {
             match self.way(way) {
-                Ok(()) => {
-                    let lacking = way.without.map(|w| part.blind(w, why.join("; ")));
-                    return Attached {
-                        part: part.name,
-                        way: Some(way.name),
-                        blind: lacking,
-                    };
-                }
+                Ok(()) => return part.seen_by(way, why.join("; ")),
                 Err(error) => why.push(told(&error)),
             }
         }
@@ -306,27 +449,37 @@ impl Attaching<'_, '_> {
         match kind {
             Kind::Tracepoint => {
                 let program: &mut BtfTracePoint = one_of(programs, name)?;
-                program.load(target, btf).map_err(fail)?;
+                if let Some(btf) = btf {
+                    program.load(target, btf).map_err(fail)?;
+                }
                 program.attach().map_err(fail)?;
             }
             Kind::Fentry => {
                 let program: &mut FEntry = one_of(programs, name)?;
-                program.load(target, btf).map_err(fail)?;
+                if let Some(btf) = btf {
+                    program.load(target, btf).map_err(fail)?;
+                }
                 program.attach().map_err(fail)?;
             }
             Kind::Fexit => {
                 let program: &mut FExit = one_of(programs, name)?;
-                program.load(target, btf).map_err(fail)?;
+                if let Some(btf) = btf {
+                    program.load(target, btf).map_err(fail)?;
+                }
                 program.attach().map_err(fail)?;
             }
-            Kind::Kprobe => {
+            Kind::Kprobe(_) => {
                 let program: &mut KProbe = one_of(programs, name)?;
-                program.load().map_err(fail)?;
+                if btf.is_some() {
+                    program.load().map_err(fail)?;
+                }
                 program.attach(target, 0).map_err(fail)?;
             }
-            Kind::Hook => {
+            Kind::Hook(_) => {
                 let program: &mut CgroupSockAddr = one_of(programs, name)?;
-                program.load().map_err(fail)?;
+                if btf.is_some() {
+                    program.load().map_err(fail)?;
+                }
                 let mode = CgroupAttachMode::Single;
                 program.attach(self.cgroup, mode).map_err(fail)?;
             }

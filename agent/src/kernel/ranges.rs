@@ -11,8 +11,8 @@ use ipnet::IpNet;
 use postern_ebpf::{Address, RANGES};
 
 use super::{
-    load::{Kernel, KernelError},
     maps::{failed, hold, monotonic, to_abi},
+    pins::{Kernel, KernelError},
 };
 
 /// A v4-mapped address has so many bits before those of IPv4.

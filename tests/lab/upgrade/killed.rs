@@ -121,6 +121,7 @@ fn one_that_is_told_to_stop_while_another_takes_over_ends() -> Result<()> {
 /// It is killed when the old one has stepped back and nobody is in charge yet.
 #[test]
 fn one_that_is_killed_before_it_has_taken_over_changes_nothing() -> Result<()> {
+    const MARKER: &str = "NOT-BY-THE-HOOKS-OF-THE-DEAD";
     let mut lab = Lab::new(2)?;
     for node in &mut lab.nodes {
         node.options.more = LONG_DRAIN.into();
@@ -131,15 +132,26 @@ fn one_that_is_killed_before_it_has_taken_over_changes_nothing() -> Result<()> {
     let open = stays(&client, &to)?;
     let stop = lab.path().join("stop");
     let there = load(&client, &to, &stop, &["--every", "20", "--keep"])?;
-    let node = &lab.nodes[0];
-    for _ in 0..3 {
+    let kernel = lab.nodes[0].options.kernel.clone();
+    let capture = Capture::start(&lab.nodes[0], lab.path().join("wire.pcap"))?;
+    // The second one has maps of its own, and hooks of its own beside those that are there.
+    for more in ["", ", maxConnections: 100000", ""] {
+        lab.nodes[0].options.kernel = format!("{kernel}{more}");
+        lab.nodes[0].configure()?;
         let (fresh, waits) = half_way(&lab)?;
+        let node = &lab.nodes[0];
         assert!(!node.log().contains("draining"), "{}", node.log());
         nix::sys::signal::kill(Pid::from_raw(fresh.pid()), Signal::SIGKILL)?;
         drop((fresh, waits));
         assert!(works(&client, &to, 20)?, "{}", node.log());
         goes_on(&open)?;
+        let said = client.dial(&to, &["--send", MARKER, "--half-close"])?;
+        assert_eq!(said["text"], MARKER, "{said}");
     }
+    assert_eq!(count_bytes(&capture.stop()?, MARKER.as_bytes())?, 0);
+    lab.nodes[0].options.kernel = kernel;
+    lab.nodes[0].configure()?;
+    let node = &lab.nodes[0];
     std::fs::write(&stop, "")?;
     let count = counted(there)?;
     assert_eq!(count["failed"], json!({}), "{count}\n{}", node.log());

@@ -191,7 +191,7 @@ impl Kernel {
         remove_other_maps(&self.maps_dir);
     }
 
-    /// Where this agent's links are pinned, for what must be the same in the next one.
+    /// Where this agent's maps are pinned, for what must be the same in the next one.
     pub fn maps_dir(&self) -> &Path {
         &self.maps_dir
     }

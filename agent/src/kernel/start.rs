@@ -214,7 +214,7 @@ impl Ground {
                 Err(why) => observers::all_blind(why),
             })
         })?;
-        // With types that could be read, more may be seen the next time.
+        // Where types could not be read, more may be seen the next time.
         kernel.keep = read.is_ok().then(|| Seen::from(&observers));
         Ok(kernel)
     }

@@ -25,8 +25,9 @@ mod reboot;
 const KERNEL: &str = "6.1.";
 const LIMIT: Duration = Duration::from_secs(30 * 60);
 /// Everything is slow without hardware to help, so few tests run by default: what is
-/// steered, and what is seen, the latter by both ways that this kernel has.
-const DEFAULT: [&str; 2] = ["smoke", "kernel::"];
+/// steered, and what is seen and by programs of an agent before, the latter two by both ways
+/// that this kernel has.
+const DEFAULT: [&str; 3] = ["smoke", "kernel::", "programs_stay_loaded"];
 const BY_KPROBES: &str = "POSTERN_PROBES=kprobe";
 
 /// The tier: the end-to-end tests on the older kernel.
